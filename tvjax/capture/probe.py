@@ -1,0 +1,202 @@
+"""Running a function with its sites observed: inputs, outputs and output gradients.
+
+A zero *probe* is added to the output of each site; the gradient with respect to the probe is the output gradient
+``g = dL/dy``. Nothing else of the function changes, so it stays what XLA would have compiled anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Literal
+
+from tvjax.capture import jaxprs
+from tvjax.capture.sites import Layout, Plan, Site, SiteTable, plan_of
+
+PyTree = Any
+
+
+class Captured(NamedTuple):
+    """What the sites of one run saw, by the names that a `Site` gives.
+
+    Attributes:
+      activations: arrays ``[*scans, *batch, rows, d]`` by `Site.input` and `Site.output`.
+      gradients: arrays of the same make by `Site.gradient`.
+    """
+
+    activations: dict[str, jax.Array]
+    gradients: dict[str, jax.Array]
+
+    def input(self, site: Site) -> jax.Array | None:
+        """x of a site, ``[*layers, rows, d_in]``; None for a bias or shift (x is 1)."""
+        return None if site.input is None else _shared_to_rows(self.activations[site.input], site)
+
+    def output(self, site: Site) -> jax.Array:
+        """y of a site, ``[*layers, rows, d_out]``."""
+        return _shared_to_rows(self.activations[site.output], site)
+
+    def gradient(self, site: Site) -> jax.Array:
+        """g of a site, ``[*layers, rows, d_out]``."""
+        return _shared_to_rows(self.gradients[site.gradient], site)
+
+
+def _shared_to_rows(array: jax.Array, site: Site) -> jax.Array:
+    """Scans that a leaf is shared over become rows."""
+    scanned = [i for i, is_scanned in enumerate(site.levels) if is_scanned]
+    shared = [i for i, is_scanned in enumerate(site.levels) if not is_scanned]
+    if not shared:
+        return array
+    batch = range(len(site.levels), array.ndim - 2)
+    order = (*scanned, *batch, *shared, array.ndim - 2, array.ndim - 1)
+    array = jnp.transpose(array, order)
+    lead = len(scanned) + len(batch)
+    return array.reshape(*array.shape[:lead], -1, array.shape[-1])
+
+
+def to_rows(value: jax.Array, layout: Layout) -> jax.Array:
+    """A value as ``[*batch, rows, features]``."""
+    sizes = layout.sizes(value.shape)
+    return jnp.transpose(value, (*layout.batch, *layout.rows, *layout.features)).reshape(sizes)
+
+
+def from_rows(rows: jax.Array, layout: Layout, shape: Sequence[int]) -> jax.Array:
+    """The inverse of `to_rows` for a value of this shape."""
+    order = (*layout.batch, *layout.rows, *layout.features)
+    inverse = tuple(order.index(i) for i in range(len(order)))
+    return jnp.transpose(rows.reshape([shape[i] for i in order]), inverse)
+
+
+def run(
+    plan: Plan, arguments: Sequence[Any], probes: dict[str, jax.Array], roles: frozenset[str]
+) -> tuple[list[Any], dict[str, jax.Array]]:
+    """Evaluates a plan: the results of its region, and the activations whose role is wanted, by name."""
+    region = plan.region
+    captured: dict[str, jax.Array] = {}
+    values: dict[Any, Any] = {}
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, Literal) else values[atom]
+
+    def write(variable: Any, value: Any) -> None:
+        for name, layout in plan.probes.get(variable, ()):
+            if name in probes:
+                value = value + from_rows(probes[name], layout, value.shape)
+        values[variable] = value
+        for record in plan.records.get(variable, ()):
+            if record.role in roles and record.name not in captured:
+                captured[record.name] = to_rows(jnp.asarray(record.make(read)), record.layout)
+
+    for variable, value in zip(region.variables, (*region.consts, *arguments), strict=True):
+        write(variable, value)
+    for eqn in region.eqns:
+        operands = [read(atom) for atom in eqn.invars]
+        if id(eqn) in plan.inner:
+            results, inner = _run_inner(eqn, plan.inner[id(eqn)], operands, probes, roles)
+            captured.update(inner)
+        else:
+            results = jaxprs.bind(eqn, *operands)
+        for variable, value in zip(eqn.outvars, results, strict=True):
+            write(variable, value)
+    return [read(atom) for atom in region.results], captured
+
+
+def _run_inner(
+    eqn: Any, plan: Plan, operands: list[Any], probes: dict[str, jax.Array], roles: frozenset[str]
+) -> tuple[list[Any], dict[str, jax.Array]]:
+    own = {name: probes[name] for name in plan.shapes if name in probes}
+    if eqn.primitive.name in jaxprs.REMAT:
+        block = jax.checkpoint(
+            lambda arguments, inner_probes: run(plan, arguments, inner_probes, roles),
+            policy=eqn.params["policy"],
+            prevent_cse=eqn.params["prevent_cse"],
+        )
+        return block(operands, own)
+    n_consts, n_carry = jaxprs.scan_operands(eqn)
+    consts = operands[:n_consts]
+
+    def body(carry: list[Any], scanned: tuple[list[Any], dict[str, jax.Array]]) -> tuple[list[Any], Any]:
+        results, captured = run(plan, [*consts, *carry, *scanned[0]], scanned[1], roles)
+        return results[:n_carry], (results[n_carry:], captured)
+
+    carry, (outputs, captured) = lax.scan(
+        body,
+        operands[n_consts : n_consts + n_carry],
+        (operands[n_consts + n_carry :], own),
+        length=eqn.params["length"],
+        reverse=eqn.params["reverse"],
+        unroll=eqn.params["unroll"],
+    )
+    return [*carry, *outputs], captured
+
+
+class Instrumented(NamedTuple):
+    """A function with its sites observed; traced for the shapes of the arguments that it was made with.
+
+    Attributes:
+      table: its sites.
+      plan: how it is run.
+      output_tree: structure of what the function returns.
+    """
+
+    table: SiteTable
+    plan: Plan
+    output_tree: Any
+
+    def probes(self) -> dict[str, jax.Array]:
+        """Zero probes for every site."""
+        return {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in self.plan.shapes.items()}
+
+    def __call__(
+        self,
+        params: PyTree,
+        *args: Any,
+        probes: dict[str, jax.Array] | None = None,
+        inputs: bool = True,
+        outputs: bool = True,
+    ) -> tuple[PyTree, dict[str, jax.Array]]:
+        """What the function returns, and its activations by name; with probes added where they are given."""
+        roles = frozenset(role for role, wanted in (("input", inputs), ("output", outputs)) if wanted)
+        arguments = jax.tree.leaves((params, *args))
+        results, captured = run(self.plan, arguments, probes or {}, roles)
+        return jax.tree.unflatten(self.output_tree, results), captured
+
+
+def instrument(function: Callable[..., Any], params: PyTree, *args: Any) -> Instrumented:
+    """Traces ``function(params, *args)`` once and finds its sites; call it inside `jit`."""
+    plan, table, shapes = plan_of(function, params, *args)
+    return Instrumented(table, plan, jax.tree.structure(shapes))
+
+
+def capture(function: Callable[..., Any], params: PyTree, *args: Any) -> tuple[PyTree, Captured]:
+    """Runs ``function(params, *args)`` and returns its result with x and y of every site.
+
+    Pure and jittable. The gradients of the result are empty: see `capture_gradients`.
+
+    >>> dense = lambda p, x: x @ p["kernel"]
+    >>> out, seen = capture(dense, {"kernel": jnp.ones((3, 2))}, jnp.ones((5, 3)))
+    >>> {name: array.shape for name, array in seen.activations.items()}
+    {'kernel#0:in': (5, 3), 'kernel#0:out': (5, 2)}
+    """
+    out, activations = instrument(function, params, *args)(params, *args)
+    return out, Captured(activations, {})
+
+
+def capture_gradients(loss: Callable[..., Any], params: PyTree, *args: Any) -> tuple[jax.Array, Captured]:
+    """Runs a scalar ``loss(params, *args)`` and returns it with x, y and ``g = dL/dy`` of every site.
+
+    A loss that sums over examples gives each row its own gradient, whatever the batch size; a mean divides by it.
+
+    >>> loss = lambda p, x: (x @ p["kernel"]).sum()
+    >>> value, seen = capture_gradients(loss, {"kernel": jnp.ones((3, 2))}, jnp.ones((5, 3)))
+    >>> float(value), seen.gradients["kernel#0"].shape
+    (30.0, (5, 2))
+    """
+    observed = instrument(loss, params, *args)
+    (value, activations), gradients = jax.value_and_grad(
+        lambda probes: observed(params, *args, probes=probes), has_aux=True
+    )(observed.probes())
+    return value, Captured(activations, gradients)

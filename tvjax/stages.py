@@ -1,0 +1,212 @@
+"""A model as a tuple of stages run in order, and the layout of the rows between them.
+
+Memory and compile time of everything that walks a model must not grow with its depth, so a model is cut where one
+residual stream crosses: embed, block 0 .. block L-1, head. Equal blocks share ONE function (the same Python object),
+so XLA compiles one block, not L; each stage says which leaves of the parameters are its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tvjax import tree
+
+PyTree = Any
+
+
+class Rows(NamedTuple):
+    """Layout of the token axis of the activations of a stage (``[batch, tokens, features]``).
+
+    Attributes:
+      special: how many tokens come before the patch grid (class token, registers).
+      grid: height and width of the patch grid, or None where the tokens are not a grid.
+      mask: key of the carry that holds the padding mask, ``[batch, tokens]``, True at real tokens; None: all are.
+    """
+
+    special: int = 0
+    grid: tuple[int, int] | None = None
+    mask: str | None = None
+
+    @property
+    def tokens(self) -> int | None:
+        """Number of tokens of the grid layout, None where there is no grid."""
+        return None if self.grid is None else self.special + self.grid[0] * self.grid[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One step of a model: ``carry = function(params, carry)``.
+
+    Attributes:
+      name: unique name within the model (``vision/blocks/3``).
+      function: pure ``(params, carry) -> carry``; the SAME object for every stage that computes alike.
+      paths: ``(local, global)`` prefixes: the subtree of the model's parameters at ``global`` is given to the function
+        at ``local`` (``""``: the whole tree). Prefixes that two stages share are tied leaves; the first stage owns them.
+      group: stages of one group are the layers that depth pairing matches (``vision/blocks``).
+      rows: layout of the token axis inside the stage.
+      fixed: local paths of kernels (or biases) whose outputs have a meaning of their own, such as classes or a shared
+        embedding: their output is never rotated.
+    """
+
+    name: str
+    function: Callable[[PyTree, PyTree], PyTree]
+    paths: tuple[tuple[str, str], ...] = (("", ""),)
+    group: str = ""
+    rows: Rows = Rows()
+    fixed: tuple[str, ...] = ()
+
+
+def _no_loss(loss_params: PyTree, outputs: PyTree, labels: PyTree) -> jax.Array:
+    raise ValueError("this model has no loss: give one with Model.with_loss(loss, loss_params)")
+
+
+class Batch(NamedTuple):
+    """One batch of examples as one model sees it.
+
+    Attributes:
+      inputs: pytree of arrays, the example axis first; what the model's first stage takes.
+      labels: pytree of arrays for the loss, the example axis first; None where there are none.
+    """
+
+    inputs: PyTree
+    labels: PyTree = None
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=("params", "loss_params"), meta_fields=("stages", "loss", "aliases")
+)
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Parameters, the stages that read them, and the loss on what the last stage returns.
+
+    A pytree: `params` and `loss_params` are its children, the rest is static. Calling it runs the stages.
+
+    Attributes:
+      params: pytree of parameters; a leaf is the parameter block of the papers.
+      stages: run in order, the carry threaded through; the first takes ``Batch.inputs``.
+      loss: ``(loss_params, outputs, labels) -> [batch]``, one loss per example.
+      loss_params: arrays of the loss that are no parameters (a zero-shot classifier).
+      aliases: ``(alias, owner)`` paths of leaves that are one parameter under two names.
+    """
+
+    params: PyTree
+    stages: tuple[Stage, ...]
+    loss: Callable[[PyTree, PyTree, PyTree], jax.Array] = _no_loss
+    loss_params: PyTree = None
+    aliases: tuple[tuple[str, str], ...] = ()
+
+    def __call__(self, inputs: PyTree) -> PyTree:
+        """The outputs of the last stage; each stage is compiled once per function and shape."""
+        carry = inputs
+        for stage in self.stages:
+            carry = run_stage(stage.function, local_params(stage, self.params), carry)
+        return carry
+
+    def replace(self, **changes: Any) -> Model:
+        """A copy with other fields."""
+        return dataclasses.replace(self, **changes)
+
+    def with_loss(self, loss: Callable[[PyTree, PyTree, PyTree], jax.Array], loss_params: PyTree = None) -> Model:
+        """A copy with this loss, ``(loss_params, outputs, labels) -> [batch]``."""
+        return dataclasses.replace(self, loss=loss, loss_params=loss_params)
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether a loss was given."""
+        return self.loss is not _no_loss
+
+
+@partial(jax.jit, static_argnums=0)
+def run_stage(function: Callable[[PyTree, PyTree], PyTree], params: PyTree, carry: PyTree) -> PyTree:
+    """``function(params, carry)``, compiled once per function object and shapes."""
+    return function(params, carry)
+
+
+def local_params(stage: Stage, params: PyTree) -> PyTree:
+    """The parameters that a stage's function takes: the subtrees of `params` that its `paths` name."""
+    local: PyTree = {}
+    for local_prefix, prefix in stage.paths:
+        local = tree.put(local, local_prefix, tree.get(params, prefix))
+    return local
+
+
+def owner_paths(stage: Stage, params: PyTree) -> dict[str, str]:
+    """For each leaf that a stage takes, by its local path, the path of that leaf in the whole model."""
+    paths: dict[str, str] = {}
+    for local_prefix, prefix in stage.paths:
+        for path in tree.flatten(tree.get(params, prefix)):
+            paths["/".join(filter(None, (local_prefix, path)))] = "/".join(filter(None, (prefix, path)))
+    return paths
+
+
+def single_stage(
+    function: Callable[[PyTree, PyTree], PyTree],
+    params: PyTree,
+    *,
+    loss: Callable[[PyTree, PyTree, PyTree], jax.Array] = _no_loss,
+    loss_params: PyTree = None,
+    rows: Rows = Rows(),
+    fixed: tuple[str, ...] = (),
+) -> Model:
+    """A plain function ``function(params, inputs) -> outputs`` as a model of one stage.
+
+    Args:
+      function: any JAX function; the example axis of its inputs comes first.
+      params: any pytree of parameters.
+      loss: ``(loss_params, outputs, labels) -> [batch]``.
+      loss_params: arrays of the loss.
+      rows: layout of the token axis of its activations.
+      fixed: paths of kernels whose outputs have a meaning of their own.
+
+    >>> import jax.numpy as jnp
+    >>> model = single_stage(lambda p, x: x @ p["kernel"], {"kernel": jnp.ones((3, 2))})
+    >>> model(jnp.ones((5, 3))).shape
+    (5, 2)
+    """
+    return Model(params, (Stage("model", function, rows=rows, fixed=fixed),), loss, loss_params)
+
+
+def layer_groups(model: Model) -> dict[str, tuple[Stage, ...]]:
+    """The stages of each group in order; a stage without a group stands alone under its name."""
+    groups: dict[str, list[Stage]] = {}
+    for stage in model.stages:
+        groups.setdefault(stage.group or stage.name, []).append(stage)
+    return {name: tuple(stages) for name, stages in groups.items()}
+
+
+def reindex(model: Model, layers: dict[str, tuple[int, ...]]) -> Model:
+    """The model rebuilt with the layers of some groups repeated or dropped, in the given order.
+
+    A repeated layer shares its parameters with the layer that it repeats. This is the published way to bring a source
+    to the target's depth before its activations are collected; pairing layers of the untouched source is the other.
+
+    Args:
+      model: the model.
+      layers: for each group to rebuild, the index of the layer at each new position.
+
+    Raises:
+      ValueError: an unknown group, or an index out of range.
+    """
+    groups = layer_groups(model)
+    for group, indices in layers.items():
+        depth = len(groups.get(group, ()))
+        if depth == 0 or not all(0 <= i < depth for i in indices):
+            raise ValueError(f"cannot rebuild {group!r} from layers {indices}: the model has {_depths(groups)}")
+    stages: list[Stage] = []
+    for name, members in groups.items():
+        indices = layers.get(name, tuple(range(len(members))))
+        stages += [
+            dataclasses.replace(members[i], name=f"{name}/{position}" if name in layers else members[i].name)
+            for position, i in enumerate(indices)
+        ]
+    return model.replace(stages=tuple(stages))
+
+
+def _depths(groups: dict[str, tuple[Stage, ...]]) -> str:
+    return ", ".join(f"{name} ({len(stages)})" for name, stages in groups.items())

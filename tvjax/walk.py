@@ -1,0 +1,233 @@
+"""Walking a model stage by stage over a calibration set, forwards and backwards.
+
+A `Walk` keeps the residual stream at every stage boundary (and, for gradients, its cotangent), and recomputes one
+stage at a time with its sites observed. So no activation of more than one stage of a model is alive at once, and what
+XLA compiles is one function per kind of stage. Memory: ``(stages + 1) * rows * width`` values, twice for gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tvjax import tree
+from tvjax.capture import Captured, SiteTable, instrument, sites
+from tvjax.stages import Batch, Model, local_params, run_stage
+
+PyTree = Any
+
+
+class Walk:
+    """The calibration batches inside one model.
+
+    Args:
+      model: the model; with a loss where gradients are asked for.
+      batches: its views of the calibration batches.
+      host: keep the residual streams and cotangents in host memory.
+    """
+
+    def __init__(self, model: Model, batches: Sequence[Batch], host: bool = False):
+        self.model, self.batches = model, batches
+        self._keep = jax.device_get if host else lambda carry: carry
+        self._carries: list[list[PyTree] | None] = [[batch.inputs for batch in batches]]
+        self._cotangents: dict[int, list[PyTree]] = {}
+
+    def params(self, index: int) -> PyTree:
+        """The parameters of a stage."""
+        return local_params(self.model.stages[index], self.model.params)
+
+    def carries(self, index: int) -> list[PyTree]:
+        """What a stage takes, for every batch; runs the stages before it on first use."""
+        while len(self._carries) <= index:
+            stage = self.model.stages[len(self._carries) - 1]
+            params = self.params(len(self._carries) - 1)
+            inputs = self._carries[-1]
+            assert inputs is not None
+            self._carries.append([self._keep(run_stage(stage.function, params, carry)) for carry in inputs])
+        carries = self._carries[index]
+        assert carries is not None
+        return carries
+
+    def cotangents(self, index: int) -> list[PyTree]:
+        """The gradient of the summed loss with respect to what a stage returns (its floating leaves), by batch."""
+        if index not in self._cotangents:
+            if index == len(self.model.stages) - 1:
+                outputs = self.carries(index + 1)
+                self._cotangents[index] = [
+                    _loss_cotangent(self.model.loss, self.model.loss_params, output, batch.labels)
+                    for output, batch in zip(outputs, self.batches, strict=True)
+                ]
+            else:
+                stage, params = self.model.stages[index + 1], self.params(index + 1)
+                self._cotangents[index] = [
+                    self._keep(_pull_back(stage.function, params, carry, cotangent))
+                    for carry, cotangent in zip(self.carries(index + 1), self.cotangents(index + 1), strict=True)
+                ]
+        return self._cotangents[index]
+
+    def table(self, index: int) -> SiteTable:
+        """The sites of a stage."""
+        carry = self.carries(index)[0]
+        return _table(self.model.stages[index].function, _shapes(self.params(index)), _shapes(carry))
+
+    def observe(self, index: int, batch: int, activations: frozenset[str], gradients: frozenset[str]) -> Captured:
+        """The activations and output gradients of these names at a stage, for one batch.
+
+        Where gradients are read, the cotangent that leaves the stage downwards is kept: the walk back costs no more.
+        """
+        function, params, carry = self.model.stages[index].function, self.params(index), self.carries(index)[batch]
+        if not gradients:
+            return Captured(_observe(function, activations, params, carry), {})
+        if index > 0 and index - 1 not in self._cotangents:
+            self._cotangents[index - 1] = [None] * len(self.batches)
+        seen, down = _observe_gradients(
+            function, activations, gradients, index > 0, params, carry, self.cotangents(index)[batch]
+        )
+        if index > 0 and self._cotangents[index - 1][batch] is None:
+            self._cotangents[index - 1][batch] = self._keep(down)
+        return seen
+
+    def votes(self, index: int, batch: int, tied: frozenset[str], vote: VoteFunction, chunk: int) -> tuple[PyTree, PyTree]:
+        """The votes of a stage's leaves summed over the samples of a batch (see `per_sample_votes`)."""
+        stage, params = self.model.stages[index], self.params(index)
+        carry, cotangent = self.carries(index)[batch], self.cotangents(index)[batch]
+        votes, samples, down = per_sample_votes(stage.function, tied, vote, chunk, index > 0, params, carry, cotangent)
+        if index > 0:
+            self._cotangents.setdefault(index - 1, [None] * len(self.batches))[batch] = self._keep(down)
+        return votes, samples
+
+    def release(self, index: int) -> None:
+        """Forgets what a stage returns and its cotangent: the walk backwards is done with them."""
+        if index + 1 < len(self._carries):
+            self._carries[index + 1] = None
+        self._cotangents.pop(index, None)
+
+
+VoteFunction = Callable[[PyTree], PyTree]
+
+
+def differentiable(carry: PyTree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], PyTree]]:
+    """The floating leaves of a carry, and the function that puts others in their place."""
+    leaves, structure = jax.tree.flatten(carry)
+    floating = [jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in leaves]
+
+    def rebuild(replacements: list[jax.Array]) -> PyTree:
+        new = iter(replacements)
+        return structure.unflatten([next(new) if is_float else old for old, is_float in zip(leaves, floating, strict=True)])
+
+    return [leaf for leaf, is_float in zip(leaves, floating, strict=True) if is_float], rebuild
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _observe(function: Any, names: frozenset[str], params: PyTree, carry: PyTree) -> dict[str, jax.Array]:
+    _, activations = instrument(function, params, carry)(params, carry)
+    return {name: activations[name] for name in names}
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _observe_gradients(
+    function: Any,
+    activations: frozenset[str],
+    gradients: frozenset[str],
+    downwards: bool,
+    params: PyTree,
+    carry: PyTree,
+    cotangent: list[jax.Array],
+) -> tuple[Captured, list[jax.Array]]:
+    observed = instrument(function, params, carry)
+    floating, rebuild = differentiable(carry)
+    probes = {name: probe for name, probe in observed.probes().items() if name in gradients}
+
+    def forward(probes: dict[str, jax.Array], moving: list[jax.Array]) -> Any:
+        out, seen = observed(params, rebuild(moving) if downwards else carry, probes=probes)
+        return differentiable(out)[0], {name: seen[name] for name in activations}
+
+    out, pull, seen = jax.vjp(forward, probes, floating if downwards else [], has_aux=True)
+    found, down = pull(_cast_like(cotangent, out))
+    return Captured(seen, found), down
+
+
+@partial(jax.jit, static_argnums=0)
+def _pull_back(function: Any, params: PyTree, carry: PyTree, cotangent: list[jax.Array]) -> list[jax.Array]:
+    floating, rebuild = differentiable(carry)
+    out, pull = jax.vjp(lambda f: differentiable(function(params, rebuild(f)))[0], floating)
+    return pull(_cast_like(cotangent, out))[0]
+
+
+@partial(jax.jit, static_argnums=0)
+def _loss_cotangent(loss: Any, loss_params: PyTree, outputs: PyTree, labels: PyTree) -> list[jax.Array]:
+    floating, rebuild = differentiable(outputs)
+    return jax.grad(lambda f: jnp.sum(loss(loss_params, rebuild(f), labels)))(floating)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def per_sample_votes(
+    function: Any,
+    tied: frozenset[str],
+    vote: VoteFunction,
+    chunk: int,
+    downwards: bool,
+    params: PyTree,
+    carry: PyTree,
+    cotangent: list[jax.Array],
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array], list[jax.Array] | None]:
+    """``sum_n vote(dL_n / dparams)`` over the samples of a batch, one batched backward pass.
+
+    The vector-Jacobian products of `chunk` samples are taken at once (`vmap`), the chunks one after another (`scan`).
+
+    Args:
+      function: of the stage.
+      tied: local paths of leaves whose per-sample gradients are returned instead, for other stages add to them.
+      vote: tree of one sample's gradients -> tree of its votes.
+      chunk: samples at once; divides the batch, or the batch is cut at one sample at a time.
+      downwards: whether the cotangent of the carry is wanted.
+      params: local parameters.
+      carry: of the batch, the example axis first on every leaf.
+      cotangent: of the stage's floating outputs.
+
+    Returns:
+      Votes by local path; per-sample gradients ``[batch, *leaf]`` of tied leaves; the cotangent of the carry.
+    """
+    samples = jax.tree.leaves(carry)[0].shape[0]
+    chunk = chunk if samples % chunk == 0 else 1
+
+    def one_sample(carry: PyTree, cotangent: list[jax.Array]) -> Any:
+        carry = jax.tree.map(lambda x: x[None], carry)
+        floating, rebuild = differentiable(carry)
+        out, pull = jax.vjp(lambda p, f: differentiable(function(p, rebuild(f)))[0], params, floating)
+        gradient, down = pull(_cast_like([c[None] for c in cotangent], out))
+        flat = tree.flatten(gradient)
+        own = vote({path: g for path, g in flat.items() if path not in tied})
+        return own, {path: flat[path] for path in tied}, [d[0] for d in down] if downwards else None
+
+    def one_chunk(total: dict[str, jax.Array], inputs: Any) -> Any:
+        own, kept, down = jax.vmap(one_sample)(*inputs)
+        return jax.tree.map(lambda t, v: t + jnp.sum(v, 0, dtype=t.dtype), total, own), (kept, down)
+
+    chunks = jax.tree.map(lambda x: x.reshape(samples // chunk, chunk, *x.shape[1:]), (carry, cotangent))
+    shapes = jax.eval_shape(one_sample, *jax.tree.map(lambda x: x[0], (carry, cotangent)))[0]
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, stacked = jax.lax.scan(one_chunk, zero, chunks)
+    kept, down = jax.tree.map(lambda x: x.reshape(samples, *x.shape[2:]), stacked)
+    return total, kept, down
+
+
+def _cast_like(cotangent: Sequence[jax.Array], outputs: Sequence[jax.Array]) -> list[jax.Array]:
+    return [c.astype(o.dtype) for c, o in zip(cotangent, outputs, strict=True)]
+
+
+def _shapes(pytree: PyTree) -> Any:
+    leaves, structure = jax.tree.flatten(pytree)
+    return structure, tuple((tuple(jnp.shape(leaf)), jnp.result_type(leaf)) for leaf in leaves)
+
+
+@cache
+def _table(function: Any, params: Any, carry: Any) -> SiteTable:
+    def abstract(shapes: Any) -> PyTree:
+        return shapes[0].unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in shapes[1]])
+
+    return sites(function, abstract(params), abstract(carry))
