@@ -7,12 +7,14 @@ same for a dict, a list, a dataclass, a Flax or an Equinox module, so trees of d
 
 from __future__ import annotations
 
-import fnmatch
+import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 PyTree = Any
 
@@ -90,3 +92,204 @@ def put(tree: dict[str, Any], prefix: str, subtree: PyTree) -> PyTree:
         return subtree
     first, _, rest = prefix.partition("/")
     return {**tree, first: put(tree.get(first, {}) if isinstance(tree, dict) else {}, rest, subtree)}
+
+
+def select(tree: PyTree, include: str | Sequence[str], exclude: str | Sequence[str] = ()) -> PyTree:
+    """The tree with only the leaves whose paths match; the others are None.
+
+    A pattern is matched against the whole path and against each of its prefixes, so ``vision/blocks/3`` selects all of
+    that block. ``*`` and ``?`` stay within one key, ``**`` spans any number of keys (none included), ``[03]`` is one
+    of these characters.
+
+    Args:
+      tree: any pytree.
+      include: a pattern or several; a leaf is selected if one of them matches.
+      exclude: a pattern or several; a leaf that one of them matches is not selected.
+
+    Returns:
+      A tree of the same structure but for the Nones.
+
+    Raises:
+      ValueError: a pattern that matches no leaf; the message names the nearest paths.
+
+    >>> select({"a": {"kernel": 1, "bias": 2}, "b": {"kernel": 3}}, "**/kernel")
+    {'a': {'bias': None, 'kernel': 1}, 'b': {'kernel': 3}}
+    >>> select({"a": {"kernel": 1, "bias": 2}, "b": {"kernel": 3}}, "a", exclude="*/bias")
+    {'a': {'bias': None, 'kernel': 1}, 'b': {'kernel': None}}
+    """
+    paths = list(flatten(tree))
+    kept, dropped = (
+        {path for pattern in ([patterns] if isinstance(patterns, str) else patterns) for path in match(paths, pattern)}
+        for patterns in (include, exclude)
+    )
+    return map_with_path(lambda path, leaf: leaf if path in kept - dropped else None, tree)
+
+
+def match(paths: Sequence[str], pattern: str) -> list[str]:
+    """The paths that a pattern selects, in their order; the rules are those of `select`.
+
+    Raises:
+      ValueError: it selects none; the message names the nearest paths.
+
+    >>> match(["blocks/0/up/kernel", "blocks/0/up/bias", "blocks/10/up/bias"], "blocks/?/**/bias")
+    ['blocks/0/up/bias']
+    """
+    expression = re.compile(_expression(pattern.split("/")) + "(/.*)?", re.DOTALL)
+    found = [path for path in paths if expression.fullmatch(path)]
+    if not found:
+        near = difflib.get_close_matches(pattern, _with_prefixes(paths), n=3, cutoff=0.3) or list(paths[:3])
+        raise ValueError(
+            f"the pattern {pattern!r} matches none of {len(paths)} paths; nearest: {', '.join(map(repr, near))}. "
+            "'*' stays within one key, '**' spans several"
+        )
+    return found
+
+
+def _expression(keys: Sequence[str]) -> str:
+    """The regular expression of a glob pattern, its keys given."""
+    expression = ""
+    for position, key in enumerate(keys):
+        last = position == len(keys) - 1
+        if key == "**":
+            expression += ".*" if last else "(?:[^/]+/)*"
+        else:
+            parts = re.split(r"(\*|\?|\[[^\]]+\])", key)
+            wild = {"*": "[^/]*", "?": "[^/]"}
+            expression += "".join(
+                part if part.startswith("[") and part.endswith("]") else wild.get(part, re.escape(part))
+                for part in parts
+            )
+            expression += "" if last else "/"
+    return expression
+
+
+def _with_prefixes(paths: Sequence[str]) -> list[str]:
+    prefixes = {path.rsplit("/", n)[0]: None for path in paths for n in range(path.count("/") + 1)}
+    return list(prefixes)
+
+
+def norm(tree: PyTree) -> jax.Array:
+    """The Euclidean norm of all leaves together, a float32 scalar (float64 if a leaf is).
+
+    >>> import jax.numpy as jnp
+    >>> float(norm({"a": jnp.array([3.0]), "b": jnp.array([[4.0]])}))
+    5.0
+    """
+    return optax.tree.norm(_wide(tree))
+
+
+def dot(a: PyTree, b: PyTree) -> jax.Array:
+    """The inner product of two trees of one structure, a float32 scalar (float64 if a leaf is).
+
+    Raises:
+      ValueError: the structures or the shapes differ.
+
+    >>> import jax.numpy as jnp
+    >>> float(dot({"a": jnp.array([1.0, 2.0])}, {"a": jnp.array([3.0, 4.0])}))
+    11.0
+    """
+    _check_alike(a, b)
+    return optax.tree.vdot(_wide(a), _wide(b))
+
+
+def cosine(a: PyTree, b: PyTree) -> jax.Array:
+    """The cosine between two trees of one structure, a scalar in [-1, 1]; 0 where one of them is zero.
+
+    Raises:
+      ValueError: the structures or the shapes differ.
+
+    >>> import jax.numpy as jnp
+    >>> float(cosine({"a": jnp.array([1.0, 0.0])}, {"a": jnp.array([-2.0, 0.0])}))
+    -1.0
+    """
+    norms = norm(a) * norm(b)
+    return jnp.where(norms > 0, dot(a, b) / jnp.where(norms > 0, norms, 1), 0)
+
+
+def sign_agreement(a: PyTree, b: PyTree) -> jax.Array:
+    """The share of the entries, among those where neither tree is zero, at which the signs are the same; 0 of none.
+
+    Raises:
+      ValueError: the structures or the shapes differ.
+
+    >>> import jax.numpy as jnp
+    >>> float(sign_agreement({"a": jnp.array([1.0, -2.0, 0.0])}, {"a": jnp.array([5.0, 3.0, 1.0])}))
+    0.5
+    """
+    _check_alike(a, b)
+    signs = jax.tree.map(lambda x, y: jnp.sign(x) * jnp.sign(y), _wide(a), _wide(b))
+    # Each leaf is counted in integers: float32 would stop counting at 2^24.
+    agreeing = sum((jnp.sum(s > 0).astype(jnp.float32) for s in jax.tree.leaves(signs)), jnp.float32(0))
+    compared = sum((jnp.sum(s != 0).astype(jnp.float32) for s in jax.tree.leaves(signs)), jnp.float32(0))
+    return jnp.where(compared > 0, agreeing / jnp.where(compared > 0, compared, 1), 0)
+
+
+def by_leaf(function: Callable[..., Any], *trees: PyTree) -> dict[str, Any]:
+    """``function(leaf, ...)`` for each leaf of trees of one structure, by path.
+
+    Raises:
+      ValueError: the structures or the shapes differ.
+
+    >>> import jax.numpy as jnp
+    >>> x = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([1.0])}
+    >>> {path: float(value) for path, value in by_leaf(norm, x).items()}
+    {'a': 5.0, 'b': 1.0}
+    >>> {path: float(value) for path, value in by_leaf(dot, x, x).items()}
+    {'a': 25.0, 'b': 1.0}
+    """
+    _check_alike(*trees)
+    leaves = zip(*(jax.tree.leaves(tree) for tree in trees), strict=True)
+    return {path: function(*parts) for path, parts in zip(flatten(trees[0]), leaves, strict=True)}
+
+
+def wide_dtype(dtype: Any) -> jnp.dtype:
+    """The dtype that differences and sums are taken in: float64 for float64, float32 for everything else.
+
+    >>> wide_dtype("bfloat16").name
+    'float32'
+    """
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
+
+
+def leaf_type(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an array or a Python scalar, without computing.
+
+    >>> leaf_type(1.0).dtype.name
+    'float32'
+    """
+    return jax.eval_shape(jnp.asarray, leaf)
+
+
+def list_some(entries: Sequence[str], limit: int = 8) -> str:
+    """The entries of a message, one a line, the rest counted.
+
+    >>> print(list_some(["a", "b", "c"], limit=2))
+      a
+      b
+      and 1 more
+    """
+    rest = [f"and {len(entries) - limit} more"] if len(entries) > limit else []
+    return "\n".join(f"  {entry}" for entry in [*entries[:limit], *rest])
+
+
+def _wide(tree: PyTree) -> PyTree:
+    """Every leaf in its `wide_dtype`, one dtype for the whole tree."""
+    dtypes = [wide_dtype(leaf_type(leaf).dtype) for leaf in jax.tree.leaves(tree)]
+    dtype = jnp.float64 if jnp.float64 in dtypes else jnp.float32
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
+
+
+def _check_alike(*trees: PyTree) -> None:
+    """Raise unless all trees have the paths and the shapes of the first."""
+    first, *rest = ({path: leaf_type(leaf).shape for path, leaf in flatten(tree).items()} for tree in trees)
+    for shapes in rest:
+        different = [
+            f"{path}: {first.get(path, 'missing')} and {shapes.get(path, 'missing')}"
+            for path in {**first, **shapes}
+            if first.get(path) != shapes.get(path)
+        ]
+        if different:
+            raise ValueError(
+                "the trees must have the same paths and shapes, found\n"
+                f"{list_some(different)}\nselect the common leaves first (tvjax.tree.select)"
+            )

@@ -100,11 +100,15 @@ class Walk:
             self._cotangents.setdefault(index - 1, [None] * len(self.batches))[batch] = self._keep(down)
         return votes, samples
 
-    def release(self, index: int) -> None:
-        """Forgets what a stage returns and its cotangent: the walk backwards is done with them."""
-        if index + 1 < len(self._carries):
-            self._carries[index + 1] = None
-        self._cotangents.pop(index, None)
+    def release_before(self, index: int) -> None:
+        """Forgets what the stages before this one take: a walk forwards is done with them."""
+        self.carries(index)
+        self._carries[:index] = [None] * index
+
+    def release_after(self, index: int) -> None:
+        """Forgets what the stages after this one take and send back: a walk backwards is done with them."""
+        self._carries[index + 1 :] = [None] * (len(self._carries) - index - 1)
+        self._cotangents = {i: kept for i, kept in self._cotangents.items() if i <= index}
 
 
 VoteFunction = Callable[[PyTree], PyTree]

@@ -1,0 +1,145 @@
+"""Tiny random models of transformers, and what they compute in PyTorch.
+
+``python tests/models/record_goldens.py`` writes ``goldens/<case>/``: the folder that transformers saves, and
+``activations.npz`` with the inputs, the hidden states between the blocks, and the outputs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+FOLDER = Path(__file__).parent / "goldens"
+VISION = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3)
+TEXT = dict(
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    vocab_size=30,
+    max_position_embeddings=9,
+    bos_token_id=27,
+)
+
+
+def clip(vision: dict[str, Any], text: dict[str, Any]) -> torch.nn.Module:
+    config = transformers.CLIPConfig(vision_config=VISION | vision, text_config=TEXT | text, projection_dim=12)
+    return transformers.CLIPModel(config)
+
+
+def clip_vision(model_class: type, **changes: Any) -> torch.nn.Module:
+    return model_class(transformers.CLIPVisionConfig(**VISION | changes))
+
+
+def vit(**changes: Any) -> torch.nn.Module:
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**VISION | changes))
+
+
+CASES = {
+    "clip_quick_gelu": lambda: clip(
+        dict(image_size=17, patch_size=5, hidden_act="quick_gelu"), dict(eos_token_id=2, hidden_act="quick_gelu")
+    ),
+    "clip_gelu": lambda: clip(
+        dict(image_size=12, patch_size=4, hidden_act="gelu", layer_norm_eps=1e-3),
+        dict(eos_token_id=28, pad_token_id=28, hidden_act="gelu", layer_norm_eps=1e-4),
+    ),
+    "clip_vision": lambda: clip_vision(transformers.CLIPVisionModel, image_size=14, patch_size=7),
+    "clip_vision_with_projection": lambda: clip_vision(
+        transformers.CLIPVisionModelWithProjection, image_size=10, patch_size=3, projection_dim=8
+    ),
+    "clip_text_with_projection": lambda: transformers.CLIPTextModelWithProjection(
+        transformers.CLIPTextConfig(**TEXT, eos_token_id=28, projection_dim=8)
+    ),
+    "vit": lambda: vit(image_size=12, patch_size=4, id2label={i: f"class {i}" for i in range(5)}),
+    "vit_without_qkv_bias": lambda: vit(
+        image_size=11, patch_size=3, qkv_bias=False, hidden_act="gelu_new", layer_norm_eps=1e-4, num_labels=3
+    ),
+}
+
+
+def build(case: str) -> torch.nn.Module:
+    """The model of a case; its parameters are large enough that every one of them changes the outputs."""
+    model = CASES[case]().eval()
+    generator = torch.Generator().manual_seed(sorted(CASES).index(case))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name != "logit_scale":
+                offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+                parameter.copy_(offset + 0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def inputs(model: torch.nn.Module, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random inputs in tvjax's layout: images of normal noise, and texts of several lengths, padded."""
+    rng = np.random.default_rng(seed)
+    vision, text = _tower_configs(model)
+    found = {}
+    if vision is not None:
+        found["pixels"] = rng.normal(size=(3, vision.image_size, vision.image_size, 3)).astype(np.float32)
+    if text is not None:
+        lengths = np.array([9, 6, 3, 2])
+        tokens = rng.integers(3, 27, (4, 9))
+        positions = np.arange(9)
+        tokens[:, 0] = 27
+        tokens[positions == lengths[:, None] - 1] = 28
+        tokens[positions >= lengths[:, None]] = 28 if text.pad_token_id == 28 else 0
+        found["tokens"] = tokens.astype(np.int32)
+        found["mask"] = positions < lengths[:, None]
+    return found
+
+
+def activations(model: torch.nn.Module, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The hidden states before, between and after the blocks, ``<tower>_hidden/<i>``, and the outputs."""
+    arguments = {}
+    if "pixels" in given:
+        arguments["pixel_values"] = torch.from_numpy(given["pixels"].transpose(0, 3, 1, 2).copy())
+    if "tokens" in given:
+        arguments["input_ids"] = torch.from_numpy(given["tokens"]).long()
+        arguments["attention_mask"] = torch.from_numpy(given["mask"]).long()
+    with torch.no_grad():
+        if isinstance(model, transformers.CLIPModel):
+            outputs = model(**arguments, output_hidden_states=True)
+            towers = {"vision": outputs.vision_model_output, "text": outputs.text_model_output}
+            found = {
+                "image": towers["vision"].pooler_output,  # projected, not normalised
+                "text": towers["text"].pooler_output,
+                "image_normalised": outputs.image_embeds,
+                "text_normalised": outputs.text_embeds,
+                "logits_per_image": outputs.logits_per_image,
+            }
+        else:
+            outputs = model(**arguments, output_hidden_states=True)
+            name = {"pixels": "vision", "tokens": "text"}[next(iter(given))]
+            towers = {name: outputs}
+            renamed = {"image_embeds": "image", "text_embeds": "text", "logits": "logits", "pooler_output": "image"}
+            found = {renamed[key]: value for key, value in outputs.items() if key in renamed}
+    for name, tower in towers.items():
+        found |= {f"{name}_hidden/{i}": hidden for i, hidden in enumerate(tower.hidden_states)}
+    return {key: value.numpy() for key, value in found.items()}
+
+
+def _tower_configs(model: torch.nn.Module) -> tuple[Any, Any]:
+    config = model.config
+    if isinstance(model, transformers.CLIPModel):
+        return config.vision_config, config.text_config
+    return (None, config) if hasattr(config, "vocab_size") else (config, None)
+
+
+def main() -> None:
+    for case in CASES:
+        model = build(case)
+        model.save_pretrained(FOLDER / case)
+        given = inputs(model)
+        np.savez_compressed(
+            FOLDER / case / "activations.npz",
+            **{f"in/{key}": value for key, value in given.items()},
+            **{f"out/{key}": value for key, value in activations(model, given).items()},
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,16 @@
+"""Models and trees of arrays on disk."""
+
+from tvjax.checkpoints.huggingface import Pretrained, from_pretrained, save_pretrained
+from tvjax.checkpoints.processors import Processor, load_processor
+from tvjax.checkpoints.safetensors import fingerprint, load_tree, save_tree
+
+__all__ = [
+    "Pretrained",
+    "Processor",
+    "fingerprint",
+    "from_pretrained",
+    "load_processor",
+    "load_tree",
+    "save_pretrained",
+    "save_tree",
+]

@@ -1,0 +1,286 @@
+"""Models from Hugging Face folders and hub ids, and back into folders that transformers loads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from jax.typing import DTypeLike
+
+from tvjax import tree
+from tvjax.checkpoints.atomic import new_folder, replacing
+from tvjax.checkpoints.safetensors import fingerprint, open_tensors, save_tensors
+from tvjax.models.families import Family, family_of_config, family_of_settings
+from tvjax.models.key_table import find_sources, to_checkpoint
+from tvjax.models.settings import Settings
+from tvjax.stages import Model, PyTree
+
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A model with what is needed to save it again.
+
+    Attributes:
+      model: the stages and their parameters.
+      config: the config of its family.
+      name: the folder or hub id that it was read from.
+      revision: the commit of the hub repository.
+      folder: the local folder that it was read from; None for a model that was made here.
+      settings: the content of that folder's ``config.json``.
+
+    >>> from tvjax.models.vit import config, modeling
+    >>> shape = config.ViTConfig(8, 16, 1, 2, image_size=8, patch_size=4)
+    >>> made_here = Pretrained(modeling.vit(shape, modeling.init(shape, jax.random.key(0))), shape)
+    >>> made_here.params["head"]["kernel"].shape
+    (8, 2)
+    """
+
+    model: Model
+    config: Any
+    name: str = ""
+    revision: str = ""
+    folder: Path | None = None
+    settings: Settings | None = None
+
+    @property
+    def params(self) -> PyTree:
+        """The parameters of the model."""
+        return self.model.params
+
+    def with_params(self, params: PyTree) -> Pretrained:
+        """The same model with other parameters, of any of the dtypes that checkpoints have.
+
+        Raises:
+          ValueError: naming every parameter that is missing, surplus or of another shape.
+        """
+        _check_params(family_of_config(self.config), self.config, params)
+        return dataclasses.replace(self, model=self.model.replace(params=params))
+
+    def identity(self) -> dict[str, str]:
+        """Name, revision and fingerprint, as a task vector's file names the model that it belongs to."""
+        return {
+            "base_model": self.name,
+            "base_revision": self.revision,
+            "base_fingerprint": fingerprint(self.params),
+        }
+
+
+def from_pretrained(
+    source: str | os.PathLike[str], revision: str | None = None, dtype: DTypeLike = jnp.float32
+) -> Pretrained:
+    """Reads a model from a Hugging Face folder or from the hub.
+
+    Config, keys, shapes and dtypes are checked before any weight is read. The parameters keep the dtypes of the file.
+    Only safetensors are read, in one file or several with an index; no pickle is opened.
+
+    Args:
+      source: a folder with ``config.json`` and safetensors, or a hub id (``openai/clip-vit-base-patch32``).
+      revision: branch, tag or commit of the hub repository.
+      dtype: dtype that activations are computed in.
+
+    Returns:
+      The model, its config, and where they come from.
+
+    Raises:
+      ValueError: naming what is wrong and the way out.
+    """
+    folder, revision = fetch(source, revision)
+    settings = _read_json(folder / "config.json")
+    try:
+        family = family_of_settings(settings)
+        config = family.config.from_dict(settings)
+        shapes = _shapes(family, config)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    with open_tensors(*weight_files(folder)) as tensors:
+        sources = find_sources(family.keys, shapes, tensors.headers, str(folder))
+        params = tree.nest({path: jnp.asarray(s.to_ours(tensors.read(s.key))) for path, s in sources.items()})
+    return Pretrained(family.build(config, params, dtype), config, str(source), revision or "", folder, settings)
+
+
+def save_pretrained(pretrained: Pretrained, folder: str | os.PathLike[str]) -> None:
+    """Writes a model as a Hugging Face folder, with the processors of the folder that it was read from.
+
+    A new folder appears when it is complete. In a folder that holds this model already, with the same
+    ``config.json``, the weights are replaced by one rename. A killed run leaves the old or the new model.
+
+    Args:
+      pretrained: the model; ``pretrained.with_params(edited)`` for one with other parameters.
+      folder: where to.
+
+    Raises:
+      ValueError: for parameters that do not fit the config or are not finite, and for a folder with another model.
+    """
+    folder = Path(folder)
+    family = family_of_config(pretrained.config)
+    _check_params(family, pretrained.config, pretrained.params)
+    settings = _with_dtype(pretrained.settings or pretrained.config.to_dict(), pretrained.params)
+    tensors = to_checkpoint(family.keys, pretrained.params)
+    if folder.is_dir() and any(folder.iterdir()):
+        _replace_model(folder, settings, tensors)
+        _copy_processors(pretrained.folder, folder)
+        return
+    with new_folder(folder) as temporary:
+        _write_json(temporary / "config.json", settings)
+        _copy_processors(pretrained.folder, temporary)
+        save_tensors(temporary / _WEIGHTS, tensors, {"format": "pt"})
+
+
+def fetch(source: str | os.PathLike[str], revision: str | None = None) -> tuple[Path, str | None]:
+    """The local folder of a source, downloaded where it is a hub id; of that, only safetensors, JSON and text files.
+
+    Args:
+      source: a folder or a hub id.
+      revision: branch, tag or commit of the hub repository.
+
+    Returns:
+      The folder, and the commit where the source is a hub id.
+
+    Raises:
+      ValueError: for what is neither a folder nor can be downloaded.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"{folder} is a local folder, which has no revision {revision!r}: leave the revision out")
+        return folder, None
+    try:
+        snapshot = huggingface_hub.snapshot_download(
+            os.fspath(source),
+            revision=revision,
+            allow_patterns=["model.safetensors", "model-*.safetensors", "*.json", "*.txt"],
+            ignore_patterns=["*/*"],
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{os.fspath(source)!r} is no folder, and no hub id that can be downloaded: {reason}"
+        ) from error
+    return Path(snapshot), Path(snapshot).name
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a Hugging Face folder: the single one, or those that its index names.
+
+    Raises:
+      ValueError: where there are none, or the index names one that is absent.
+    """
+    if (folder / _WEIGHTS).is_file():
+        return [folder / _WEIGHTS]
+    if not (folder / _INDEX).is_file():
+        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+        raise ValueError(
+            f"{folder} has neither {_WEIGHTS} nor {_INDEX}"
+            + (f", only {', '.join(pickles)}: pickles can run code and are never opened" if pickles else "")
+            + ". Load the model with transformers where you trust it, and save it with save_pretrained"
+        )
+    shard_of = _read_json(folder / _INDEX).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(name, str) for name in shard_of.values()):
+        raise ValueError(f"{folder / _INDEX} has no weight_map from keys to files: download it again")
+    names = sorted(set(shard_of.values()))
+    absent = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+    if absent:
+        raise ValueError(f"{folder / _INDEX} names {', '.join(absent)}, which the folder lacks: download them again")
+    return [folder / name for name in names]
+
+
+def _shapes(family: Family, config: Any) -> dict[str, tuple[int, ...]]:
+    template = jax.eval_shape(lambda: family.init(config, jax.random.key(0)))
+    return {path: leaf.shape for path, leaf in tree.flatten(template).items()}
+
+
+def _check_params(family: Family, config: Any, params: PyTree) -> None:
+    expected = _shapes(family, config)
+    leaves = tree.flatten(params)
+    problems = [f"{path} is missing" for path in expected.keys() - leaves.keys()]
+    problems += [f"{path} is surplus" for path in leaves.keys() - expected.keys()]
+    problems += [
+        f"{path} is {list(leaves[path].shape)}, expected {list(shape)}"
+        for path, shape in expected.items()
+        if path in leaves and leaves[path].shape != shape
+    ]
+    problems += [
+        f"{path} is {leaf.dtype}, expected float32, float16 or bfloat16"
+        for path, leaf in leaves.items()
+        if leaf.dtype not in (jnp.float32, jnp.float16, jnp.bfloat16)
+    ]
+    if problems:
+        listed = "; ".join(sorted(problems)[:8]) + ("; ..." if len(problems) > 8 else "")
+        raise ValueError(
+            f"{len(problems)} parameters do not fit the {type(config).__name__}: {listed}. Give all parameters of the "
+            "model, those that were not edited too"
+        )
+
+
+def _with_dtype(settings: Settings, params: PyTree) -> dict[str, Any]:
+    """The settings with the dtype that transformers is to load the weights in, so that it changes no value."""
+    dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(params)}
+    return {**_without_dtypes(settings), "dtype": dtypes.pop() if len(dtypes) == 1 else "float32"}
+
+
+def _without_dtypes(settings: Settings) -> dict[str, Any]:
+    kept = {name: value for name, value in settings.items() if name not in ("dtype", "torch_dtype")}
+    return {name: _without_dtypes(value) if isinstance(value, dict) else value for name, value in kept.items()}
+
+
+def _replace_model(folder: Path, settings: Settings, tensors: Mapping[str, Any]) -> None:
+    has_weights = (folder / _WEIGHTS).is_file() or (folder / _INDEX).is_file()
+    same = (folder / "config.json").is_file() and _read_json(folder / "config.json") == settings
+    if has_weights and not same:
+        raise ValueError(
+            f"{folder} holds another model (its config.json differs), which one rename cannot replace: give "
+            "a new folder, or remove the old one"
+        )
+    if not same:
+        _write_json(folder / "config.json", settings)
+    shards = weight_files(folder) if (folder / _INDEX).is_file() and not (folder / _WEIGHTS).is_file() else []
+    save_tensors(folder / _WEIGHTS, tensors, {"format": "pt"})
+    for stale in ([folder / _INDEX, *shards]) if shards else ():
+        stale.unlink()
+
+
+def _copy_processors(source: Path | None, target: Path) -> None:
+    for name in _PROCESSOR_FILES:
+        if source and (source / name).is_file() and not (target / name).exists():
+            with replacing(target / name) as temporary:
+                shutil.copyfile(source / name, temporary)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path.parent} has no {path.name}: is it the folder of a Hugging Face model?") from error
+    except ValueError as error:  # malformed JSON or UTF-8
+        raise ValueError(f"{path} is no JSON ({error}): download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object: download it again")
+    return content
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,96 @@
+"""Tokenizers and image processors of transformers, without torch, in the layout of tvjax's models."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from tvjax.checkpoints.huggingface import fetch
+
+
+@dataclasses.dataclass(frozen=True)
+class Processor:
+    """What turns images and texts into the inputs of one model.
+
+    Attributes:
+      image_processor: transformers' image processor on its PIL backend; None where the folder has none.
+      tokenizer: transformers' tokenizer; None where the folder has none.
+      length: tokens that every text is padded or cut to.
+    """
+
+    image_processor: Any = None
+    tokenizer: Any = None
+    length: int = 77
+
+    def pixels(self, images: Sequence[Any]) -> Float[np.ndarray, "images height width 3"]:
+        """Resized, cropped and normalised images, channels last.
+
+        Args:
+          images: PIL images, or arrays ``[height, width, 3]`` of 8-bit values.
+
+        Raises:
+          ValueError: for a model without an image processor.
+        """
+        if self.image_processor is None:
+            raise ValueError("the folder has no preprocessor_config.json: copy the one of the model's original folder")
+        batch = self.image_processor(list(images), return_tensors="np")["pixel_values"]
+        return np.ascontiguousarray(np.asarray(batch, np.float32).transpose(0, 2, 3, 1))
+
+    def tokens(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Token ids and the padding mask, ``{"tokens": int32, "mask": bool}``, both ``[texts, length]``.
+
+        Raises:
+          ValueError: for a model without a tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ValueError(
+                "the folder has neither tokenizer.json nor vocab.json: copy the one of the original folder"
+            )
+        batch = self.tokenizer(
+            list(texts), padding="max_length", truncation=True, max_length=self.length, return_tensors="np"
+        )
+        return {"tokens": batch["input_ids"].astype(np.int32), "mask": batch["attention_mask"].astype(bool)}
+
+
+def load_processor(source: str | os.PathLike[str], revision: str | None = None) -> Processor:
+    """The tokenizer and the image processor of a Hugging Face folder or hub id, those that it has.
+
+    Args:
+      source: a folder or a hub id.
+      revision: branch, tag or commit of the hub repository.
+
+    Returns:
+      The processor; no code of the folder is run.
+    """
+    transformers = _import_transformers()
+    folder, _ = fetch(source, revision)
+    image_processor = tokenizer = None
+    if any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        load = transformers.AutoImageProcessor.from_pretrained
+        image_processor = load(folder, backend="pil", trust_remote_code=False)
+    if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    length = Processor.length
+    if (folder / "config.json").is_file():
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        length = (settings.get("text_config") or settings).get("max_position_embeddings", length)
+    return Processor(image_processor, tokenizer, length)
+
+
+def _import_transformers() -> Any:
+    """The package transformers, imported when it is needed and without its advice to install torch."""
+    logging.getLogger("transformers").addFilter(_is_no_torch_advice)
+    import transformers
+
+    return transformers
+
+
+def _is_no_torch_advice(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("PyTorch was not found")

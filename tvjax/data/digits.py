@@ -1,0 +1,268 @@
+"""The embedded data: scikit-learn's 1797 handwritten digits, photographed in many styles.
+
+The images are real (8 x 8 grey levels, 13 writers). They are split once into four disjoint parts, then *photographed*:
+drawn at `SIZE` x `SIZE` pixels in colour, with chance turns, shifts, inks, papers and noise. `BASE` is the family that
+the embedded models are pre-trained on; `STYLES` holds the tasks, which no pre-training has seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from functools import cache, partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tvjax.data.batches import examples
+from tvjax.stages import Batch
+
+SIZE = 16
+PIXEL_MEAN = PIXEL_STD = 0.5
+CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+TEMPLATES = (
+    "a photo of the digit {}",
+    "a photo of the number {}",
+    "the handwritten digit {}",
+    "a drawing of the number {}",
+    "the figure {} in ink on paper",
+    "a scan of a handwritten {}",
+)
+# Examples of each class in the parts that are no test images; the rest, some 500, are for the test.
+PER_CLASS = {"source": 55, "target": 55, "validation": 20}
+
+
+class Digits(NamedTuple):
+    """Images of digits with their classes.
+
+    Attributes:
+      images: ``[n, 8, 8]`` float32, the ink from 0 (none) to 1; photographs are ``[n, SIZE, SIZE, 3]``.
+      labels: ``[n]`` int32, indices of `CLASS_NAMES`.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+@cache
+def load_splits() -> dict[str, Digits]:
+    """The disjoint parts ``source``, ``target``, ``validation`` and ``test``.
+
+    Within a class the examples are ordered by the SHA-256 of their pixels and cut, so the parts depend on the images
+    alone: on no random generator, and on no order.
+
+    >>> {name: len(part.labels) for name, part in load_splits().items()}
+    {'source': 550, 'target': 550, 'validation': 200, 'test': 497}
+    """
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = (data.images / 16).astype(np.float32)
+    labels = data.target.astype(np.int32)
+    digests = [hashlib.sha256(image.tobytes()).digest() for image in images]
+    order = sorted(range(len(labels)), key=digests.__getitem__)
+    parts: dict[str, list[int]] = {name: [] for name in (*PER_CLASS, "test")}
+    for label in range(len(CLASS_NAMES)):
+        of_class = [index for index in order if labels[index] == label]
+        for name, count in PER_CLASS.items():
+            parts[name] += of_class[:count]
+            of_class = of_class[count:]
+        parts["test"] += of_class
+    return {name: Digits(images[indices], labels[indices]) for name, indices in parts.items()}
+
+
+def fingerprint(digits: Digits) -> str:
+    """The first 16 hexadecimal figures of the SHA-256 of the images and labels.
+
+    >>> fingerprint(Digits(np.zeros((1, 8, 8), np.float32), np.zeros(1, np.int32)))
+    '92f07d4ac8e7e8b8'
+    """
+    digest = hashlib.sha256(np.ascontiguousarray(digits.images, np.float32).tobytes())
+    digest.update(np.ascontiguousarray(digits.labels, np.int32).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _same(image: jax.Array, key: jax.Array) -> jax.Array:
+    return image
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """A way to photograph digits: ``style(images, key)``.
+
+    Attributes:
+      matrix: linear map of the page, ``(x, y)`` of the photograph to ``(x, y)`` of the page (mirrored, turned).
+      strokes: ``(ink, key) -> ink`` on the ink of one page, ``[SIZE, SIZE]`` from 0 to 1 (thick, hollow).
+      finish: ``(photo, key) -> photo`` on one photograph, ``[SIZE, SIZE, 3]`` from 0 to 1 (blurred, inverted).
+    """
+
+    matrix: tuple[tuple[float, float], tuple[float, float]] = ((1.0, 0.0), (0.0, 1.0))
+    strokes: Callable[[jax.Array, jax.Array], jax.Array] = _same
+    finish: Callable[[jax.Array, jax.Array], jax.Array] = _same
+
+    def __call__(self, images: np.ndarray | jax.Array, key: jax.Array) -> jax.Array:
+        """Photographs ``[n, SIZE, SIZE, 3]`` float32 of the images ``[n, 8, 8]``, one key each.
+
+        >>> BASE(np.ones((2, 8, 8), np.float32), jax.random.key(0)).shape
+        (2, 16, 16, 3)
+        """
+        if images.ndim != 3 or images.shape[1:] != (8, 8):
+            raise ValueError(
+                f"images: found shape {tuple(images.shape)}, expected [n, 8, 8], as load_splits gives them"
+            )
+        return _photographs(self, jnp.asarray(images, jnp.float32), key)
+
+
+def photograph(digits: Digits, style: Style, key: jax.Array, repeats: int = 1) -> Batch:
+    """Photographs as one batch of a CLIP's examples, ``{"pixels": [n, SIZE, SIZE, 3]}`` from -1 to 1, with labels.
+
+    Args:
+      digits: the images.
+      style: how to photograph them.
+      key: a random key.
+      repeats: photographs of each image, all different; the images in order, `repeats` times over.
+
+    >>> photograph(load_splits()["test"], BASE, jax.random.key(0)).inputs["pixels"].shape
+    (497, 16, 16, 3)
+    """
+    photos = style(np.tile(digits.images, (repeats, 1, 1)), key)
+    return examples({"pixels": (photos - PIXEL_MEAN) / PIXEL_STD}, np.tile(digits.labels, repeats), len(CLASS_NAMES))
+
+
+@partial(jax.jit, static_argnums=0)
+def _photographs(style: Style, images: jax.Array, key: jax.Array) -> jax.Array:
+    return jax.vmap(partial(_photograph, style))(images, jax.random.split(key, images.shape[0]))
+
+
+def _photograph(style: Style, image: jax.Array, key: jax.Array) -> jax.Array:
+    geometry, strokes, colours, noise, finish = jax.random.split(key, 5)
+    ink = style.strokes(_draw(image, jnp.array(style.matrix), geometry), strokes)
+    photo = style.finish(_colour(ink, colours), finish)
+    level = jax.random.uniform(noise, (), maxval=0.08)
+    return jnp.clip(photo + level * jax.random.normal(noise, photo.shape), 0.0, 1.0)
+
+
+def _draw(image: jax.Array, matrix: jax.Array, key: jax.Array) -> jax.Array:
+    """The ink on the page, ``[SIZE, SIZE]``: mildly turned, slanted, scaled and shifted, then mapped by `matrix`."""
+    angle, slant, size, shift = jax.random.split(key, 4)
+    angle = jax.random.uniform(angle, (), minval=-0.2, maxval=0.2)
+    slant = jax.random.uniform(slant, (), minval=-0.2, maxval=0.2)
+    size = jax.random.uniform(size, (2,), minval=0.7, maxval=1.0)
+    shift = jax.random.uniform(shift, (2,), minval=-0.08, maxval=0.08)
+    turn = jnp.array([[jnp.cos(angle), jnp.sin(angle)], [-jnp.sin(angle), jnp.cos(angle)]])
+    slanted = jnp.array([[jnp.ones(()), slant], [jnp.zeros(()), jnp.ones(())]])
+    to_page = jnp.diag(1 / size) @ slanted @ turn @ matrix
+    axis = (jnp.arange(SIZE) + 0.5) / SIZE - 0.5
+    x, y = jnp.meshgrid(axis, axis)
+    positions = to_page @ jnp.stack([x.ravel(), y.ravel()]) + shift[:, None]
+    fine = jnp.clip(jax.image.resize(image, (2 * SIZE, 2 * SIZE), "cubic"), 0.0, 1.0)
+    rows_columns = (positions[::-1] + 0.5) * (2 * SIZE) - 0.5
+    return jax.scipy.ndimage.map_coordinates(fine, list(rows_columns), order=1).reshape(SIZE, SIZE)
+
+
+def _colour(ink: jax.Array, key: jax.Array) -> jax.Array:
+    """The page in colour, ``[SIZE, SIZE, 3]``: dark ink on light paper."""
+    ink_key, paper_key = jax.random.split(key)
+    dark = jax.random.uniform(ink_key, (3,), maxval=0.4)
+    light = jax.random.uniform(paper_key, (3,), minval=0.6, maxval=1.0)
+    return light + ink[..., None] * (dark - light)
+
+
+def _grown(ink: jax.Array, size: int) -> jax.Array:
+    """The ink's maximum over a square of `size` pixels."""
+    return jax.lax.reduce_window(ink, -jnp.inf, jax.lax.max, (size, size), (1, 1), "SAME")
+
+
+def _smooth(photo: jax.Array, width: float) -> jax.Array:
+    """Gaussian blur of this standard deviation in pixels, the borders repeated."""
+    offsets = jnp.arange(SIZE)
+    kernel = jnp.exp(-0.5 * ((offsets[:, None] - offsets) / width) ** 2)
+    kernel = kernel / kernel.sum(1, keepdims=True)
+    return jnp.einsum("ij,jkc,lk->ilc", kernel, photo, kernel)
+
+
+def _thick(ink: jax.Array, key: jax.Array) -> jax.Array:
+    return _grown(ink, 3)
+
+
+def _hollow(ink: jax.Array, key: jax.Array) -> jax.Array:
+    return jnp.clip(1.3 * (_grown(ink, 3) - ink), 0.0, 1.0)
+
+
+def _broken(ink: jax.Array, key: jax.Array) -> jax.Array:
+    return ink * jax.random.bernoulli(key, 0.5, ink.shape)
+
+
+def _striped(ink: jax.Array, key: jax.Array) -> jax.Array:
+    start = jax.random.randint(key, (), 0, 4)
+    return jnp.maximum(ink, ((jnp.arange(SIZE) + start) % 4 < 1)[None, :] * 0.8)
+
+
+def _ruled(ink: jax.Array, key: jax.Array) -> jax.Array:
+    start = jax.random.randint(key, (), 0, 4)
+    return jnp.maximum(ink, ((jnp.arange(SIZE) + start) % 4 < 1)[:, None] * 0.8)
+
+
+def _framed(ink: jax.Array, key: jax.Array) -> jax.Array:
+    edge = jnp.arange(SIZE)
+    near = (edge < 3) | (edge >= SIZE - 3)
+    return jnp.maximum(ink, (near[:, None] | near[None, :]) * 1.0)
+
+
+def _inverted(photo: jax.Array, key: jax.Array) -> jax.Array:
+    return 1.0 - photo
+
+
+def _blurred(photo: jax.Array, key: jax.Array) -> jax.Array:
+    return _smooth(photo, 1.8)
+
+
+def _occluded(photo: jax.Array, key: jax.Array) -> jax.Array:
+    place, colour = jax.random.split(key)
+    rows, columns = jax.random.randint(place, (2,), 1, SIZE - 6)
+    index = jnp.arange(SIZE)
+    hidden = ((index >= rows) & (index < rows + 5))[:, None] & ((index >= columns) & (index < columns + 5))
+    return jnp.where(hidden[..., None], jax.random.uniform(colour, (3,)), photo)
+
+
+def _noisy(photo: jax.Array, key: jax.Array) -> jax.Array:
+    return photo + 0.35 * jax.random.normal(key, photo.shape)
+
+
+def _shaded(photo: jax.Array, key: jax.Array) -> jax.Array:
+    """Lit from one side: the other half lies in a shadow with a hard edge."""
+    angle = jax.random.uniform(key, (), maxval=2 * jnp.pi)
+    axis = jnp.arange(SIZE) - (SIZE - 1) / 2
+    side = jnp.cos(angle) * axis[None, :] + jnp.sin(angle) * axis[:, None] > 0
+    return jnp.where(side[..., None], 1.0 - photo, photo)
+
+
+def _chequered(photo: jax.Array, key: jax.Array) -> jax.Array:
+    index = jnp.arange(SIZE) // 4
+    return jnp.where(((index[:, None] + index) % 2)[..., None] == 1, 1.0 - photo, photo)
+
+
+BASE = Style()
+STYLES: dict[str, Style] = {
+    "mirrored": Style(matrix=((-1.0, 0.0), (0.0, 1.0))),
+    "upside_down": Style(matrix=((-1.0, 0.0), (0.0, -1.0))),
+    "flipped": Style(matrix=((1.0, 0.0), (0.0, -1.0))),
+    "turned": Style(matrix=((0.0, 1.0), (-1.0, 0.0))),
+    "tilted": Style(matrix=((0.6, 0.8), (-0.8, 0.6))),
+    "tiny": Style(matrix=((2.0, 0.0), (0.0, 2.0))),
+    "thick": Style(strokes=_thick),
+    "hollow": Style(strokes=_hollow),
+    "broken": Style(strokes=_broken),
+    "striped": Style(strokes=_striped),
+    "ruled": Style(strokes=_ruled),
+    "framed": Style(strokes=_framed),
+    "inverted": Style(finish=_inverted),
+    "blurred": Style(finish=_blurred),
+    "occluded": Style(finish=_occluded),
+    "noisy": Style(finish=_noisy),
+    "shaded": Style(finish=_shaded),
+    "chequered": Style(finish=_chequered),
+}

@@ -1,0 +1,149 @@
+"""Fine-tuning: the baseline that transport is compared with, and the source of task vectors."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from tvjax import tree
+from tvjax.evaluate.accuracy import accuracy
+from tvjax.stages import Batch, Model, PyTree
+
+Optimiser = Callable[[Array], optax.GradientTransformation]
+
+
+class FineTuned(NamedTuple):
+    """What fine-tuning arrived at.
+
+    Attributes:
+      params: the parameters; trained leaves are float32.
+      learning_rate: the learning rate that was kept.
+      steps: after how many steps.
+      accuracy: its accuracy on the validation data, from 0 to 1; None without any.
+      losses: mean loss of each of those steps.
+    """
+
+    params: PyTree
+    learning_rate: float
+    steps: int
+    accuracy: float | None
+    losses: np.ndarray
+
+
+def fine_tune(
+    model: Model,
+    examples: Batch,
+    *,
+    steps: int,
+    key: Array,
+    learning_rates: Sequence[float] = (1e-3,),
+    optimiser: Optimiser = optax.adam,
+    batch_size: int | None = None,
+    trainable: Sequence[str] = ("*",),
+    validation: Batch | Sequence[Batch] = (),
+    checkpoints: int = 1,
+) -> FineTuned:
+    """Trains the chosen leaves on labelled examples with the model's loss.
+
+    The learning rate and the number of steps are those of the greatest validation accuracy; ties go to the smaller
+    learning rate, then to fewer steps. The steps between two checkpoints are one compiled scan over examples that
+    stay on the device, so that another learning rate compiles nothing.
+
+    Args:
+      model: has a loss.
+      examples: all training examples, with labels.
+      steps: number of steps, a multiple of `checkpoints`.
+      key: a random key, for the order of the examples.
+      learning_rates: those to try.
+      optimiser: learning rate to optax transformation; the same function object compiles once.
+      batch_size: examples of each step, drawn with replacement; None: all examples at every step.
+      trainable: path patterns (`fnmatch`) of the leaves to train; the others stay as they are.
+      validation: labelled batches to choose by; may be empty where there is one candidate only.
+      checkpoints: how many numbers of steps to choose from, evenly spaced up to `steps`.
+
+    Returns:
+      The parameters and how they were found.
+
+    Raises:
+      ValueError: for examples without labels, patterns that match no leaf, no steps, or several candidates without
+        validation data.
+    """
+    if examples.labels is None:
+        raise ValueError("examples: found no labels, which the loss needs")
+    if steps < 1 or checkpoints < 1 or steps % checkpoints:
+        raise ValueError(f"steps: found {steps}, expected a positive multiple of checkpoints ({checkpoints})")
+    validation = [validation] if isinstance(validation, Batch) else list(validation)
+    if not learning_rates or (len(learning_rates) * checkpoints > 1 and not validation):
+        raise ValueError(
+            f"found {len(learning_rates)} learning rates and {checkpoints} checkpoints, expected validation data to "
+            "choose among several, and at least one of each"
+        )
+    leaves = tree.flatten(model.params)
+    trained = {
+        path: jnp.asarray(leaf, jnp.float32)
+        for path, leaf in leaves.items()
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and any(fnmatch.fnmatchcase(path, pattern) for pattern in trainable)
+    }
+    if not trained:
+        raise ValueError(f"trainable: no floating leaf matches {list(trainable)}; leaves are {list(leaves)[:8]}, ...")
+
+    best: FineTuned | None = None
+    for learning_rate in sorted(learning_rates):
+        rate = jnp.float32(learning_rate)
+        params, state, losses = trained, optimiser(rate).init(trained), np.zeros(0)
+        for checkpoint, checkpoint_key in enumerate(jax.random.split(key, checkpoints), start=1):
+            params, state, part = _train(
+                optimiser, steps // checkpoints, batch_size, model, params, state, rate, examples, checkpoint_key
+            )
+            losses = np.concatenate([losses, np.asarray(part)])
+            merged = _merge(model.params, params)
+            score = accuracy(model.replace(params=merged), validation).fraction if validation else None
+            if best is None or (score is not None and best.accuracy is not None and score > best.accuracy):
+                best = FineTuned(merged, float(learning_rate), checkpoint * (steps // checkpoints), score, losses)
+    assert best is not None
+    return best
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _train(
+    optimiser: Optimiser,
+    steps: int,
+    batch_size: int | None,
+    model: Model,
+    trained: dict[str, Array],
+    state: optax.OptState,
+    learning_rate: Float[Array, ""],
+    examples: Batch,
+    key: Array,
+) -> tuple[dict[str, Array], optax.OptState, Float[Array, " steps"]]:
+    transformation = optimiser(learning_rate)
+    count = examples.labels.shape[0]
+
+    def loss(trained: dict[str, Array], batch: Batch) -> Float[Array, ""]:
+        outputs = model.replace(params=_merge(model.params, trained))(batch.inputs)
+        return model.loss(model.loss_params, outputs, batch.labels).mean()
+
+    def step(carry: PyTree, step_key: Array) -> tuple[PyTree, Float[Array, ""]]:
+        trained, state = carry
+        batch = examples
+        if batch_size is not None:
+            chosen = jax.random.randint(step_key, (batch_size,), 0, count)
+            batch = jax.tree.map(lambda leaf: leaf[chosen], examples)
+        value, gradient = jax.value_and_grad(loss)(trained, batch)
+        updates, state = transformation.update(gradient, state, trained)
+        return (optax.apply_updates(trained, updates), state), value
+
+    (trained, state), losses = jax.lax.scan(step, (trained, state), jax.random.split(key, steps))
+    return trained, state, losses
+
+
+def _merge(params: PyTree, trained: dict[str, Array]) -> PyTree:
+    return tree.map_with_path(lambda path, leaf: trained.get(path, leaf), params)

@@ -1,0 +1,56 @@
+"""The scale of a task vector, chosen on validation data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from tvjax.arithmetic import apply
+from tvjax.evaluate.accuracy import accuracy
+from tvjax.stages import Batch, Model, PyTree
+
+
+class ChosenScale(NamedTuple):
+    """The best scale of a grid.
+
+    Attributes:
+      scale: the scale of the greatest accuracy, the smallest of those that tie.
+      accuracy: its accuracy, from 0 to 1.
+      scales: the grid, sorted.
+      curve: accuracy at every scale of the grid.
+    """
+
+    scale: float
+    accuracy: float
+    scales: np.ndarray
+    curve: np.ndarray
+
+
+def choose_scale(model: Model, tau: PyTree, scales: Sequence[float], batches: Batch | Iterable[Batch]) -> ChosenScale:
+    """The scale at which ``theta + scale * tau`` is most accurate; ties go to the smallest.
+
+    Nothing is compiled anew from one scale to the next, and only one edited model is alive at a time.
+
+    Args:
+      model: returns logits, or has a zero-shot head.
+      tau: a task vector of its parameters.
+      scales: the grid, such as 0 to 1 by 0.05.
+      batches: labelled validation data.
+
+    Returns:
+      The scale, its accuracy and the whole curve.
+
+    Raises:
+      ValueError: for an empty grid, or values that are not finite.
+    """
+    grid = np.unique(np.asarray(scales, np.float64))
+    if not grid.size or not np.isfinite(grid).all():
+        raise ValueError(f"scales: found {list(scales)}, expected at least one finite number")
+    batches = [batches] if isinstance(batches, Batch) else list(batches)
+    curve = np.array(
+        [accuracy(model.replace(params=apply(model.params, tau, float(s))), batches).fraction for s in grid]
+    )
+    best = int(curve.argmax())
+    return ChosenScale(float(grid[best]), float(curve[best]), grid, curve)

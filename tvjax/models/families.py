@@ -1,0 +1,68 @@
+"""The families of models by the ``model_type`` of a Hugging Face ``config.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from tvjax.models.clip import config as clip_config
+from tvjax.models.clip import modeling as clip_modeling
+from tvjax.models.clip import params as clip_params
+from tvjax.models.key_table import KeyTable
+from tvjax.models.settings import Settings
+from tvjax.models.vit import config as vit_config
+from tvjax.models.vit import modeling as vit_modeling
+from tvjax.models.vit import params as vit_params
+from tvjax.stages import Model, PyTree
+
+
+class Family(NamedTuple):
+    """What a family of models consists of.
+
+    Attributes:
+      config: its config class, with ``from_dict`` and ``to_dict``.
+      init: ``(config, key) -> params``.
+      build: ``(config, params, dtype) -> Model``.
+      keys: its key table.
+    """
+
+    config: type[Any]
+    init: Callable[[Any, Any], PyTree]
+    build: Callable[..., Model]
+    keys: KeyTable
+
+
+CLIP = Family(clip_config.CLIPConfig, clip_modeling.init, clip_modeling.clip, clip_params.KEYS)
+VIT = Family(vit_config.ViTConfig, vit_modeling.init, vit_modeling.vit, vit_params.KEYS)
+FAMILIES = {"clip": CLIP, "clip_vision_model": CLIP, "clip_text_model": CLIP, "vit": VIT}
+
+
+def family_of_settings(settings: Settings) -> Family:
+    """The family that a ``config.json`` names.
+
+    Raises:
+      ValueError: for a ``model_type`` that is missing or not supported.
+
+    >>> family_of_settings({"model_type": "clip"}).config.__name__
+    'CLIPConfig'
+    """
+    model_type = settings.get("model_type")
+    if model_type not in FAMILIES:
+        raise ValueError(f"model_type {model_type!r} is not supported, only {sorted(FAMILIES)}")
+    return FAMILIES[model_type]
+
+
+def family_of_config(config: Any) -> Family:
+    """The family that a config is of.
+
+    Raises:
+      ValueError: for an object that is no family's config.
+
+    >>> family_of_config(vit_config.ViTConfig()).build.__name__
+    'vit'
+    """
+    for family in FAMILIES.values():
+        if isinstance(config, family.config):
+            return family
+    names = sorted({family.config.__name__ for family in FAMILIES.values()})
+    raise ValueError(f"no family has configs of type {type(config).__name__}: expected one of {names}")

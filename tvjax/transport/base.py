@@ -1,0 +1,241 @@
+"""What a transport is: links of pure functions, chained; a fitted state; and applying it to a task vector.
+
+A transport is fitted once on a pair of models and applied to as many task vectors as one likes:
+
+    rebase = chain(bico(), gradfix(), scale_by(1.5))
+    state = fit(rebase, source, target, batches)
+    edited = apply(target.params, rebase.apply(state, tau))
+
+The state is a pytree: maps and masks are its leaves, and the rule of each parameter (which source leaf, seen how,
+through which maps) is static. So ``jit(rebase.apply)`` works, and so do `vmap` over task vectors and `grad`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tvjax import tree
+from tvjax.capture.views import View
+
+PyTree = Any
+Flat = dict[str, jax.Array]
+
+
+class Piece(NamedTuple):
+    """One way in which a leaf is used, in both models, and the maps of its two sides (None: identity)."""
+
+    kind: str
+    source_view: View
+    target_view: View
+    inner: str | None
+    outer: str | None
+
+
+class Rule(NamedTuple):
+    """What one link does to one leaf of the target.
+
+    Attributes:
+      target: path in the target model.
+      source: path in the space that the link takes its task vectors from; "" where nothing corresponds.
+      action: ``rotated``, ``masked``, ``shifted``, ``passed through``, ``zeroed by rule`` or ``unmatched``.
+      shape: of the target leaf.
+      source_shape: of the source leaf.
+      pieces: the uses of a rotated leaf.
+      why: one phrase where the action is not the link's ordinary one.
+    """
+
+    target: str
+    source: str
+    action: str
+    shape: tuple[int, ...]
+    source_shape: tuple[int, ...]
+    pieces: tuple[Piece, ...] = ()
+    why: str = ""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("arrays", "measures"), meta_fields=("link", "rules"))
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The fitted state of one link.
+
+    Attributes:
+      link: its name.
+      arrays: maps, masks and the like, by name.
+      measures: numbers for the report (rank, residual, ties ...), by the names of the arrays.
+      rules: one for each leaf of the target.
+    """
+
+    link: str
+    arrays: dict[str, PyTree]
+    measures: dict[str, dict[str, jax.Array]]
+    rules: tuple[Rule, ...]
+
+    def merge(self, other: Part) -> Part:
+        """Both parts in one: the stages of a model, put together."""
+        return Part(
+            self.link, self.arrays | other.arrays, self.measures | other.measures, self.rules + other.rules
+        )
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=("parts",), meta_fields=("structure", "paths", "sources", "notes")
+)
+@dataclasses.dataclass(frozen=True)
+class State:
+    """A fitted transport.
+
+    Attributes:
+      parts: one for each link of the chain.
+      structure: tree structure of the target's parameters; None for a state read from a file of nested dicts.
+      paths: the target's leaves, in the order of the structure.
+      sources: the source's leaves; those of layers that the depth pairing drops go nowhere.
+      notes: what a user should know (rows fewer than dimensions, layers that were dropped, the task of the labels).
+    """
+
+    parts: tuple[Part, ...]
+    structure: Any
+    paths: tuple[str, ...]
+    sources: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+class Reads(NamedTuple):
+    """What a link needs while it is fitted."""
+
+    activations: bool = False
+    gradients: bool = False  # implies labels and a loss
+    source: bool = True
+
+
+class Link(NamedTuple):
+    """One link of a transport: a pair of pure functions and what they need.
+
+    Attributes:
+      name: of the method.
+      space: ``"bridge"`` (from the source's parameters to the target's), ``"target"`` (within the target's) or
+        ``"any"``.
+      reads: what `fit` looks at.
+      fit: ``(pair) -> Part`` for one pair of stages (`tvjax.transport.fit.Pair`).
+      transform: ``(part, flat task vector) -> flat task vector``.
+      same_shapes: whether source and target leaf must have one shape.
+    """
+
+    name: str
+    space: Literal["bridge", "target", "any"]
+    reads: Reads
+    fit: Callable[[Any], Part]
+    transform: Callable[[Part, Flat], Flat]
+    same_shapes: bool = False
+
+
+class Transport(NamedTuple):
+    """A chain of links; made by `theseus`, `bico`, `gradfix`, ..., and joined by `chain`."""
+
+    links: tuple[Link, ...]
+
+    @property
+    def name(self) -> str:
+        """Names of the links, joined by ``+``."""
+        return "+".join(link.name for link in self.links)
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether fitting needs labels and a loss."""
+        return any(link.reads.gradients for link in self.links)
+
+    def apply(self, state: State, tau: PyTree) -> PyTree:
+        """The task vector in the target's parameters.
+
+        Args:
+          state: what `fit` returned for this transport.
+          tau: task vector of the source model, or of a subtree of it; None leaves are not covered.
+
+        Returns:
+          Float32 task vector over the target leaves whose source leaf `tau` covers: in the structure of the target's
+          parameters where it covers them all, else as nested dicts.
+
+        Raises:
+          ValueError: a state of another transport; a leaf that the source does not have, or of another shape.
+        """
+        names = tuple(part.link for part in state.parts)
+        if names != tuple(link.name for link in self.links):
+            raise ValueError(f"this state was fitted for {'+'.join(names)}, not for {self.name}")
+        flat = {path: jnp.asarray(leaf, jnp.float32) for path, leaf in tree.flatten(tau).items()}
+        _check_task_vector(state, flat)
+        for link, part in zip(self.links, state.parts, strict=True):
+            flat = link.transform(part, flat)
+        if state.structure is not None and set(flat) == set(state.paths):
+            return jax.tree.unflatten(state.structure, [flat[path] for path in state.paths])
+        return tree.nest(flat)
+
+
+def chain(*transports: Transport) -> Transport:
+    """Transports one after another: the task vector goes through the first, then the second, and so on.
+
+    Raises:
+      ValueError: a link that works in the source's parameters after one that works in the target's.
+
+    >>> from tvjax.transport import bico, gradfix, scale_by
+    >>> chain(bico(), gradfix(), scale_by(1.5)).name
+    'bico+gradfix+scale_by'
+    """
+    links = tuple(link for transport in transports for link in transport.links)
+    if not links:
+        raise ValueError("chain() needs at least one transport; identity() is the one that does nothing")
+    in_target: str | None = None
+    for link in links:
+        if link.space == "bridge" and in_target is not None:
+            raise ValueError(
+                f"{link.name} takes task vectors of the source model, but after {in_target} they are the target's: "
+                f"put {link.name} first"
+            )
+        if link.space != "any":
+            in_target = link.name
+    names = [link.name for link in links if link.reads != Reads(source=False)]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name} stands twice in one chain: its second pass would be fitted like the first")
+    return Transport(links)
+
+
+def scale_by(factor: float | jax.Array) -> Transport:
+    """Multiplies the task vector by a number."""
+
+    def transform(part: Part, flat: Flat) -> Flat:
+        return {path: leaf * jnp.asarray(factor, jnp.float32) for path, leaf in flat.items()}
+
+    return Transport((Link("scale_by", "any", Reads(source=False), _nothing_to_fit("scale_by"), transform),))
+
+
+def identity() -> Transport:
+    """Leaves the task vector as it is: naive addition, the baseline of every table. Same shapes on both sides."""
+    fit = _nothing_to_fit("identity")
+    return Transport((Link("identity", "any", Reads(source=False), fit, lambda part, flat: flat),))
+
+
+def _nothing_to_fit(name: str) -> Callable[[Any], Part]:
+    def fit(pair: Any) -> Part:
+        return Part(name, {}, {}, ())
+
+    return fit
+
+
+def _check_task_vector(state: State, flat: Mapping[str, jax.Array]) -> None:
+    expected = {rule.source: rule.source_shape for rule in state.parts[0].rules if rule.source}
+    if not expected:
+        return
+    problems = []
+    for path, leaf in flat.items():
+        if path in expected and expected[path] != tuple(leaf.shape):
+            problems.append(f"{path}: shape {tuple(leaf.shape)}, the source has {expected[path]}")
+        elif path not in expected and path not in state.sources:
+            problems.append(f"{path}: no such leaf in the source model")
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise ValueError(f"this task vector is not one of the source model: {shown}")

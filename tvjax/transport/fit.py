@@ -1,0 +1,403 @@
+"""Fitting a transport: two models walked side by side, one pair of stages at a time.
+
+For every stage of the target its partner in the source is found (depth pairing), both are run on the same calibration
+rows with their sites observed, every link of the chain reduces what it needs to maps and masks, and what was observed
+is dropped. Transports that read gradients are walked from the last stage to the first, others from the first on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tvjax import tree
+from tvjax.align import depth as layers
+from tvjax.align import tokens as token_alignment
+from tvjax.capture import SiteTable, check_gradient_identity
+from tvjax.stages import Batch, Model, Rows, Stage, layer_groups, owner_paths
+from tvjax.transport.base import Flat, Part, State, Transport
+from tvjax.walk import Walk, differentiable
+
+PyTree = Any
+Batches = Iterable[Batch | tuple[Batch, Batch]]
+Progress = Callable[[int, int, str], None]
+
+
+class Leaf(NamedTuple):
+    """A leaf of a target stage and its partner.
+
+    Attributes:
+      local: path within the stage.
+      target: path in the target model.
+      source: path in the source model, None where the source stage has no such leaf.
+      shape: of the target leaf.
+      source_shape: of the source leaf, () where there is none.
+    """
+
+    local: str
+    target: str
+    source: str | None
+    shape: tuple[int, ...]
+    source_shape: tuple[int, ...]
+
+
+class Pair:
+    """A stage of the target and its partner in the source, with the calibration rows of both.
+
+    Attributes:
+      source: the source model on the calibration rows.
+      source_index: position of the stage in the source.
+      target: the target model on the calibration rows.
+      target_index: position of the stage in the target.
+      tokens: token alignment mode.
+      board: what links leave for stages that are visited later (sums over tied leaves).
+    """
+
+    def __init__(
+        self, source: Walk, source_index: int, target: Walk, target_index: int, tokens: str, board: dict[str, Any]
+    ):
+        self.source, self.source_index = source, source_index
+        self.target, self.target_index = target, target_index
+        self.tokens, self.board = tokens, board
+        self.name = target.model.stages[target_index].name
+        self.batches = len(target.batches)
+        self.source_rows = source.model.stages[source_index].rows
+        self.target_rows = target.model.stages[target_index].rows
+
+    @cached_property
+    def source_leaves(self) -> dict[str, jax.Array]:
+        """The parameters of the source stage by local path."""
+        return tree.flatten(self.source.params(self.source_index))
+
+    @cached_property
+    def target_leaves(self) -> dict[str, jax.Array]:
+        """The parameters of the target stage by local path."""
+        return tree.flatten(self.target.params(self.target_index))
+
+    @cached_property
+    def source_table(self) -> SiteTable:
+        """The sites of the source stage."""
+        return self.source.table(self.source_index)
+
+    @cached_property
+    def target_table(self) -> SiteTable:
+        """The sites of the target stage."""
+        return self.target.table(self.target_index)
+
+    @cached_property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """The floating leaves that the target stage owns, with their partners."""
+        model, stage = self.target.model, self.target.model.stages[self.target_index]
+        theirs = owner_paths(self.source.model.stages[self.source_index], self.source.model.params)
+        owned = _owned(model)
+        return tuple(
+            Leaf(
+                local,
+                path,
+                theirs.get(local),
+                tuple(jnp.shape(self.target_leaves[local])),
+                tuple(jnp.shape(self.source_leaves[local])) if local in theirs else (),
+            )
+            for local, path in owner_paths(stage, model.params).items()
+            if owned[path] == stage.name and jnp.issubdtype(jnp.result_type(self.target_leaves[local]), jnp.floating)
+        )
+
+
+def fit(
+    transport: Transport,
+    source: Model,
+    target: Model,
+    batches: Batches | Mapping[str, Batches],
+    *,
+    depth: str | Sequence[int] | Mapping[str, str | Sequence[int]] = "uniform",
+    tokens: token_alignment.Mode = "interpolate",
+    check: bool = False,
+    host: bool = False,
+    task: str = "",
+    progress: Progress | None = None,
+) -> State:
+    """Fits a transport on a pair of models.
+
+    Args:
+      transport: what to fit.
+      source: the model that task vectors come from.
+      target: the model that they go to.
+      batches: calibration batches: `Batch`es that both models take, or pairs ``(for the source, for the target)`` of
+        views of the same examples; or a mapping from link names to such, for links that draw on different examples.
+        Labels where a link reads gradients.
+      depth: which source layer a target layer is paired with: ``"uniform"``, ``"cka"`` (the monotone pairing that
+        maximises linear CKA of the residual streams), or a list of source layers; or a mapping from groups to these.
+      tokens: how rows are matched where the models see different tokens: ``"interpolate"``, ``"class_token"``, ``"mean"``.
+      check: verify the gradient identity once for each kind of target stage before fitting.
+      host: keep residual streams in host memory.
+      task: name of the task whose labels are used; noted in the state.
+      progress: called with (stages done, stages in all, name of the stage).
+
+    Returns:
+      The state, a pytree.
+
+    Raises:
+      ValueError: models that cannot be matched, missing labels or loss, no rows; the message names what and where.
+    """
+    parts: tuple[Part, ...] | None = None
+    stream = _Fit(transport, source, target, batches, depth, tokens, check, host, task, progress)
+    for _, found in stream:
+        parts = found if parts is None else tuple(a.merge(b) for a, b in zip(parts, found, strict=True))
+    assert parts is not None
+    return stream.state(parts)
+
+
+def transport_stages(
+    transport: Transport,
+    source: Model,
+    target: Model,
+    batches: Batches | Mapping[str, Batches],
+    taus: Sequence[PyTree],
+    *,
+    depth: str | Sequence[int] | Mapping[str, str | Sequence[int]] = "uniform",
+    tokens: token_alignment.Mode = "interpolate",
+    check: bool = False,
+    host: bool = False,
+    task: str = "",
+    progress: Progress | None = None,
+) -> list[PyTree]:
+    """Fits a transport and applies it to task vectors stage by stage, dropping the maps of a stage once it is done.
+
+    The same as ``[transport.apply(fit(...), tau) for tau in taus]`` without ever holding the maps of two stages.
+
+    Args:
+      transport: what to fit.
+      source: the model that task vectors come from.
+      target: the model that they go to.
+      batches: as in `fit`.
+      taus: task vectors of the source.
+      depth: as in `fit`.
+      tokens: as in `fit`.
+      check: as in `fit`.
+      host: as in `fit`.
+      task: as in `fit`.
+      progress: as in `fit`.
+
+    Returns:
+      The transported task vectors.
+    """
+    stream = _Fit(transport, source, target, batches, depth, tokens, check, host, task, progress)
+    flats = [{path: jnp.asarray(leaf, jnp.float32) for path, leaf in tree.flatten(tau).items()} for tau in taus]
+    moved: list[Flat] = [{} for _ in taus]
+    for pair, found in stream:
+        sources = {leaf.source for leaf in pair.leaves}
+        state = stream.state(found)
+        for result, flat in zip(moved, flats, strict=True):
+            piece = transport.apply(state, tree.nest({path: leaf for path, leaf in flat.items() if path in sources}))
+            result.update(tree.flatten(piece))
+    paths = list(tree.flatten(target.params))
+    return [
+        jax.tree.unflatten(jax.tree.structure(target.params), [flat[path] for path in paths])
+        if set(flat) == set(paths)
+        else tree.nest(flat)
+        for flat in moved
+    ]
+
+
+class _Fit:
+    """Checks everything that can be checked before any compute, then yields the parts of one pair after another."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        source: Model,
+        target: Model,
+        batches: Any,
+        depth: Any,
+        tokens: str,
+        check: bool,
+        host: bool,
+        task: str,
+        progress: Progress | None,
+    ):
+        self.transport, self.source, self.target = transport, source, target
+        self.tokens, self.check, self.task, self.progress = tokens, check, task, progress
+        _check_models(transport, source, target)
+        self.walks = [self._walks(link.name, link.reads, batches, host) for link in transport.links]
+        walks = next((w for w in self.walks if w is not None), None)
+        self.pairing = _pair_stages(source, target, depth, walks, tokens)
+
+    def _walks(self, name: str, reads: Any, batches: Any, host: bool) -> tuple[Walk, Walk] | None:
+        if not reads.activations and not reads.gradients:
+            return None
+        if isinstance(batches, Mapping):
+            if name not in batches:
+                raise ValueError(f"no calibration batches for {name}: found batches for {sorted(batches)}")
+            batches = batches[name]
+        key = id(batches)
+        known = self.__dict__.setdefault("_known", {})
+        if key not in known:
+            views = [_views(batch) for batch in batches]
+            _check_batches(name, views)
+            known[key] = batches, tuple(Walk(m, [v[i] for v in views], host) for i, m in enumerate((self.source, self.target)))
+        walks = known[key][1]
+        if reads.gradients and any(batch.labels is None for walk in walks for batch in walk.batches):
+            raise ValueError(f"{name} reads gradients, so its calibration batches need labels: Batch(inputs, labels)")
+        return walks
+
+    def __iter__(self) -> Iterator[tuple[Pair, tuple[Part, ...]]]:
+        if self.check:
+            _check_stages(next(w for w in self.walks if w is not None)[1])
+        order = list(enumerate(self.pairing))
+        if self.transport.needs_gradients:
+            order.reverse()
+        boards: list[dict[str, Any]] = [{} for _ in self.walks]
+        bare = Walk(self.source, []), Walk(self.target, [])
+        for done, (target_index, source_index) in enumerate(order):
+            parts = []
+            for link, walks, board in zip(self.transport.links, self.walks, boards, strict=True):
+                a, b = walks or bare
+                pair = Pair(a, source_index, b, target_index, self.tokens, board)
+                parts.append(link.fit(pair))
+            if self.progress is not None:
+                self.progress(done + 1, len(order), pair.name)
+            yield pair, tuple(parts)
+            rest = order[done + 1 :]
+            for walks in filter(None, self.walks if rest else ()):
+                for walk, needed in zip(walks, ([s for _, s in rest], [t for t, _ in rest]), strict=True):
+                    if self.transport.needs_gradients:
+                        walk.release_after(max(needed))
+                    else:
+                        walk.release_before(min(needed))
+
+    def state(self, parts: tuple[Part, ...]) -> State:
+        paths = tuple(tree.flatten(self.target.params))
+        notes = []
+        for part in parts:
+            short = [n for n, m in part.measures.items() if "rank" in m and _is_short(part.arrays[n], m["rows"])]
+            if short:
+                rows = int(part.measures[short[0]]["rows"])
+                notes.append(
+                    f"{part.link}: {len(short)} of {len(part.arrays)} maps have fewer calibration rows ({rows} at "
+                    f"{short[0]}) than dimensions, so they are not unique; the data determine only part of them"
+                )
+        if self.task:
+            notes.append(f"fitted with the labels of {self.task}: for another task, fit again")
+        return State(parts, jax.tree.structure(self.target.params), paths, tuple(tree.flatten(self.source.params)), tuple(notes))
+
+
+def _is_short(rotation: Any, rows: jax.Array) -> bool:
+    return float(rows) < min(rotation.left.shape[-2], rotation.right.shape[-1])
+
+
+def _views(batch: Any) -> tuple[Batch, Batch]:
+    if isinstance(batch, Batch):
+        return batch, batch
+    if isinstance(batch, tuple) and len(batch) == 2 and all(isinstance(view, Batch) for view in batch):
+        return batch[0], batch[1]
+    raise ValueError(
+        f"a calibration batch is a Batch, or a pair of Batches (for the source, for the target); found {type(batch).__name__}"
+    )
+
+
+def _check_batches(name: str, views: list[tuple[Batch, Batch]]) -> None:
+    if not views:
+        raise ValueError(f"{name} needs calibration batches, found none (an iterator that was used up before?)")
+    for number, view in enumerate(views):
+        sizes = [jax.tree.leaves(batch.inputs)[0].shape[0] for batch in view]
+        if sizes[0] != sizes[1] or sizes[0] == 0:
+            raise ValueError(f"calibration batch {number}: {sizes[0]} examples for the source, {sizes[1]} for the target")
+        for batch in view:
+            for leaf in jax.tree.leaves(batch.inputs):
+                if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.all(jnp.isfinite(leaf))):
+                    raise ValueError(f"calibration batch {number} holds NaN or infinite inputs")
+
+
+def _check_models(transport: Transport, source: Model, target: Model) -> None:
+    if transport.needs_gradients:
+        reads_source = any(link.reads.gradients and link.reads.source for link in transport.links)
+        for name, model in (("source", source), ("target", target)):
+            if not model.has_loss and (name == "target" or reads_source):
+                raise ValueError(f"{transport.name} reads gradients, but the {name} model has no loss: Model.with_loss(...)")
+    first = next((link for link in transport.links if link.space != "any"), None)
+    if first is None or first.same_shapes:
+        mine, theirs = tree.flatten(target.params), tree.flatten(source.params)
+        for path, leaf in mine.items():
+            if path in theirs and jnp.shape(theirs[path]) != jnp.shape(leaf):
+                raise ValueError(
+                    f"{transport.name} needs models of one shape: {path} is {tuple(jnp.shape(theirs[path]))} in the source "
+                    f"and {tuple(jnp.shape(leaf))} in the target; put theseus() or bico() first, they move across widths"
+                )
+
+
+def _pair_stages(source: Model, target: Model, depth: Any, walks: tuple[Walk, Walk] | None, tokens: str) -> list[int]:
+    """For each stage of the target the index of its partner in the source."""
+    theirs, mine = layer_groups(source), layer_groups(target)
+    missing = [name for name in mine if name not in theirs]
+    if missing:
+        raise ValueError(
+            f"the target's stages {missing} have no partner in the source, whose stages are {sorted(theirs)}: "
+            "transport between models of one family, or take their common tower"
+        )
+    partners: list[int] = []
+    for stage in target.stages:
+        name = stage.group or stage.name
+        position = mine[name].index(stage)
+        rule = depth.get(name, "uniform") if isinstance(depth, Mapping) else depth
+        if len(mine[name]) == 1 and len(theirs[name]) == 1:
+            rule = "uniform"
+        if rule == "cka":
+            if walks is None:
+                raise ValueError("depth='cka' compares activations: this transport reads none")
+            rule = _cka_pairing(walks, theirs[name], mine[name], tokens)
+            depth = {**(depth if isinstance(depth, Mapping) else {}), name: rule}
+        chosen = layers.pair_layers(len(theirs[name]), len(mine[name]), rule)[position]
+        partners.append(source.stages.index(theirs[name][chosen]))
+    return partners
+
+
+def _cka_pairing(walks: tuple[Walk, Walk], theirs: Sequence[Stage], mine: Sequence[Stage], tokens: Any) -> tuple[int, ...]:
+    """The monotone pairing that maximises linear CKA of what the layers return, on the first batch."""
+    features = []
+    for walk, stages in zip(walks, (theirs, mine), strict=True):
+        carries = [walk.carries(walk.model.stages.index(stage) + 1)[0] for stage in stages]
+        features.append([differentiable(carry)[0][0] for carry in carries])
+    a, b = features[0][0], features[1][0]
+    operators = token_alignment.Alignment()
+    if a.ndim == 3:
+        operators = token_alignment.alignment(theirs[0].rows, mine[0].rows, a.shape[1], b.shape[1], tokens)
+
+    def flat(hidden: jax.Array, operator: Any) -> jax.Array:
+        hidden = token_alignment.align(operator, hidden)[0] if hidden.ndim == 3 else hidden
+        return hidden.reshape(-1, hidden.shape[-1])
+
+    rows = [[flat(h, operator) for h in side] for side, operator in zip(features, operators, strict=True)]
+    similarity = np.array([[float(layers.linear_cka(x, y)) for y in rows[1]] for x in rows[0]])
+    return layers.monotone_pairing(similarity)
+
+
+def _check_stages(walk: Walk) -> None:
+    """The gradient identity, once for each function of a stage."""
+    seen = set()
+    for index, stage in enumerate(walk.model.stages):
+        if stage.function in seen:
+            continue
+        seen.add(stage.function)
+        carry = walk.carries(index)[0]
+
+        def loss(params: PyTree, carry: PyTree, function: Any = stage.function) -> jax.Array:
+            return sum((jnp.sum(jnp.sin(x.astype(jnp.float32))) for x in differentiable(function(params, carry))[0]), jnp.float32(0))
+
+        try:
+            check_gradient_identity(loss, walk.params(index), carry)
+        except ValueError as error:
+            raise ValueError(f"stage {stage.name}: {error}") from None
+
+
+def _owned(model: Model) -> dict[str, str]:
+    """For each leaf the name of the first stage that takes it: its owner."""
+    owner: dict[str, str] = {}
+    for stage in model.stages:
+        for path in owner_paths(stage, model.params).values():
+            owner.setdefault(path, stage.name)
+    return owner

@@ -1,0 +1,221 @@
+"""Rotating kernels between two models: what Theseus and BiCo share.
+
+At each site the input side and the output side of a kernel have a map each, ``R_in [d_in_A, d_in_B]`` and
+``R_out [d_out_A, d_out_B]``, the polar factors of cross-moments of what the two models see there:
+
+=========  ===========================================
+leaf       transported
+=========  ===========================================
+kernel     ``R_in^T K R_out``
+bias       ``b R_out``
+scale      ``(R_in * R_out)^T s`` (elementwise product)
+=========  ===========================================
+
+The methods differ only in what they take the maps from (`theseus`, `bico`). Three kernels that read one activation
+share its map; the uses of a tied leaf share one moment.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from tvjax.align import moments as mm
+from tvjax.align import procrustes, tokens
+from tvjax.align.procrustes import Rotation
+from tvjax.capture import Captured, Site, SiteTable
+from tvjax.capture.views import apply_view, transpose_view
+from tvjax.stages import Rows
+from tvjax.transport.base import Flat, Link, Part, Piece, Reads, Transport
+from tvjax.transport.maps import Map, SitePair, plan
+from tvjax.transport.statistics import Options, Statistics, matmul, per_layer
+
+if TYPE_CHECKING:
+    from tvjax.transport.fit import Pair
+
+def rotation(name: str, inputs: str, outputs: str, options: Options) -> Transport:
+    """The transport whose input maps come from `inputs` and whose output maps come from `outputs`.
+
+    Args:
+      name: of the method.
+      inputs: ``input`` (activations) or ``input gradient``.
+      outputs: ``output`` (activations) or ``gradient``.
+      options: hyperparameters.
+    """
+    if options.scale_rule not in ("diagonal", "output", "zero"):
+        raise ValueError(f"scale_rule must be 'diagonal', 'output' or 'zero', found {options.scale_rule!r}")
+    procrustes.check_options(options.complete, options.method, options.rank)
+    if not 0 <= options.whiten <= 0.5:
+        raise ValueError(f"whiten must lie in [0, 0.5], found {options.whiten}: 0 is no whitening, 0.5 the whole")
+    reads = Reads(activations=True, gradients="gradient" in inputs + outputs)
+    fit = partial(_fit, name, inputs, outputs, options)
+    return Transport((Link(name, "bridge", reads, fit, partial(_transform, options)),))
+
+
+# -- fitting --------------------------------------------------------------------------------------------------------
+
+
+def _fit(name: str, inputs: str, outputs: str, options: Options, pair: Pair) -> Part:
+    table, rules = plan(inputs, outputs, options, pair)
+    observed = [found for found in table.maps.values() if not found.linear]
+    statistics = {found.name: Statistics(options) for found in observed}
+    names = [_names(observed, model) for model in (0, 1)]
+    for batch in range(pair.batches):
+        seen = (
+            pair.source.observe(pair.source_index, batch, *names[0]),
+            pair.target.observe(pair.target_index, batch, *names[1]),
+        )
+        for found in observed:
+            for sites in found.sites:
+                statistics[found.name].add(*_aligned_rows(pair, batch, found.side, sites, seen))
+    arrays: dict[str, Rotation] = {}
+    measures: dict[str, dict[str, jax.Array]] = {}
+    for found in table.maps.values():
+        if found.linear:
+            site_a, site_b = found.sites[0]
+            rows = statistics[table.input_of(found).name]
+            factors = (
+                _output_factor(pair.source_leaves, site_a, pair.source_table),
+                _output_factor(pair.target_leaves, site_b, pair.target_table),
+            )
+            arrays[found.name] = rows.solve_outputs(*factors)
+            residual = rows.residual(arrays[found.name], factors)
+        else:
+            rows = statistics[found.name]
+            arrays[found.name] = rows.solve()
+            residual = rows.residual(arrays[found.name])
+        measures[found.name] = {"rank": arrays[found.name].rank, "residual": residual, "rows": rows.count()}
+    used = {name for rule in rules for piece in rule.pieces for name in (piece.inner, piece.outer)}
+    return Part(
+        name,
+        {key: value for key, value in arrays.items() if key in used},
+        {key: value for key, value in measures.items() if key in used},
+        tuple(rules),
+    )
+
+
+def _names(maps: list[Map], model: int) -> tuple[frozenset[str], frozenset[str]]:
+    """Names of the activations and of the gradients to capture."""
+    activations = {name for found in maps if "gradient" not in found.side for name in found.names(model)}
+    gradients = {name for found in maps if "gradient" in found.side for name in found.names(model)}
+    return frozenset(activations), frozenset(gradients)
+
+
+def _output_factor(leaves: dict[str, jax.Array], site: Site, table: SiteTable) -> jax.Array:
+    """``[K; b]^T`` of a dense site: ``[*layers, d_out, d_in + 1]``."""
+    kernel = apply_view(site.view, leaves[site.path]).astype(jnp.float32)
+    biases = [s for s in table.sites if s.kind == "bias" and s.output == site.output and s.gradient == site.gradient]
+    bias = apply_view(biases[0].view, leaves[biases[0].path]).astype(jnp.float32) if biases else None
+    if bias is None:
+        bias = jnp.zeros((*kernel.shape[:-2], kernel.shape[-1]), jnp.float32)
+    if bias.ndim < kernel.ndim - 1:
+        bias = jnp.broadcast_to(bias, (*kernel.shape[:-2], kernel.shape[-1]))
+    return per_layer(kernel.ndim - 2, mm.output_factor)(kernel, bias)
+
+
+def _aligned_rows(
+    pair: Pair, batch: int, side: str, sites: SitePair, seen: tuple[Captured, Captured]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rows ``[*layers, n, d]`` of both models on the same tokens, and their weights ``[n]``."""
+    rows = []
+    for site, captured, leaves in zip(sites, seen, (pair.source_leaves, pair.target_leaves), strict=True):
+        if side == "input":
+            array = captured.input(site)
+        elif side == "output":
+            array = captured.output(site)
+        else:
+            array = captured.gradient(site)
+            if side == "input gradient":
+                kernel = apply_view(site.view, leaves[site.path]).astype(jnp.float32)
+                array = matmul(array.astype(jnp.float32), jnp.swapaxes(kernel, -1, -2))
+        assert array is not None
+        rows.append(array)
+    shapes = [site.rows for site in sites]
+    masks = (
+        _mask(pair.source_rows, pair.source.carries(pair.source_index)[batch], shapes[0]),
+        _mask(pair.target_rows, pair.target.carries(pair.target_index)[batch], shapes[1]),
+    )
+    operators = tokens.Alignment()
+    if all(len(shape) == 2 for shape in shapes):
+        operators = tokens.alignment(pair.source_rows, pair.target_rows, shapes[0][1], shapes[1][1], pair.tokens)
+    elif math.prod(shapes[0]) != math.prod(shapes[1]):
+        raise ValueError(
+            f"{pair.name}: rows {shapes[0]} of {sites[0].path!r} in the source and {shapes[1]} in the target cannot be "
+            "matched one to one: give the stages a row layout (Rows(special, grid))"
+        )
+    a, weight_a = _on_tokens(rows[0], shapes[0], operators.a, masks[0])
+    b, weight_b = _on_tokens(rows[1], shapes[1], operators.b, masks[1])
+    return a, b, weight_a * weight_b
+
+
+def _mask(layout: Rows, carry: Any, shape: tuple[int, ...]) -> jax.Array | None:
+    mask = carry.get(layout.mask) if layout.mask is not None and isinstance(carry, dict) else None
+    return mask if mask is not None and tuple(mask.shape) == tuple(shape) else None
+
+
+@partial(jax.jit, static_argnames="shape")
+def _on_tokens(rows: jax.Array, shape: tuple[int, ...], operator: Any, mask: Any) -> tuple[jax.Array, jax.Array]:
+    layers, width = rows.shape[:-2], rows.shape[-1]
+    if len(shape) != 2:
+        return rows.astype(jnp.float32), jnp.ones(rows.shape[-2], jnp.float32)
+    grid = rows.reshape(-1, *shape, width)
+    aligned, weights = jax.vmap(lambda hidden: tokens.align(operator, hidden, mask))(grid)
+    return aligned.reshape(*layers, -1, width), weights[0].reshape(-1)
+
+
+# -- applying -------------------------------------------------------------------------------------------------------
+
+
+def _transform(options: Options, part: Part, flat: Flat) -> Flat:
+    moved: Flat = {}
+    covered = all(rule.source in flat for rule in part.rules if rule.source)
+    for rule in part.rules:
+        if rule.source not in flat:
+            if rule.target and not rule.source and covered:
+                moved[rule.target] = jnp.zeros(rule.shape, jnp.float32)
+            continue
+        if not rule.target:
+            continue
+        leaf = flat[rule.source]
+        if rule.action == "passed through":
+            moved[rule.target] = leaf
+        elif rule.action == "rotated":
+            pieces = [_rotate(piece, part.arrays, leaf, rule.shape, options) for piece in rule.pieces]
+            result = sum(pieces[1:], pieces[0])
+            if options.rescale:
+                norm = jnp.linalg.norm(result)
+                result = result * (jnp.linalg.norm(leaf) / jnp.where(norm > 0, norm, 1))
+            moved[rule.target] = result
+        else:
+            moved[rule.target] = jnp.zeros(rule.shape, jnp.float32)
+    return moved
+
+
+def _rotate(
+    piece: Piece, maps: dict[str, Rotation], leaf: jax.Array, shape: tuple[int, ...], options: Options
+) -> jax.Array:
+    if piece.kind in ("conv", "positions"):
+        for _, rows_a, rows_b in piece.source_view:  # a position table on another patch grid
+            leaf = tokens.interpolate_positions(leaf, rows_a, rows_b)
+        return procrustes.apply_right(leaf, maps[piece.outer or ""])
+    value = apply_view(piece.source_view, leaf)
+    inner, outer = (None if name is None else maps[name] for name in (piece.inner, piece.outer))
+    layers = value.ndim - (2 if piece.kind == "dense" else 1)
+    if piece.kind == "dense":
+        if inner is not None:
+            value = per_layer(layers, procrustes.apply_left)(inner, value)
+        if outer is not None:
+            value = per_layer(layers, procrustes.apply_right)(value, outer)
+    elif piece.kind == "scale" and options.scale_rule == "diagonal" and inner is not None and outer is not None:
+        value = per_layer(layers, _rotate_scale)(inner, outer, value)
+    elif outer is not None:
+        value = per_layer(layers, procrustes.apply_right)(value, outer)
+    return transpose_view(piece.target_view, value, shape)
+
+
+def _rotate_scale(inner: Rotation, outer: Rotation, scale: jax.Array) -> jax.Array:
+    return matmul((procrustes.matrix(inner) * procrustes.matrix(outer)).T, scale)

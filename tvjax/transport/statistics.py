@@ -1,0 +1,184 @@
+"""From the rows that two models see at a site to the map between them.
+
+Rows are kept as they are while they are fewer than the dimensions (a QR of the rows is then the cheapest exact way to
+the map), and summed into streaming moments as soon as they are more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tvjax.align import moments as mm
+from tvjax.align import procrustes
+from tvjax.align.procrustes import Rotation
+
+SAMPLE = 256  # rows on which the residual of a map is measured
+
+
+class Options(NamedTuple):
+    """Hyperparameters of the maps of `theseus` and `bico`.
+
+    Attributes:
+      center: take moments about the mean.
+      whiten: w in [0, 0.5]: ``G_A^-w C G_B^-w`` in the place of the cross-moment C.
+      complete: what a map is where the data do not determine it: ``"zero"``, ``"thin"`` (published: rounding decides)
+        or ``"eye"`` (`tvjax.align.procrustes.polar`).
+      rank_tolerance: singular values below this share of the largest count as undetermined.
+      rank: keep only the leading directions: a number (int) or a fraction (float).
+      method: decomposition: ``"svd"``, ``"gram"`` or ``"randomised"`` (needs `rank`).
+      scale_rule: for normalisation scales: ``"diagonal"``: ``(R_in * R_out)^T s``; ``"output"``: ``s R_out``
+        (published); ``"zero"``.
+      transport_embeddings: also move class token, positions and patch kernel, by the map of the patches' outputs;
+        otherwise they are zero, as published.
+      keep_fixed: outputs that a stage calls fixed (classes, vocabulary) are not rotated, where the widths agree.
+      rescale: give each moved leaf the norm of the source leaf.
+    """
+
+    center: bool = False
+    whiten: float = 0.0
+    complete: procrustes.Completion = "zero"
+    rank_tolerance: float | None = None
+    rank: int | float | None = None
+    method: procrustes.Method = "svd"
+    scale_rule: Literal["diagonal", "output", "zero"] = "diagonal"
+    transport_embeddings: bool = False
+    keep_fixed: bool = True
+    rescale: bool = False
+
+
+class Statistics:
+    """The rows of one task, kept while they are fewer than the dimensions, then summed into moments."""
+
+    def __init__(self, options: Options):
+        self.options = options
+        self.rows: list[tuple[jax.Array, jax.Array, jax.Array]] = []
+        self.moments: Any = None
+        self.sample: tuple[jax.Array, jax.Array, jax.Array] | None = None
+
+    def add(self, a: jax.Array, b: jax.Array, weights: jax.Array) -> None:
+        """More rows ``[*layers, n, d]``, with weights ``[n]``."""
+        if self.sample is None:
+            step = max(1, a.shape[-2] // SAMPLE)
+            self.sample = a[..., ::step, :], b[..., ::step, :], weights[::step]
+        self.rows.append((a, b, weights))
+        rows = sum(chunk[0].shape[-2] for chunk in self.rows)
+        if self.moments is not None or rows >= min(a.shape[-1], b.shape[-1]) or self.options.whiten:
+            self._fold()
+
+    def _fold(self) -> None:
+        gram = self.options.whiten > 0
+        for a, b, weights in self.rows:
+            layers = a.shape[:-2]
+            if self.moments is None:
+                empty = mm.init(a.shape[-1], b.shape[-1], gram=gram)
+                self.moments = jax.tree.map(lambda x, layers=layers: jnp.broadcast_to(x, (*layers, *x.shape)), empty)
+            self.moments = per_layer(len(layers), partial(_update, weights=weights))(self.moments, a, b)
+        self.rows = []
+
+    def count(self) -> jax.Array:
+        """How many rows took part."""
+        if self.moments is None:
+            return sum((chunk[2].sum() for chunk in self.rows), jnp.float32(0))
+        return jnp.ravel(self.moments.count)[0]
+
+    def _kept_rows(self) -> tuple[jax.Array, jax.Array, int]:
+        a, b = (jnp.concatenate([chunk[i] for chunk in self.rows], -2) for i in (0, 1))
+        weights = jnp.concatenate([chunk[2] for chunk in self.rows])[:, None]
+        if self.options.center:
+            a, b = (x - jnp.sum(x * weights, -2, keepdims=True) / jnp.maximum(weights.sum(), 1) for x in (a, b))
+        return a * weights, b * weights, a.ndim - 2
+
+    def solve(self) -> Rotation:
+        """The map between the rows."""
+        settings = _settings(self.options)
+        if self.moments is None:
+            a, b, layers = self._kept_rows()
+            return per_layer(
+                layers, lambda a, b: procrustes.polar_of_product(a.T, None, b.T, **settings)
+            )(a, b)
+        return per_layer(self.moments.count.ndim, partial(_solve, self.options))(self.moments)
+
+    def solve_outputs(self, factor_a: jax.Array, factor_b: jax.Array) -> Rotation:
+        """The map between the outputs ``[x, 1] @ factor.T`` of linear layers that read the rows."""
+        if self.moments is None:
+            a, b, layers = self._kept_rows()
+            ones = 0.0 if self.options.center else jnp.concatenate([chunk[2] for chunk in self.rows])
+            core = per_layer(layers, lambda a, b: matmul(_append(a, ones).T, _append(b, ones)))(a, b)
+        else:
+            layers = self.moments.count.ndim
+            core = per_layer(layers, lambda m: mm.augmented(m, self.options.center))(self.moments)
+        if self.options.whiten:
+            solve = partial(_solve_whitened_outputs, self.options)
+            return per_layer(layers, solve)(self.moments, core, factor_a, factor_b)
+        settings = _settings(self.options)
+        return per_layer(layers, lambda p, c, q: procrustes.polar_of_product(p, c, q, **settings))(
+            factor_a, core, factor_b
+        )
+
+    def residual(self, found: Rotation, factors: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
+        """``||H_A R - H_B|| / ||H_B||`` on a sample of the rows (of the outputs, where factors are given)."""
+        assert self.sample is not None
+        a, b, weights = self.sample
+        return _residual(a, b, weights, found, factors, self.options.center)
+
+
+def _update(moments: Any, a: jax.Array, b: jax.Array, weights: jax.Array) -> Any:
+    return mm.update(moments, a, b, weights)
+
+
+@partial(jax.jit, static_argnames="center")
+def _residual(a: jax.Array, b: jax.Array, weights: jax.Array, found: Rotation, factors: Any, center: bool) -> jax.Array:
+    if factors is not None:
+        a = matmul(_append(a, 1.0), jnp.swapaxes(factors[0], -1, -2))
+        b = matmul(_append(b, 1.0), jnp.swapaxes(factors[1], -1, -2))
+    weights = weights[:, None]
+    if center:
+        a, b = (x - jnp.sum(x * weights, -2, keepdims=True) / jnp.maximum(weights.sum(), 1) for x in (a, b))
+    moved = matmul(matmul(a, found.left), found.right)
+    error, size = (jnp.sqrt(jnp.sum(jnp.square(x * weights), (-1, -2))) for x in (moved - b, b))
+    return error / jnp.where(size > 0, size, 1)
+
+
+@partial(jax.jit, static_argnums=0)
+def _solve(options: Options, moments: Any) -> Rotation:
+    cross = mm.cross(moments, options.center)
+    if options.whiten:
+        cross = procrustes.whiten(cross, *mm.grams(moments, options.center), options.whiten)
+    return procrustes.polar(cross, **_settings(options))
+
+
+@partial(jax.jit, static_argnums=0)
+def _solve_whitened_outputs(options: Options, moments: Any, core: jax.Array, p: jax.Array, q: jax.Array) -> Rotation:
+    cross = matmul(matmul(p, core), q.T)
+    gram_a, gram_b = mm.augmented_grams(moments, options.center)
+    outputs = [matmul(matmul(factor, gram), factor.T) for factor, gram in ((p, gram_a), (q, gram_b))]
+    return procrustes.polar(procrustes.whiten(cross, *outputs, options.whiten), **_settings(options))
+
+
+def _settings(options: Options) -> dict[str, Any]:
+    return {
+        "complete": options.complete,
+        "rank_tolerance": options.rank_tolerance,
+        "rank": options.rank,
+        "method": options.method,
+    }
+
+
+def _append(rows: jax.Array, ones: Any) -> jax.Array:
+    column = jnp.broadcast_to(jnp.asarray(ones, rows.dtype), rows.shape[:-1])
+    return jnp.concatenate([rows, column[..., None]], -1)
+
+
+def per_layer(layers: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    for _ in range(layers):
+        function = jax.vmap(function)
+    return function
+
+
+def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
