@@ -91,7 +91,9 @@ class Walk:
             self._cotangents[index - 1][batch] = self._keep(down)
         return seen
 
-    def votes(self, index: int, batch: int, tied: frozenset[str], vote: VoteFunction, chunk: int) -> tuple[PyTree, PyTree]:
+    def votes(
+        self, index: int, batch: int, tied: frozenset[str], vote: VoteFunction, chunk: int
+    ) -> tuple[PyTree, PyTree]:
         """The votes of a stage's leaves summed over the samples of a batch (see `per_sample_votes`)."""
         stage, params = self.model.stages[index], self.params(index)
         carry, cotangent = self.carries(index)[batch], self.cotangents(index)[batch]
@@ -121,7 +123,9 @@ def differentiable(carry: PyTree) -> tuple[list[jax.Array], Callable[[list[jax.A
 
     def rebuild(replacements: list[jax.Array]) -> PyTree:
         new = iter(replacements)
-        return structure.unflatten([next(new) if is_float else old for old, is_float in zip(leaves, floating, strict=True)])
+        return structure.unflatten(
+            [next(new) if is_float else old for old, is_float in zip(leaves, floating, strict=True)]
+        )
 
     return [leaf for leaf, is_float in zip(leaves, floating, strict=True) if is_float], rebuild
 

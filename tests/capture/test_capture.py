@@ -188,12 +188,20 @@ def cases():
         "linen scan axis 1": linen_case(ScannedLinen(axis=1), x),
         "linen scan remat": linen_case(ScannedLinen(remat=True), x),
         "linen conv": linen_case(LinenConv(), image),
-        "fused qkv": (fused_qkv, {"qkv": normal(1, 6, 3, 2, 4), "bias": normal(2, 3, 2, 4), "out": normal(3, 2, 4, 6)}, (x,)),
+        "fused qkv": (
+            fused_qkv,
+            {"qkv": normal(1, 6, 3, 2, 4), "bias": normal(2, 3, 2, 4), "out": normal(3, 2, 4, 6)},
+            (x,),
+        ),
         "sliced qkv": (sliced_qkv, {"qkv": normal(1, 6, 12), "bias": normal(2, 12)}, (x,)),
         "tied": (tied, {"w": normal(1, 6, 6), "b": normal(2, 6)}, (x,)),
         "shared in scan": (shared_in_scan, {"shared": normal(1, 6, 6), "stack": normal(2, 4, 6, 6)}, (x,)),
         "nested scan": (nested_scan, layers, (x,)),
-        "torch layer norm": (post_norm_torch_style, {"scale": normal(1, 6), "bias": normal(2, 6), "position": normal(3, 5, 6)}, (x,)),
+        "torch layer norm": (
+            post_norm_torch_style,
+            {"scale": normal(1, 6), "bias": normal(2, 6), "position": normal(3, 5, 6)},
+            (x,),
+        ),
         "flattened rows": (flattened_rows, {"w": normal(1, 6, 4), "b": normal(2, 4)}, (x,)),
         "bfloat16": (bfloat16_dense, {"w": normal(1, 6, 4), "b": normal(2, 4)}, (x,)),
         "experts": (stacked_experts, {"experts": normal(1, 2, 6, 4)}, (x,)),
@@ -231,7 +239,9 @@ def test_jit_equals_eager(name):
     function, params, args = CASES[name]
     loss = loss_of(function)
     eager = capture_gradients(loss, params, *args)
-    chex.assert_trees_all_close(jax.jit(lambda p, *a: capture_gradients(loss, p, *a))(params, *args), eager, rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_close(
+        jax.jit(lambda p, *a: capture_gradients(loss, p, *a))(params, *args), eager, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_the_output_is_taken_after_the_bias_and_after_the_whole_norm():
@@ -254,7 +264,14 @@ def test_the_output_is_taken_after_the_bias_and_after_the_whole_norm():
 def test_one_activation_that_feeds_three_kernels_is_one_activation():
     function, params, args = CASES["nnx block"]
     by_path = {site.path: site for site in sites(function, params, *args).sites}
-    names = {by_path[f"attention/{part}/kernel/value" if f"attention/{part}/kernel/value" in by_path else f"attention/{part}/kernel"].input for part in ("query", "key", "value")}
+    names = {
+        by_path[
+            f"attention/{part}/kernel/value"
+            if f"attention/{part}/kernel/value" in by_path
+            else f"attention/{part}/kernel"
+        ].input
+        for part in ("query", "key", "value")
+    }
     assert len(names) == 1
     norm = next(site for site in by_path.values() if site.path.startswith("norm") and site.kind == "scale")
     assert names == {norm.output}
@@ -262,7 +279,9 @@ def test_one_activation_that_feeds_three_kernels_is_one_activation():
 
 def test_a_cast_for_each_kernel_does_not_split_an_activation():
     def function(p, x):
-        return (x.astype(jnp.bfloat16) @ p["a"].astype(jnp.bfloat16)) + (x.astype(jnp.bfloat16) @ p["b"].astype(jnp.bfloat16))
+        return (x.astype(jnp.bfloat16) @ p["a"].astype(jnp.bfloat16)) + (
+            x.astype(jnp.bfloat16) @ p["b"].astype(jnp.bfloat16)
+        )
 
     table = sites(function, {"a": normal(1, 3, 2), "b": normal(2, 3, 2)}, normal(3, 4, 3))
     assert len({site.input for site in table.sites}) == 1

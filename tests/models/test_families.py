@@ -13,7 +13,7 @@ from tvjax import tree
 from tvjax.checkpoints.huggingface import from_pretrained, save_pretrained
 from tvjax.checkpoints.safetensors import open_tensors
 from tvjax.models.clip import CLIP, CLIPConfig, clip
-from tvjax.models.transformer import parameters, set_parameters
+from tvjax.models.transformer import parameter_shapes, parameters, set_parameters
 from tvjax.models.vit import ViT, vit
 from tvjax.stages import local_params, run_stage
 
@@ -175,10 +175,13 @@ def test_compute_dtype_is_separate(golden):
         np.testing.assert_allclose(outputs[name], value, atol=0.1 * float(jnp.abs(value).max()))
 
 
-def test_initial_parameters_have_the_paths_of_the_checkpoint(golden, key):
+def test_parameters_of_the_module_have_the_paths_of_the_stages(golden):
     pretrained, _, _ = golden
-    fresh = parameters(module_of(pretrained))
-    chex.assert_trees_all_equal_shapes(fresh, pretrained.params)
+    shapes = jax.eval_shape(lambda: parameters(module_of(pretrained)))
+    chex.assert_trees_all_equal_shapes(shapes, pretrained.params)
+    assert parameter_shapes(pretrained.model.stages) == {
+        path: leaf.shape for path, leaf in tree.flatten(pretrained.params).items()
+    }
 
 
 @one_of_each

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from tvjax.align.procrustes import Rotation
-from tvjax.align.products import product
+from tvjax.align.products import product, wide
 
 
 class Moments(NamedTuple):
@@ -34,7 +34,7 @@ class Moments(NamedTuple):
       gram_b: ``[d_b, d_b]``, the Gram matrix of B's shifted rows, or None.
     """
 
-    count: Array
+    count: Array  # type: ignore[assignment]
     shift_a: Array
     shift_b: Array
     sum_a: Array
@@ -233,9 +233,11 @@ def augmented_grams(moments: Moments, center: bool = False) -> tuple[Array, Arra
     >>> augmented_grams(update(init(1, 1, gram=True), rows, rows))[0].tolist()
     [[10.0, 4.0], [4.0, 2.0]]
     """
-    return tuple(
-        _border(gram, moments.count, mean, mean, center)
-        for gram, mean in zip(grams(moments, center), means(moments), strict=True)
+    gram_a, gram_b = grams(moments, center)
+    mean_a, mean_b = means(moments)
+    return (
+        _border(gram_a, moments.count, mean_a, mean_a, center),
+        _border(gram_b, moments.count, mean_b, mean_b, center),
     )
 
 
@@ -344,7 +346,7 @@ def _overlap(
     """``tr(R^T C)``, ``||H_A R||^2`` (`mapped`) or ``||H_A||^2``, and ``||H_B||^2``."""
     if (output_a is None) != (output_b is None):
         raise ValueError("output_a and output_b go together: give both layers' output_factor, or neither")
-    left, right = rotation.left.T, rotation.right
+    left, right = wide(rotation.left.T), wide(rotation.right)
     if output_a is None or output_b is None:
         overlap = jnp.sum(product(left, cross(moments, center)) * right)
         energy_a, energy_b = energies(moments, center)

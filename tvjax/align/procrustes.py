@@ -12,6 +12,7 @@ determine unless another completion is asked for, and it never leaves its factor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal, NamedTuple, get_args
 
@@ -86,7 +87,7 @@ def apply_right(kernel: Array, rotation: Rotation) -> Array:
     return product(product(kernel, rotation.left), rotation.right)
 
 
-def default_rank_tolerance(shape: tuple[int, int], dtype: jnp.dtype = jnp.float32, method: Method = "svd") -> float:
+def default_rank_tolerance(shape: Sequence[int], dtype: jnp.dtype = jnp.float32, method: Method = "svd") -> float:
     """The ratio to the largest singular value under which a singular value counts as rounding.
 
     ``8 sqrt(max(d_a, d_b)) eps``; its square root for ``"gram"``, which sees the squares of the singular values.
@@ -151,7 +152,7 @@ def polar(
         rank_tolerance = default_rank_tolerance(moment.shape, moment.dtype, method)
     if complete == "eye":
         values = jnp.linalg.svd(moment, compute_uv=False)
-        shifted = moment + rank_tolerance * values[0] * jnp.eye(*moment.shape, dtype=moment.dtype)
+        shifted = moment + rank_tolerance * values[0] * jnp.eye(moment.shape[0], moment.shape[1], dtype=moment.dtype)
         left, _, right = _decompose(shifted, k, method, key)
     else:
         left, values, right = _decompose(moment, k, method, key)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 
-def wide(array: Array) -> Array:
+def wide(array: Array | np.ndarray) -> Array:
     """The array in float32, or as it is in float64.
 
     >>> import jax.numpy as jnp
@@ -16,7 +17,7 @@ def wide(array: Array) -> Array:
     return jnp.asarray(array, jnp.float64 if array.dtype == jnp.float64 else jnp.float32)
 
 
-def product(x: Array, y: Array) -> Array:
+def product(x: Array | np.ndarray, y: Array | np.ndarray) -> Array:
     """``x @ y`` of `wide` operands at ``Precision.HIGHEST`` (no TF32, no bfloat16 passes).
 
     >>> import jax.numpy as jnp

@@ -50,23 +50,28 @@ def gradient_from_sites(loss: Callable[..., Any], params: PyTree, *args: Any) ->
     return total
 
 
-def check_gradient_identity(loss: Callable[..., Any], params: PyTree, *args: Any, tolerance: float | None = None) -> None:
+def check_gradient_identity(
+    loss: Callable[..., Any], params: PyTree, *args: Any, tolerance: float | None = None
+) -> None:
     """Raises if the gradients that the sites give differ from those of `jax.grad`.
 
     Args:
       loss: scalar ``loss(params, *args)``.
       params: pytree of parameters.
       *args: further arguments.
-      tolerance: largest error relative to the leaf's largest gradient entry (or to a hundredth of the largest of
-        all leaves, where that is more: a gradient can be nothing but rounding); by default 200 units in the last place of the coarsest dtype in the function's sites, square-rooted for
-        16-bit floats.
+      tolerance: largest error relative to the leaf's largest gradient entry (or to a hundredth of the largest of all
+        leaves where that is more: a gradient can be nothing but rounding); by default 200 units in the last place of
+        the coarsest dtype at the function's sites, three square roots of it for 16-bit floats.
 
     Raises:
       ValueError: naming the leaf with the largest error, the error and the tolerance.
     """
     found = jax.jit(lambda p, *a: gradient_from_sites(loss, p, *a))(params, *args)
     exact = tree.flatten(jax.jit(jax.grad(loss, allow_int=True))(params, *args))
-    scale = max((float(jnp.max(jnp.abs(g.astype(jnp.float32)), initial=0.0)) for p, g in exact.items() if p in found), default=0.0)
+    scale = max(
+        (float(jnp.max(jnp.abs(g.astype(jnp.float32)), initial=0.0)) for p, g in exact.items() if p in found),
+        default=0.0,
+    )
     if tolerance is None:
         _, captured = jax.eval_shape(lambda p, *a: capture_gradients(loss, p, *a), params, *args)
         arrays = [*captured.activations.values(), *captured.gradients.values(), *(exact[p] for p in found)]
@@ -79,5 +84,5 @@ def check_gradient_identity(loss: Callable[..., Any], params: PyTree, *args: Any
         if not error <= tolerance * max(size, 1e-2 * scale):
             raise ValueError(
                 f"the gradient identity fails at {path!r}: sites give a gradient that is off by {error:.3g} where its "
-                f"largest entry is {size:.3g} (tolerance {tolerance:.1g}). A use of this parameter was not seen: report it"
+                f"largest entry is {size:.3g} (tolerance {tolerance:.1g}): a use of this parameter was not seen"
             )

@@ -27,7 +27,7 @@ class Region(NamedTuple):
       results: the variables or literals that are returned.
     """
 
-    variables: tuple[Var, ...]
+    variables: tuple[Any, ...]
     consts: tuple[Any, ...]
     eqns: tuple[Any, ...]
     results: tuple[Any, ...]

@@ -32,15 +32,15 @@ class Captured(NamedTuple):
     gradients: dict[str, jax.Array]
 
     def input(self, site: Site) -> jax.Array | None:
-        """x of a site, ``[*layers, rows, d_in]``; None for a bias or shift (x is 1)."""
+        """X of a site, ``[*layers, rows, d_in]``; None for a bias or shift (x is 1)."""
         return None if site.input is None else _shared_to_rows(self.activations[site.input], site)
 
     def output(self, site: Site) -> jax.Array:
-        """y of a site, ``[*layers, rows, d_out]``."""
+        """Y of a site, ``[*layers, rows, d_out]``."""
         return _shared_to_rows(self.activations[site.output], site)
 
     def gradient(self, site: Site) -> jax.Array:
-        """g of a site, ``[*layers, rows, d_out]``."""
+        """G of a site, ``[*layers, rows, d_out]``."""
         return _shared_to_rows(self.gradients[site.gradient], site)
 
 

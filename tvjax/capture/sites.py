@@ -27,13 +27,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.extend.core import Var
+from jax.extend import core
 
 from tvjax import tree
 from tvjax.capture import jaxprs
 from tvjax.capture.views import TRANSPARENT, View, follow_axes, split_step, step_of
 
 PyTree = Any
+Var = Any  # a `jax.extend.core.Var`, whose `aval` has a shape and a dtype
 
 
 class Site(NamedTuple):
@@ -163,10 +164,10 @@ class _RegionFinder:
         self.claimed: set[int] = set()  # equations that a site already explains
         for eqn in region.eqns:
             for atom in eqn.invars:
-                if isinstance(atom, Var):
+                if isinstance(atom, core.Var):
                     self.uses[atom].append(eqn)
         for atom in region.results:
-            if isinstance(atom, Var):
+            if isinstance(atom, core.Var):
                 self.uses[atom].append(None)
         for eqn in region.eqns:
             self._propagate(eqn)
@@ -178,13 +179,13 @@ class _RegionFinder:
     # -- marks ---------------------------------------------------------------------------------------------------
 
     def mark(self, atom: Any) -> Mark | None:
-        return self.marks.get(atom) if isinstance(atom, Var) else None
+        return self.marks.get(atom) if isinstance(atom, core.Var) else None
 
     def is_data(self, atom: Any) -> bool:
-        return isinstance(atom, Var) and atom in self.data
+        return isinstance(atom, core.Var) and atom in self.data
 
     def root(self, atom: Any) -> Any:
-        return self.roots.get(atom, atom) if isinstance(atom, Var) else atom
+        return self.roots.get(atom, atom) if isinstance(atom, core.Var) else atom
 
     def _propagate(self, eqn: Any) -> None:
         if any(map(self.is_data, eqn.invars)):
@@ -192,17 +193,18 @@ class _RegionFinder:
         if eqn.primitive.name == "scan" or eqn.primitive.name in jaxprs.REMAT:
             self._enter(eqn)
             return
-        if not eqn.invars or not isinstance(eqn.invars[0], Var):
+        if not eqn.invars or not isinstance(eqn.invars[0], core.Var):
             return
-        source = eqn.invars[0]
+        source: Var = eqn.invars[0]
         if eqn.primitive.name in TRANSPARENT:
             self.roots[eqn.outvars[0]] = self.root(source)
         mark = self.marks.get(source)
         if mark is None:
             return
-        views = [split_step(eqn, i) for i in range(len(eqn.outvars))] if eqn.primitive.name == "split" else [step_of(eqn)]
-        if None not in views:
-            for out, view in zip(eqn.outvars, views, strict=True):
+        is_split = eqn.primitive.name == "split"
+        for index, out in enumerate(eqn.outvars):
+            view = split_step(eqn, index) if is_split else step_of(eqn)
+            if view is not None:
                 self.marks[out] = _extend(mark, view, source.aval.shape)
 
     def _is_view_of_mark(self, eqn: Any) -> bool:
@@ -224,7 +226,7 @@ class _RegionFinder:
         }
         others_are_data = any(self.is_data(atom) for i, atom in enumerate(eqn.invars) if i not in marked)
         if len(marked) > 1:
-            why = f"{name} of two parameters"
+            why: str | None = f"{name} of two parameters"
         elif name in rules and not others_are_data:
             why = f"{name} with a constant"
         elif name in rules:
@@ -257,7 +259,9 @@ class _RegionFinder:
         )
         x_layout = Layout(tuple(batches[1 - position]), rows, tuple(contracts[1 - position]))
         name = self._activation(self.root(activation), x_layout, mark, "in", "input")
-        self._add_site("dense", mark, _matrix_view(shape, order, matrix), out, layout, x_layout, activation.aval.shape, name)
+        self._add_site(
+            "dense", mark, _matrix_view(shape, order, matrix), out, layout, x_layout, activation.aval.shape, name
+        )
         return None
 
     def _convolution(self, eqn: Any, position: int) -> str | None:
@@ -321,7 +325,9 @@ class _RegionFinder:
             return value
 
         name = self._activation((out, "unit"), layout, mark, "in", "input", at=out, make=unit)
-        self._add_site("scale", mark, _vector_view(mark, eqn.invars[position]), out, layout, layout, out.aval.shape, name)
+        self._add_site(
+            "scale", mark, _vector_view(mark, eqn.invars[position]), out, layout, layout, out.aval.shape, name
+        )
         return None
 
     def _sum(self, eqn: Any, position: int) -> str | None:
@@ -358,9 +364,7 @@ class _RegionFinder:
             self.finder.names[key] = f"{mark.path}#{occurrence}:{suffix}"
         name = self.finder.names[key]
         if not any(r.name == name and r.role == role for r in self.plan.records[variable]):
-            self.plan.records[variable].append(
-                Record(name, layout, role, make or (lambda read, v=identity: read(v)))
-            )
+            self.plan.records[variable].append(Record(name, layout, role, make or _value_of(identity)))
         return name
 
     def _add_site(
@@ -385,9 +389,7 @@ class _RegionFinder:
         d_out = layout.sizes(out.aval.shape)[-1]
         d_in = x_layout.sizes(x_shape)[-1] if kind in ("dense", "conv") else d_out
         levels = mark.levels
-        site = Site(
-            mark.path, occurrence, kind, mark.view + view, levels, rows, d_in, d_out, input_name, output, probe
-        )
+        site = Site(mark.path, occurrence, kind, mark.view + view, levels, rows, d_in, d_out, input_name, output, probe)
         self.finder.sites.append(site)
         self.finder.occurrences[mark.path] += 1
         if bias is not None:
@@ -415,7 +417,7 @@ class _RegionFinder:
             return None
         other = _other_operand(following, variable)
         mark = self.mark(other)
-        if mark is None or mark.axes is None or layout.batch:
+        if other is None or mark is None or mark.axes is None or layout.batch:
             return None
         result = following.outvars[0]
         if tuple(result.aval.shape) != tuple(variable.aval.shape):
@@ -473,6 +475,10 @@ class _RegionFinder:
                 self.marks[out] = Mark(mark.path, mark.view[:-1], axes, mark.levels[:-1])
             else:
                 self.finder.report(mark, "result of a scan")
+
+
+def _value_of(variable: Var) -> Callable[[Callable[[Any], Any]], Any]:
+    return lambda read: read(variable)
 
 
 class _Bias(NamedTuple):

@@ -135,7 +135,8 @@ def _axes_after_reshape(before: Sequence[int], after: Sequence[int], axes: Seque
     groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(before) or j < len(after):
-        left, right = [], []
+        left: list[int] = []
+        right: list[int] = []
         size_left = size_right = 1
         while True:
             if size_left <= size_right and i < len(before) and (not left or size_left != size_right):

@@ -22,6 +22,7 @@ from tvjax.checkpoints.safetensors import fingerprint, open_tensors, save_tensor
 from tvjax.models.families import Family, family_of_config, family_of_settings
 from tvjax.models.key_table import find_sources, to_checkpoint
 from tvjax.models.settings import Settings
+from tvjax.models.transformer import parameter_shapes
 from tvjax.stages import Model, PyTree
 
 _WEIGHTS = "model.safetensors"
@@ -208,8 +209,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _shapes(family: Family, config: Any) -> dict[str, tuple[int, ...]]:
-    template = jax.eval_shape(lambda: family.init(config, jax.random.key(0)))
-    return {path: leaf.shape for path, leaf in tree.flatten(template).items()}
+    return parameter_shapes(family.build(config, {}).stages)
 
 
 def _check_params(family: Family, config: Any, params: PyTree) -> None:

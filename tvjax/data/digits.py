@@ -21,6 +21,7 @@ from tvjax.data.batches import examples
 from tvjax.stages import Batch
 
 SIZE = 16
+PIXELS = np.arange(SIZE, dtype=np.float32)
 PIXEL_MEAN = PIXEL_STD = 0.5
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = (
@@ -113,7 +114,10 @@ class Style:
             raise ValueError(
                 f"images: found shape {tuple(images.shape)}, expected [n, 8, 8], as load_splits gives them"
             )
-        return _photographs(self, jnp.asarray(images, jnp.float32), key)
+        geometry, strokes, colours, finish, grain = jax.random.split(key, 5)
+        inks = _drawn(jnp.asarray(images, jnp.float32), jnp.array(self.matrix), geometry)
+        photos = _coloured(_changed(self.strokes, inks, strokes), colours)
+        return _grainy(_changed(self.finish, photos, finish), grain)
 
 
 def photograph(digits: Digits, style: Style, key: jax.Array, repeats: int = 1) -> Batch:
@@ -132,30 +136,38 @@ def photograph(digits: Digits, style: Style, key: jax.Array, repeats: int = 1) -
     return examples({"pixels": (photos - PIXEL_MEAN) / PIXEL_STD}, np.tile(digits.labels, repeats), len(CLASS_NAMES))
 
 
+@jax.jit
+def _drawn(images: jax.Array, matrix: jax.Array, key: jax.Array) -> jax.Array:
+    return jax.vmap(_draw, (0, None, 0))(images, matrix, jax.random.split(key, images.shape[0]))
+
+
+@jax.jit
+def _coloured(inks: jax.Array, key: jax.Array) -> jax.Array:
+    return jax.vmap(_colour)(inks, jax.random.split(key, inks.shape[0]))
+
+
 @partial(jax.jit, static_argnums=0)
-def _photographs(style: Style, images: jax.Array, key: jax.Array) -> jax.Array:
-    return jax.vmap(partial(_photograph, style))(images, jax.random.split(key, images.shape[0]))
+def _changed(change: Callable[[jax.Array, jax.Array], jax.Array], images: jax.Array, key: jax.Array) -> jax.Array:
+    return jax.vmap(change)(images, jax.random.split(key, images.shape[0]))
 
 
-def _photograph(style: Style, image: jax.Array, key: jax.Array) -> jax.Array:
-    geometry, strokes, colours, noise, finish = jax.random.split(key, 5)
-    ink = style.strokes(_draw(image, jnp.array(style.matrix), geometry), strokes)
-    photo = style.finish(_colour(ink, colours), finish)
-    level = jax.random.uniform(noise, (), maxval=0.08)
-    return jnp.clip(photo + level * jax.random.normal(noise, photo.shape), 0.0, 1.0)
+@jax.jit
+def _grainy(photos: jax.Array, key: jax.Array) -> jax.Array:
+    level_key, grain_key = jax.random.split(key)
+    levels = jax.random.uniform(level_key, (photos.shape[0], 1, 1, 1), maxval=0.08)
+    return jnp.clip(photos + levels * jax.random.normal(grain_key, photos.shape), 0.0, 1.0)
 
 
 def _draw(image: jax.Array, matrix: jax.Array, key: jax.Array) -> jax.Array:
     """The ink on the page, ``[SIZE, SIZE]``: mildly turned, slanted, scaled and shifted, then mapped by `matrix`."""
-    angle, slant, size, shift = jax.random.split(key, 4)
-    angle = jax.random.uniform(angle, (), minval=-0.2, maxval=0.2)
-    slant = jax.random.uniform(slant, (), minval=-0.2, maxval=0.2)
-    size = jax.random.uniform(size, (2,), minval=0.7, maxval=1.0)
-    shift = jax.random.uniform(shift, (2,), minval=-0.08, maxval=0.08)
+    angle, slant, width, height, right, down = jax.random.uniform(key, (6,), minval=-1.0, maxval=1.0)
+    angle, slant = 0.2 * angle, 0.2 * slant
+    size = 0.85 + 0.15 * jnp.stack([width, height])
+    shift = 0.08 * jnp.stack([right, down])
     turn = jnp.array([[jnp.cos(angle), jnp.sin(angle)], [-jnp.sin(angle), jnp.cos(angle)]])
     slanted = jnp.array([[jnp.ones(()), slant], [jnp.zeros(()), jnp.ones(())]])
     to_page = jnp.diag(1 / size) @ slanted @ turn @ matrix
-    axis = (jnp.arange(SIZE) + 0.5) / SIZE - 0.5
+    axis = (PIXELS + 0.5) / SIZE - 0.5
     x, y = jnp.meshgrid(axis, axis)
     positions = to_page @ jnp.stack([x.ravel(), y.ravel()]) + shift[:, None]
     fine = jnp.clip(jax.image.resize(image, (2 * SIZE, 2 * SIZE), "cubic"), 0.0, 1.0)
@@ -165,9 +177,7 @@ def _draw(image: jax.Array, matrix: jax.Array, key: jax.Array) -> jax.Array:
 
 def _colour(ink: jax.Array, key: jax.Array) -> jax.Array:
     """The page in colour, ``[SIZE, SIZE, 3]``: dark ink on light paper."""
-    ink_key, paper_key = jax.random.split(key)
-    dark = jax.random.uniform(ink_key, (3,), maxval=0.4)
-    light = jax.random.uniform(paper_key, (3,), minval=0.6, maxval=1.0)
+    dark, light = jax.random.uniform(key, (2, 3), maxval=0.4) + jnp.array([[0.0], [0.6]])
     return light + ink[..., None] * (dark - light)
 
 
@@ -178,14 +188,13 @@ def _grown(ink: jax.Array, size: int) -> jax.Array:
 
 def _smooth(photo: jax.Array, width: float) -> jax.Array:
     """Gaussian blur of this standard deviation in pixels, the borders repeated."""
-    offsets = jnp.arange(SIZE)
-    kernel = jnp.exp(-0.5 * ((offsets[:, None] - offsets) / width) ** 2)
+    kernel = np.exp(-0.5 * ((PIXELS[:, None] - PIXELS) / width) ** 2)
     kernel = kernel / kernel.sum(1, keepdims=True)
     return jnp.einsum("ij,jkc,lk->ilc", kernel, photo, kernel)
 
 
 def _thick(ink: jax.Array, key: jax.Array) -> jax.Array:
-    return _grown(ink, 3)
+    return _grown(ink, 4)
 
 
 def _hollow(ink: jax.Array, key: jax.Array) -> jax.Array:
@@ -193,23 +202,22 @@ def _hollow(ink: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def _broken(ink: jax.Array, key: jax.Array) -> jax.Array:
-    return ink * jax.random.bernoulli(key, 0.5, ink.shape)
+    return jnp.where(jax.random.bernoulli(key, 0.5, ink.shape), ink, 0.0)
 
 
 def _striped(ink: jax.Array, key: jax.Array) -> jax.Array:
     start = jax.random.randint(key, (), 0, 4)
-    return jnp.maximum(ink, ((jnp.arange(SIZE) + start) % 4 < 1)[None, :] * 0.8)
+    return jnp.maximum(ink, jnp.where((jnp.arange(SIZE) + start) % 4 < 2, 0.6, 0.0)[None, :])
 
 
 def _ruled(ink: jax.Array, key: jax.Array) -> jax.Array:
     start = jax.random.randint(key, (), 0, 4)
-    return jnp.maximum(ink, ((jnp.arange(SIZE) + start) % 4 < 1)[:, None] * 0.8)
+    return jnp.maximum(ink, jnp.where((jnp.arange(SIZE) + start) % 4 < 2, 0.6, 0.0)[:, None])
 
 
 def _framed(ink: jax.Array, key: jax.Array) -> jax.Array:
-    edge = jnp.arange(SIZE)
-    near = (edge < 3) | (edge >= SIZE - 3)
-    return jnp.maximum(ink, (near[:, None] | near[None, :]) * 1.0)
+    near = (PIXELS < 3) | (PIXELS >= SIZE - 3)
+    return jnp.where(near[:, None] | near[None, :], 1.0, ink)
 
 
 def _inverted(photo: jax.Array, key: jax.Array) -> jax.Array:
@@ -229,20 +237,20 @@ def _occluded(photo: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def _noisy(photo: jax.Array, key: jax.Array) -> jax.Array:
-    return photo + 0.35 * jax.random.normal(key, photo.shape)
+    return photo + 0.25 * jax.random.normal(key, photo.shape)
 
 
 def _shaded(photo: jax.Array, key: jax.Array) -> jax.Array:
     """Lit from one side: the other half lies in a shadow with a hard edge."""
     angle = jax.random.uniform(key, (), maxval=2 * jnp.pi)
-    axis = jnp.arange(SIZE) - (SIZE - 1) / 2
+    axis = PIXELS - (SIZE - 1) / 2
     side = jnp.cos(angle) * axis[None, :] + jnp.sin(angle) * axis[:, None] > 0
     return jnp.where(side[..., None], 1.0 - photo, photo)
 
 
 def _chequered(photo: jax.Array, key: jax.Array) -> jax.Array:
-    index = jnp.arange(SIZE) // 4
-    return jnp.where(((index[:, None] + index) % 2)[..., None] == 1, 1.0 - photo, photo)
+    index = PIXELS // 4
+    return jnp.where(((index[:, None] + index) % 2 == 1)[..., None], 1.0 - photo, photo)
 
 
 BASE = Style()

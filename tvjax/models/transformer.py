@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -91,9 +91,11 @@ class LayerNorm(nnx.LayerNorm):
     def __init__(self, width: int, epsilon: float, *, rngs: nnx.Rngs):
         super().__init__(width, epsilon=epsilon, dtype=jnp.float32, use_fast_variance=False, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-        """Normalises each token by itself."""
-        return super().__call__(x.astype(jnp.float32)).astype(x.dtype)
+    def __call__(
+        self, x: Float[Array, "*batch width"], *, mask: Bool[Array, "*batch width"] | None = None
+    ) -> Float[Array, "*batch width"]:
+        """Normalises each token by itself; `mask` is True at the features that the statistics are of."""
+        return super().__call__(x.astype(jnp.float32), mask=mask).astype(x.dtype)
 
 
 def linear(
@@ -207,23 +209,49 @@ class PatchEmbeddings(nnx.Module):
         return tokens + self.positions[...].astype(self.dtype)
 
 
-@functools.cache
-def stage_function(module_class: Callable[..., nnx.Module], *arguments: Any) -> Callable[[PyTree, PyTree], PyTree]:
-    """``(params, carry) -> carry`` of the NNX module ``module_class(*arguments, rngs=...)``.
+class StageFunction:
+    """``(params, carry) -> carry`` of an NNX module; made by `stage_function`.
 
-    The same arguments give the same function object, so blocks of one shape are compiled once.
+    Attributes:
+      parameters: shape and dtype of each parameter that it takes, as nested dicts.
+    """
+
+    def __init__(self, module_class: Callable[..., nnx.Module], arguments: tuple[Any, ...]):
+        module = nnx.eval_shape(lambda: module_class(*arguments, rngs=nnx.Rngs(0)))
+        self._graphdef, _ = nnx.split(module)
+        self._name = module_class.__name__
+        self.parameters = parameters(module)
+
+    def __call__(self, params: PyTree, carry: PyTree) -> PyTree:
+        """Runs the module with these parameters."""
+        return nnx.merge(self._graphdef, nnx.State(params))(carry)
+
+    def __repr__(self) -> str:
+        return f"StageFunction({self._name})"
+
+
+@functools.cache
+def stage_function(module_class: Callable[..., nnx.Module], *arguments: Any) -> StageFunction:
+    """The function of the stage that the NNX module ``module_class(*arguments, rngs=...)`` computes.
+
+    The same arguments give the same object, so blocks of one shape are compiled once.
 
     Args:
       module_class: a module whose call takes the carry and returns the next one.
       *arguments: hashable; what the module is built from.
     """
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: module_class(*arguments, rngs=nnx.Rngs(0))))
+    return StageFunction(module_class, arguments)
 
-    def function(params: PyTree, carry: PyTree) -> PyTree:
-        return nnx.merge(graphdef, nnx.State(params))(carry)
 
-    function.__name__ = function.__qualname__ = module_class.__name__
-    return function
+def parameter_shapes(stages: Iterable[Stage]) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter that stages made of `stage_function` take, by path."""
+    shapes = {}
+    for stage in stages:
+        assert isinstance(stage.function, StageFunction), stage.name
+        for local, prefix in stage.paths:
+            for path, leaf in tree.flatten(tree.get(stage.function.parameters, local)).items():
+                shapes[f"{prefix}/{path}".strip("/")] = leaf.shape  # an empty path: the prefix names a leaf
+    return shapes
 
 
 def block_stages(tower: str, config: BlockConfig, count: int, dtype: jnp.dtype, rows: Rows) -> list[Stage]:

@@ -134,7 +134,7 @@ def _aligned_rows(
                 array = matmul(array.astype(jnp.float32), jnp.swapaxes(kernel, -1, -2))
         assert array is not None
         rows.append(array)
-    shapes = [site.rows for site in sites]
+    shapes = [_examples_and_tokens(site.rows) for site in sites]
     masks = (
         _mask(pair.source_rows, pair.source.carries(pair.source_index)[batch], shapes[0]),
         _mask(pair.target_rows, pair.target.carries(pair.target_index)[batch], shapes[1]),
@@ -150,6 +150,11 @@ def _aligned_rows(
     a, weight_a = _on_tokens(rows[0], shapes[0], operators.a, masks[0])
     b, weight_b = _on_tokens(rows[1], shapes[1], operators.b, masks[1])
     return a, b, weight_a * weight_b
+
+
+def _examples_and_tokens(rows: tuple[int, ...]) -> tuple[int, ...]:
+    """Row axes ``(examples, height, width)`` are ``(examples, tokens)``, the grid in row-major order."""
+    return rows if len(rows) < 2 else (rows[0], math.prod(rows[1:]))
 
 
 def _mask(layout: Rows, carry: Any, shape: tuple[int, ...]) -> jax.Array | None:

@@ -102,6 +102,17 @@ class TextHead(nnx.Module):
         return {**carry, "text": _project(self.projection, self.final_norm(last))}
 
 
+class Logits(nnx.Module):
+    """Last stage of a CLIP with both towers: adds ``logits_per_image``."""
+
+    def __init__(self, logit_scale_init_value: float = CLIPConfig.logit_scale_init_value, *, rngs: nnx.Rngs):
+        self.logit_scale = nnx.Param(jnp.float32(logit_scale_init_value))
+
+    def __call__(self, carry: dict[str, Array]) -> dict[str, Array]:
+        """Keeps ``image`` and ``text``."""
+        return {**carry, "logits_per_image": similarities(self.logit_scale[...], carry)}
+
+
 class VisionTower(nnx.Module):
     """Pixels to image embeddings."""
 
@@ -173,7 +184,9 @@ class CLIP(nnx.Module):
             outputs["image"] = self.vision(inputs["pixels"])
         if hasattr(self, "text"):
             outputs["text"] = self.text(inputs["tokens"], inputs.get("mask"))
-        return logits({"logit_scale": self.logit_scale[...]}, outputs) if hasattr(self, "logit_scale") else outputs
+        if hasattr(self, "logit_scale"):
+            outputs["logits_per_image"] = similarities(self.logit_scale[...], outputs)
+        return outputs
 
 
 def init(config: CLIPConfig, key: Array) -> PyTree:
@@ -219,7 +232,7 @@ def clip(config: CLIPConfig, params: PyTree, dtype: DTypeLike = jnp.float32) -> 
     if config.text:
         stages += _text_stages(config.text, dtype)
     if config.vision and config.text:
-        stages.append(Stage("logits", logits, (("logit_scale", "logit_scale"),)))
+        stages.append(Stage("logits", stage_function(Logits), (("logit_scale", "logit_scale"),)))
     return Model(params, tuple(stages))
 
 
@@ -242,10 +255,10 @@ def end_position(tokens: Int[Array, "batch tokens"], eos_token_id: int) -> Int[A
     return jnp.argmax(tokens if eos_token_id == 2 else tokens == eos_token_id, axis=-1)
 
 
-def logits(params: PyTree, carry: dict[str, Array]) -> dict[str, Array]:
-    """Last stage of a CLIP with both towers: adds ``logits_per_image = exp(logit_scale) cos(image, text)``."""
-    image, text = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (carry["image"], carry["text"]))
-    return {**carry, "logits_per_image": jnp.exp(params["logit_scale"].astype(jnp.float32)) * image @ text.T}
+def similarities(logit_scale: Float[Array, ""], embeddings: dict[str, Array]) -> Float[Array, "images texts"]:
+    """``exp(logit_scale)`` times the cosines of ``embeddings["image"]`` and ``embeddings["text"]``."""
+    image, text = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (embeddings["image"], embeddings["text"]))
+    return jnp.exp(logit_scale.astype(jnp.float32)) * image @ text.T
 
 
 def _vision_stages(config: CLIPVisionConfig, dtype: jnp.dtype) -> list[Stage]:

@@ -1,0 +1,56 @@
+"""Files and folders are the old or the new ones, whenever a run ends."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tvjax.checkpoints.atomic import new_folder, replacing
+
+KILLED = """
+import os, sys
+from tvjax.checkpoints.atomic import {manager}
+with {manager}(sys.argv[1]) as path:
+    ({write}).write_text("half")
+    os.kill(os.getpid(), 9)
+"""
+
+
+def killed(manager, write, path):
+    script = KILLED.format(manager=manager, write=write)
+    return subprocess.run([sys.executable, "-c", script, str(path)], check=False).returncode
+
+
+def test_a_block_that_raises_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_killed_run_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    assert killed("replacing", "path", path) == -9
+    assert path.read_text() == "old"
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new"
+
+
+def test_a_killed_run_leaves_no_folder(tmp_path):
+    path = tmp_path / "deep" / "folder"
+    assert killed("new_folder", "path / 'file'", path) == -9
+    assert not path.exists()
+    with new_folder(path) as temporary:
+        (temporary / "file").write_text("new")
+    assert (path / "file").read_text() == "new"
+
+
+def test_a_block_that_raises_leaves_no_folder(tmp_path):
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "folder") as temporary:
+        (temporary / "file").write_text("half")
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,46 @@
+"""What a user meets first: the public names, light imports, and the order of the floors."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tvjax
+
+ROOT = Path(tvjax.__file__).parent
+# Each floor imports only from those before it.
+FLOORS = [
+    "tree", "arithmetic", "capture", "stages", "walk", "align", "transport", "models", "checkpoints", "data",
+    "evaluate", "report", "cli",
+]  # fmt: skip
+
+
+def test_every_public_name_exists_and_has_a_docstring():
+    for name in tvjax.__all__:
+        assert getattr(tvjax, name).__doc__, name
+
+
+def test_the_core_imports_neither_flax_nor_what_only_commands_need():
+    heavy = "('flax', 'torch', 'transformers', 'matplotlib', 'sklearn', 'typer')"
+    code = f"import tvjax, sys; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def modules():
+    return [path for path in sorted(ROOT.rglob("*.py")) if path.parent != ROOT or path.stem in FLOORS]
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_floor_imports_only_from_those_above(path):
+    floor = FLOORS.index(path.relative_to(ROOT).parts[0].removesuffix(".py"))
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "tvjax":
+            names += [f"{node.module}.{a.name}" if node.module == "tvjax" else node.module for a in node.names]
+        elif isinstance(node, ast.Import):
+            names += [a.name for a in node.names if a.name.startswith("tvjax.")]
+    imported = {name.split(".")[1] for name in names} & set(FLOORS)
+    assert {name for name in imported if FLOORS.index(name) > floor} == set()

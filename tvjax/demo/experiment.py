@@ -1,0 +1,176 @@
+"""The whole experiment of the demo, and the files that it writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from tvjax.checkpoints.atomic import replacing
+from tvjax.demo.arithmetic import Edit, addition, analogies, negation
+from tvjax.demo.setup import BASE, SOURCE, TARGETS, TITLES, Settings, load, photographs, style_of
+from tvjax.demo.transports import EQUAL_SHAPES, METHODS, Bench, Result
+from tvjax.report.measurements import Comparison, Measurement, compare, in_order
+from tvjax.report.plots import Curve, plot_methods, plot_scales
+from tvjax.transport import State, summary
+
+PACKAGES = ("tvjax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers")
+REPORTED = ("theseus", "bico+gradfix")  # the transports whose report by leaf is written, of the first task and draw
+ABOUT = {
+    "labels_per_class": "labelled training photographs of each class that the method read; scales and few-shot "
+    "hyperparameters were chosen on the same labelled validation photographs for every method",
+    "draw": "of the calibration examples; what they do not change (zero-shot, naive addition, orthogonal shift, own "
+    "fine-tuning) was measured once and stands once for each draw, so that records pair",
+    "alpha": "scale of the edit; 0 for zero-shot, 1 for fine-tuning",
+    "intervals": "Student's t, 95 %, of the mean of paired differences (method minus baseline, same task and draw): "
+    "mean +- t(0.975, n - 1) s / sqrt(n); over_pairs: n = tasks x draws, for these tasks; over_tasks: n = tasks, the "
+    "draws of a task averaged first, for tasks like these",
+}
+
+Progress = Callable[[int, int, str], None]
+
+
+class Findings(NamedTuple):
+    """What the demo found.
+
+    Attributes:
+      settings: of the demo.
+      measurements: the records.
+      comparisons: every method against zero-shot and, at equal shapes, naive addition.
+      curves: validation accuracy by scale.
+      edits: the arithmetic.
+      reports: reports by leaf, by title.
+      photographs: how many there are of each task, by set.
+      seconds: it took.
+    """
+
+    settings: Settings
+    measurements: list[Measurement]
+    comparisons: list[Comparison]
+    curves: list[Curve]
+    edits: list[Edit]
+    reports: dict[str, str]
+    photographs: dict[str, int]
+    seconds: float
+
+
+def run(settings: Settings, progress: Progress | None = None) -> Findings:
+    """Measures everything; nothing is written.
+
+    Args:
+      settings: what to measure.
+      progress: called with (steps done, steps in all, what was done).
+
+    Raises:
+      ValueError: for an unknown task, fewer than two tasks, or no draw.
+    """
+    if len(settings.tasks) < 2 or settings.draws < 1:
+        raise ValueError(f"found {len(settings.tasks)} tasks and {settings.draws} draws, expected two and one at least")
+    began = time.perf_counter()
+    steps = ["load", *(f"{SOURCE} to {name}, {task}" for name in TARGETS for task in settings.tasks), "arithmetic"]
+
+    def done(step: str) -> None:
+        if progress is not None:
+            progress(steps.index(step) + 1, len(steps), step)
+
+    models = {name: load(name, settings.tasks) for name in (SOURCE, *TARGETS)}
+    source = models[SOURCE]
+    images = {name: photographs(name, style_of(name), settings) for name in (BASE, *settings.tasks)}
+    done("load")
+    measurements: list[Measurement] = []
+    curves: list[Curve] = []
+    reports: dict[str, str] = {}
+    for name in TARGETS:
+        for task in settings.tasks:
+            bench = Bench(source, models[name], task, images[task], settings)
+            fixed = bench.without_examples()
+            for draw in range(settings.draws):
+                drawn, states = bench.with_examples(draw)
+                results = sorted([*fixed, *drawn], key=lambda result: METHODS.index(result.method))
+                measurements += [_measurement(task, name, draw, result) for result in results]
+                curves += [_curve(task, name, draw, result, settings) for result in results if result.curve]
+                if draw == 0 and task == settings.tasks[0]:
+                    reports |= _reports(f"{SOURCE} to {name}, {task}", states)
+            done(f"{SOURCE} to {name}, {task}")
+    edits = [*addition(source, images, settings), *negation(source, images, settings), *analogies(source, settings)]
+    done("arithmetic")
+    some = images[settings.tasks[0]]
+    counts = {
+        "calibration": settings.labels_per_class * len(set(some.pool.labels.tolist())),
+        "validation": len(some.validation.labels),
+        "test": len(some.test.labels),
+    }
+    seconds = time.perf_counter() - began
+    return Findings(settings, measurements, comparisons(measurements), curves, edits, reports, counts, seconds)
+
+
+def comparisons(measurements: list[Measurement]) -> list[Comparison]:
+    """Every method minus zero-shot, and minus naive addition where that was measured."""
+    found = []
+    for target in in_order(m.target for m in measurements):
+        methods = in_order(m.method for m in measurements if m.target == target)
+        for baseline in ("zero_shot", "naive"):
+            others = [method for method in methods if method not in ("zero_shot", baseline)]
+            found += [compare(measurements, target, m, baseline) for m in others if baseline in methods]
+    return found
+
+
+def write(findings: Findings, folder: str | os.PathLike[str]) -> list[Path]:
+    """Writes ``results.json``, two plots and the reports by leaf, each file replaced when it is complete.
+
+    Returns:
+      The files.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {name: folder / name for name in ("results.json", "accuracy.png", "scales.png", "leaf_report.txt")}
+    _write_text(files["results.json"], json.dumps(results(findings), indent=1) + "\n")
+    plot_methods(findings.measurements, files["accuracy.png"], TITLES)
+    plot_scales(findings.curves, files["scales.png"], TITLES)
+    reports = (f"{title}\n\n{text}\n" for title, text in findings.reports.items())
+    _write_text(files["leaf_report.txt"], "\n".join(reports))
+    return list(files.values())
+
+
+def results(findings: Findings) -> dict[str, object]:
+    """The content of ``results.json``."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {
+        "records": [measurement._asdict() for measurement in findings.measurements],
+        "settings": {**dataclasses.asdict(findings.settings), "photographs": findings.photographs},
+        "versions": {**versions, "python": platform.python_version(), "backend": jax.default_backend()},
+        "seconds": round(findings.seconds, 2),
+        "about": ABOUT,
+        "comparisons": [
+            {**c._asdict(), "over_pairs": c.over_pairs._asdict(), "over_tasks": c.over_tasks._asdict()}
+            for c in findings.comparisons
+        ],
+        "arithmetic": [edit._asdict() for edit in findings.edits],
+        "curves": [curve._asdict() for curve in findings.curves],
+    }
+
+
+def _measurement(task: str, target: str, draw: int, result: Result) -> Measurement:
+    return Measurement(task, target, result.method, result.labels_per_class, draw, result.alpha, result.accuracy)
+
+
+def _curve(task: str, target: str, draw: int, result: Result, settings: Settings) -> Curve:
+    grid = settings.unit_scales if result.method in EQUAL_SHAPES else settings.rotation_scales
+    return Curve(task, target, result.method, draw, grid, result.curve)
+
+
+def _reports(title: str, states: dict[str, State]) -> dict[str, str]:
+    return {f"{title}: {method}": summary(states[method]) for method in REPORTED}
+
+
+def _write_text(file: Path, text: str) -> None:
+    with replacing(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")

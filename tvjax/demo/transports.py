@@ -1,0 +1,144 @@
+"""Every method on one task and one target: its edit, the scale chosen on validation images, the accuracy on test images."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tvjax.arithmetic import apply
+from tvjax.data.digits import CLASS_NAMES
+from tvjax.demo.setup import Embedded, Photographs, Settings, draw_examples, named_key
+from tvjax.evaluate.accuracy import accuracy
+from tvjax.evaluate.fine_tune import fine_tune
+from tvjax.evaluate.scale import choose_scale
+from tvjax.stages import Batch, Model, PyTree
+from tvjax.transport import State, Transport, bico, chain, fit, gradfix, orthogonal_shift, theseus
+from tvjax.transport.base import Part
+
+# In the order of the tables.
+METHODS = (
+    "zero_shot",
+    "naive",
+    "orthogonal_shift",
+    "gradfix",
+    "theseus",
+    "bico",
+    "theseus+gradfix",
+    "bico+gradfix",
+    "few_shot",
+    "fine_tuned",
+)
+EQUAL_SHAPES = ("naive", "orthogonal_shift", "gradfix")  # these need a target of the source's shape
+
+
+class Result(NamedTuple):
+    """What a method reaches.
+
+    Attributes:
+      method: its name.
+      labels_per_class: labelled training examples of each class that it read.
+      alpha: scale of its edit.
+      accuracy: fraction of the test images.
+      curve: accuracy on the validation images at every scale of its grid; empty where there is no grid.
+    """
+
+    method: str
+    labels_per_class: int
+    alpha: float
+    accuracy: float
+    curve: tuple[float, ...] = ()
+
+
+class Bench(NamedTuple):
+    """One task on one target.
+
+    Attributes:
+      source: the model that the task vector comes from.
+      target: the model that it goes to.
+      task: name of the task.
+      images: of the task.
+      settings: of the demo.
+    """
+
+    source: Embedded
+    target: Embedded
+    task: str
+    images: Photographs
+    settings: Settings
+
+    @property
+    def same_shape(self) -> bool:
+        """Whether task vectors of the source fit the target as they are."""
+        mine, theirs = self.target.taus[self.task], self.source.taus[self.task]
+        return jax.tree.map(jnp.shape, mine) == jax.tree.map(jnp.shape, theirs)
+
+    def without_examples(self) -> list[Result]:
+        """The methods that look at no calibration example."""
+        model, own = self.target.model, self.target.taus[self.task]
+        trained = len(self.images.pool.labels) // len(CLASS_NAMES)
+        results = [
+            Result("zero_shot", 0, 0.0, self._test(model)),
+            Result("fine_tuned", trained, 1.0, self._test(model.replace(params=apply(model.params, own)))),
+        ]
+        if self.same_shape:
+            tau, shift = self.source.taus[self.task], orthogonal_shift()
+            shifted = shift.apply(fit(shift, self.source.model, model, []), tau)
+            grid = self.settings.unit_scales
+            results += [self._scaled("naive", 0, tau, grid), self._scaled("orthogonal_shift", 0, shifted, grid)]
+        return results
+
+    def with_examples(self, draw: int) -> tuple[list[Result], dict[str, State]]:
+        """The methods that are fitted on a draw of calibration examples, and the states of the transports."""
+        settings, model = self.settings, self.target.model
+        examples = draw_examples(self.images.pool, self.task, draw, settings)
+        fitted = self._fit(examples)
+        results = []
+        for method, (transport, state) in fitted.items():
+            tau = transport.apply(state, self.source.taus[self.task])
+            labels = settings.labels_per_class if transport.needs_gradients else 0
+            grid = settings.unit_scales if method in EQUAL_SHAPES else settings.rotation_scales
+            results.append(self._scaled(method, labels, tau, grid))
+        tuned = fine_tune(
+            model,
+            examples,
+            steps=settings.few_shot_steps,
+            key=named_key(settings.seed + draw, f"few-shot {self.task}"),
+            learning_rates=settings.learning_rates,
+            trainable=settings.trainable,
+            validation=self.images.validation,
+            checkpoints=settings.few_shot_checkpoints,
+        )
+        tuned_accuracy = self._test(model.replace(params=tuned.params))
+        results.append(Result("few_shot", settings.labels_per_class, 1.0, tuned_accuracy))
+        return results, {method: state for method, (_, state) in fitted.items()}
+
+    def _fit(self, examples: Batch) -> dict[str, tuple[Transport, State]]:
+        """All transports with their states. Each link is fitted once; chains share what was fitted."""
+        models = self.source.model, self.target.model
+        unlabelled = fit(theseus(), *models, [examples])
+        labelled = fit(chain(bico(), gradfix()), *models, [examples], task=self.task)
+        rotation, mask = labelled.parts
+
+        def state(*parts: Part) -> State:
+            return dataclasses.replace(labelled, parts=parts)
+
+        fitted = {
+            "theseus": (theseus(), unlabelled),
+            "bico": (bico(), state(rotation)),
+            "theseus+gradfix": (chain(theseus(), gradfix()), state(*unlabelled.parts, mask)),
+            "bico+gradfix": (chain(bico(), gradfix()), labelled),
+        }
+        return {"gradfix": (gradfix(), state(mask)), **fitted} if self.same_shape else fitted
+
+    def _scaled(self, method: str, labels: int, tau: PyTree, grid: tuple[float, ...]) -> Result:
+        """The edit at the scale that is best on the validation images."""
+        model = self.target.model
+        chosen = choose_scale(model, tau, grid, self.images.validation)
+        edited = model.replace(params=apply(model.params, tau, chosen.scale))
+        return Result(method, labels, chosen.scale, self._test(edited), tuple(chosen.curve.tolist()))
+
+    def _test(self, model: Model) -> float:
+        return accuracy(model, self.images.test).fraction

@@ -1,0 +1,1 @@
+"""What the library shows: statistics of measurements, tables, plots."""

@@ -1,0 +1,156 @@
+"""Plots as PNG files, drawn without a display."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from tvjax.checkpoints.atomic import replacing
+from tvjax.report.measurements import Measurement, accuracies, in_order
+
+# Okabe and Ito's colours, told apart by every kind of colour vision.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+GREY = "#8A8A8A"
+DARK = "#333333"
+MARKERS = ("o", "s", "^", "D", "v", "P")
+STYLE = {"size": 9, "title": 10, "small": 8}
+
+
+class Curve(NamedTuple):
+    """Accuracy of one method against the scale of the task vector.
+
+    Attributes:
+      task: name of the task.
+      target: name of the model that was edited.
+      method: name of the method.
+      draw: number of the draw of the calibration examples.
+      alphas: the scales.
+      accuracy: on the validation images, a fraction each.
+    """
+
+    task: str
+    target: str
+    method: str
+    draw: int
+    alphas: tuple[float, ...]
+    accuracy: tuple[float, ...]
+
+
+def plot_methods(
+    measurements: Sequence[Measurement],
+    file: str | os.PathLike[str],
+    titles: dict[str, str],
+    bounds: tuple[str, str] = ("zero_shot", "fine_tuned"),
+) -> None:
+    """Accuracy by method, a panel for each target: bars for the mean over tasks, a marker for every task.
+
+    Args:
+      measurements: of all targets.
+      file: the PNG.
+      titles: of the targets, in the order of the panels.
+      bounds: the two methods that are drawn as lines from top to bottom.
+    """
+    tasks = in_order(m.task for m in measurements)
+    methods = [name for name in in_order(m.method for m in measurements) if name not in bounds]
+    figure = Figure(figsize=(3.0 * len(titles) + 1.6, 0.34 * len(methods) + 1.7), layout="constrained")
+    axes = figure.subplots(1, len(titles), sharex=True, sharey=True, squeeze=False)[0]
+    for axis, (target, title) in zip(axes, titles.items(), strict=True):
+        for y, method in enumerate(methods):
+            found = accuracies(measurements, target, method)
+            if not found:
+                axis.text(2, y, "needs equal shapes", va="center", color=GREY, fontsize=STYLE["small"], style="italic")
+                continue
+            means = {task: 100 * values.mean() for task, values in found.items()}
+            mean = float(np.mean(list(means.values())))
+            axis.barh(y, mean, height=0.62, color=_method_colour(method), alpha=0.85, zorder=2)
+            for task, value in means.items():
+                marker = MARKERS[tasks.index(task) % len(MARKERS)]
+                axis.scatter(value, y, s=16, marker=marker, color="white", edgecolor=DARK, linewidth=0.8, zorder=4)
+        for method, style in zip(bounds, ("--", ":"), strict=True):
+            found = accuracies(measurements, target, method)
+            mean = 100 * float(np.mean([values.mean() for values in found.values()]))
+            axis.axvline(mean, color=DARK, linestyle=style, linewidth=1.2, zorder=3)
+        axis.set_title(title, fontsize=STYLE["title"])
+        axis.set_xlim(0, 100)
+        axis.set_xlabel("accuracy on test images, %", fontsize=STYLE["size"])
+        _tidy(axis, "x")
+    axes[0].set_yticks(range(len(methods)), [_label(name) for name in methods])
+    axes[0].invert_yaxis()
+    handles = [
+        axes[0].scatter([], [], s=16, marker=MARKERS[i % len(MARKERS)], color="white", edgecolor=DARK, linewidth=0.8)
+        for i in range(len(tasks))
+    ]
+    handles += [axes[0].plot([], [], color=DARK, linestyle=style, linewidth=1.2)[0] for style in ("--", ":")]
+    names = [*(task.replace("_", " ") for task in tasks), *map(_label, bounds)]
+    legend = figure.legend(
+        handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=STYLE["small"]
+    )
+    legend.set_in_layout(True)
+    _save(figure, file)
+
+
+def plot_scales(curves: Sequence[Curve], file: str | os.PathLike[str], titles: dict[str, str]) -> None:
+    """Accuracy against the scale of the task vector, mean over tasks and draws, a panel for each target.
+
+    Args:
+      curves: of all targets.
+      file: the PNG.
+      titles: of the targets, in the order of the panels.
+    """
+    methods = in_order(curve.method for curve in curves)
+    figure = Figure(figsize=(3.0 * len(titles) + 0.6, 3.4), layout="constrained")
+    axes = figure.subplots(1, len(titles), sharex=True, sharey=True, squeeze=False)[0]
+    for axis, (target, title) in zip(axes, titles.items(), strict=True):
+        for method in methods:
+            found = [curve for curve in curves if (curve.target, curve.method) == (target, method)]
+            if not found:
+                continue
+            mean = 100 * np.mean([curve.accuracy for curve in found], axis=0)
+            line = "--" if "+" in method else "-"
+            axis.plot(found[0].alphas, mean, line, color=_method_colour(method), linewidth=1.6, label=_label(method))
+            best = int(mean.argmax())
+            axis.plot(found[0].alphas[best], mean[best], "o", color=_method_colour(method), markersize=4.5)
+        axis.set_title(title, fontsize=STYLE["title"])
+        axis.set_xlabel(r"scale $\alpha$", fontsize=STYLE["size"])
+        _tidy(axis, "both")
+    axes[0].set_ylabel("accuracy on validation images, %", fontsize=STYLE["size"])
+    handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=len(handles),
+        frameon=False,
+        fontsize=STYLE["small"],
+    )
+    _save(figure, file)
+
+
+def _method_colour(method: str) -> str:
+    """A colour for each family of methods: a chain has that of its first link."""
+    families = ("theseus", "naive", "bico", "gradfix", "orthogonal_shift", "few_shot")
+    first = method.split("+")[0]
+    return COLOURS[families.index(first)] if first in families else GREY
+
+
+def _label(method: str) -> str:
+    names = {"naive": "naive addition", "gradfix": "GradFix", "theseus": "Theseus", "bico": "BiCo", "zero_shot": "zero-shot"}
+    names |= {"few_shot": "few-shot fine-tuning", "fine_tuned": "own fine-tuning"}
+    return " + ".join(names.get(part, part.replace("_", " ")) for part in method.split("+"))
+
+
+def _tidy(axis: Axes, grid: str) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=STYLE["size"], length=3)
+    axis.grid(axis=grid, color="#E4E4E4", linewidth=0.8, zorder=0)
+    axis.set_axisbelow(True)
+
+
+def _save(figure: Figure, file: str | os.PathLike[str]) -> None:
+    with replacing(file) as temporary:
+        figure.savefig(temporary, format="png", dpi=160)
