@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +130,14 @@ def shape(name: str, tokens: int) -> CLIPConfig:
     )
 
 
+def settings(config: CLIPConfig) -> dict[str, Any]:
+    """The ``config.json``, with the ids of the special tokens."""
+    content = config.to_dict()
+    end = config.text.eos_token_id
+    content["text_config"] |= {"bos_token_id": end - 1, "pad_token_id": end}
+    return content
+
+
 def contrastive_loss(params: PyTree, config: CLIPConfig, captions: PyTree, batch: Batch, key: jax.Array) -> jax.Array:
     """CLIP's loss on images with a random caption each; pairs of one digit are positive (UniCL, Yang et al. 2022)."""
     model = clip(config, params)
@@ -211,7 +220,7 @@ def main() -> None:
         photos = digits.photograph(half, digits.BASE, jax.random.key(index), repeats=20)
         params, losses = pretrain(config, options.steps, tokenize(CAPTIONS), photos, jax.random.key(10 + index))
         half_precision = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), params)
-        save_pretrained(Pretrained(clip(config, half_precision), config, name), folder)
+        save_pretrained(Pretrained(clip(config, half_precision), config, name, settings=settings(config)), folder)
 
         saved = from_pretrained(folder)
         head = (tokenize, digits.CLASS_NAMES, digits.TEMPLATES)

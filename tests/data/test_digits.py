@@ -59,7 +59,9 @@ def test_mirrored_is_the_mirror_image_of_base(parts):
 
     candidates = {"flipped": base[:, :, ::-1], "same": base, "upside_down": base[:, ::-1, ::-1]}
     likeness = {
-        name: np.mean([correlation(mirrored[labels], image[labels]) for labels in _by_class(parts["validation"].labels)])
+        name: np.mean(
+            [correlation(mirrored[labels], image[labels]) for labels in _by_class(parts["validation"].labels)]
+        )
         for name, image in candidates.items()
     }
     assert max(likeness, key=likeness.get) == "flipped" and likeness["flipped"] > 0.9

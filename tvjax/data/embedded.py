@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 MODELS = ("A", "B", "W", "D")
-TASKS = ("mirrored", "thick", "striped", "framed")
+TASKS = ("mirrored", "upside_down", "thick", "ruled", "framed", "blurred")
 FOLDER = Path(__file__).parent.parent / "demo_models"
 
 
