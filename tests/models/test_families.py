@@ -134,8 +134,8 @@ def test_every_parameter_has_a_gradient(golden):
         return jnp.sum(outputs[name] ** 2)
 
     gradients = tree.flatten(jax.grad(loss)(pretrained.params))
-    dead = [path for path, gradient in gradients.items() if not np.any(gradient)]
-    assert not dead
+    dead = {path for path, gradient in gradients.items() if not np.any(gradient)}
+    assert all(path.endswith("attention/key/bias") for path in dead)  # softmax takes no notice of it
 
 
 def test_round_trip_keeps_every_bit(golden, tmp_path):

@@ -67,7 +67,9 @@ class Statistics:
             self.sample = a[..., ::step, :], b[..., ::step, :], weights[::step]
         self.rows.append((a, b, weights))
         rows = sum(chunk[0].shape[-2] for chunk in self.rows)
-        if self.moments is not None or rows >= min(a.shape[-1], b.shape[-1]) or self.options.whiten:
+        enough = rows >= min(a.shape[-1], b.shape[-1])
+        # A sketch of the moment is cheaper than a QR of the rows.
+        if self.moments is not None or enough or self.options.whiten or self.options.method == "randomised":
             self._fold()
 
     def _fold(self) -> None:

@@ -1,0 +1,51 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tvjax.data.batches import examples, split
+from tvjax.evaluate.accuracy import Accuracy, accuracy, predict
+from tvjax.stages import Batch, Model, Stage
+
+
+def linear(params, carry):
+    return {"logits": carry @ params["kernel"]}
+
+
+def embed(params, carry):
+    return {"image": carry @ params["kernel"]}
+
+
+@pytest.fixture
+def model():
+    return Model({"kernel": jnp.eye(3)}, (Stage("linear", linear),))
+
+
+def test_accuracy_counts_over_uneven_batches(model):
+    inputs = np.eye(3, dtype=np.float32)[[0, 1, 2, 0, 1]]
+    batches = split(examples(inputs, [0, 1, 2, 1, 1]), 2)
+    assert accuracy(model, batches) == Accuracy(4, 5)
+    assert accuracy(model, batches[0]).fraction == 1.0
+
+
+def test_predictions_of_a_zero_shot_head_use_the_cosine():
+    head = {"classifier": jnp.eye(2), "logit_scale": jnp.float32(0)}
+    model = Model({"kernel": jnp.eye(2)}, (Stage("embed", embed),), loss_params=head)
+    assert predict(model, jnp.array([[1.0, 3.0], [9.0, 2.0]])).tolist() == [1, 0]
+
+
+def test_models_without_classes_are_refused():
+    with pytest.raises(ValueError, match=r"returns \['image'\] and has no zero-shot head"):
+        predict(Model({"kernel": jnp.eye(2)}, (Stage("embed", embed),)), jnp.ones((1, 2)))
+
+
+def test_unlabelled_and_absent_batches_are_refused(model):
+    with pytest.raises(ValueError, match="has no labels"):
+        accuracy(model, Batch(jnp.ones((1, 3))))
+    with pytest.raises(ValueError, match="no examples to evaluate on"):
+        accuracy(model, [])
+
+
+@pytest.mark.parametrize(("correct", "total"), [(0, 10), (10, 10), (3, 7)])
+def test_wilson_interval_holds_the_accuracy(correct, total):
+    low, high = Accuracy(correct, total).interval()
+    assert 0 <= low <= correct / total <= high <= 1 and high - low > 0.1

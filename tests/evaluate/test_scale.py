@@ -1,0 +1,62 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tvjax.data.batches import examples, split
+from tvjax.evaluate.scale import choose_scale
+from tvjax.stages import Model, Stage
+
+
+def linear(params, carry):
+    return {"logits": carry @ params["kernel"]}
+
+
+@pytest.fixture
+def problem(key):
+    keys = jax.random.split(key, 4)
+    inputs = jax.random.normal(keys[0], (60, 5))
+    right = jax.random.normal(keys[1], (5, 3))
+    labels = np.asarray((inputs @ right).argmax(1))
+    model = Model({"kernel": jax.random.normal(keys[2], (5, 3))}, (Stage("linear", linear),))
+    tau = {"kernel": right - model.params["kernel"] + 0.5 * jax.random.normal(keys[3], (5, 3))}
+    return model, tau, inputs, labels
+
+
+def test_curve_and_choice_match_brute_force(problem):
+    model, tau, inputs, labels = problem
+    scales = [2.0, 0.0, 0.5, 1.0]
+    chosen = choose_scale(model, tau, scales, split(examples(inputs, labels), 25))
+    curve = [
+        ((np.asarray(inputs) @ np.asarray(model.params["kernel"] + s * tau["kernel"])).argmax(1) == labels).mean()
+        for s in sorted(scales)
+    ]
+    np.testing.assert_allclose(chosen.curve, curve)
+    assert chosen.scales.tolist() == sorted(scales)
+    assert chosen.scale == sorted(scales)[int(np.argmax(curve))] and chosen.accuracy == max(curve)
+    assert chosen.accuracy > curve[0]
+
+
+def test_ties_go_to_the_smallest_scale(problem):
+    model, tau, inputs, labels = problem
+    zero = jax.tree.map(jnp.zeros_like, tau)
+    assert choose_scale(model, zero, [0.3, 0.1, 0.2], examples(inputs, labels)).scale == 0.1
+
+
+def test_other_scales_compile_nothing(problem):
+    model, tau, inputs, labels = problem
+    traces = []
+
+    def counted(params, carry):
+        traces.append(1)
+        return linear(params, carry)
+
+    choose_scale(model.replace(stages=(Stage("linear", counted),)), tau, range(10), examples(inputs, labels))
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("scales", [[], [0.0, float("nan")]])
+def test_bad_grids_are_refused(problem, scales):
+    model, tau, inputs, labels = problem
+    with pytest.raises(ValueError, match="expected at least one finite number"):
+        choose_scale(model, tau, scales, examples(inputs, labels))
