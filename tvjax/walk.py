@@ -8,14 +8,15 @@ XLA compiles is one function per kind of stage. Memory: ``(stages + 1) * rows * 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Var
 
 from tvjax import tree
-from tvjax.capture import Captured, SiteTable, instrument, sites
+from tvjax.capture import Captured, SiteTable, instrument, jaxprs, sites
 from tvjax.stages import Batch, Model, local_params, run_stage
 
 PyTree = Any
@@ -74,6 +75,22 @@ class Walk:
         carry = self.carries(index)[0]
         return _table(self.model.stages[index].function, _shapes(self.params(index)), _shapes(carry))
 
+    @cached_property
+    def reached(self) -> frozenset[str]:
+        """Paths of the leaves that the loss depends on, by structure: the gradient of all others is zero."""
+
+        def loss(params: PyTree, loss_params: PyTree, batch: Batch) -> jax.Array:
+            return self.model.loss(loss_params, self.model.replace(params=params)(batch.inputs), batch.labels)
+
+        arguments = jax.tree.map(tree.leaf_type, (self.model.params, self.model.loss_params, self.batches[0]))
+        region, _ = jaxprs.trace(loss, *arguments)
+        needed = {atom for atom in region.results if isinstance(atom, Var)}
+        for eqn in reversed(region.eqns):
+            if needed.intersection(eqn.outvars):
+                needed.update(atom for atom in eqn.invars if isinstance(atom, Var) and _is_floating(atom.aval))
+        variables = region.variables[len(region.consts) :]
+        return frozenset(path for path, v in zip(tree.flatten(arguments[0]), variables, strict=False) if v in needed)
+
     def observe(self, index: int, batch: int, activations: frozenset[str], gradients: frozenset[str]) -> Captured:
         """The activations and output gradients of these names at a stage, for one batch.
 
@@ -108,7 +125,10 @@ class Walk:
         self._carries[:index] = [None] * index
 
     def release_after(self, index: int) -> None:
-        """Forgets what the stages after this one take and send back: a walk backwards is done with them."""
+        """Forgets what the stages after this one take and send back: a walk backwards is done with them.
+
+        Where gradients are read, `cotangents` of this stage must be asked for first.
+        """
         self._carries[index + 1 :] = [None] * (len(self._carries) - index - 1)
         self._cotangents = {i: kept for i, kept in self._cotangents.items() if i <= index}
 
@@ -119,15 +139,18 @@ VoteFunction = Callable[[PyTree], PyTree]
 def differentiable(carry: PyTree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], PyTree]]:
     """The floating leaves of a carry, and the function that puts others in their place."""
     leaves, structure = jax.tree.flatten(carry)
-    floating = [jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in leaves]
+    floating = list(map(_is_floating, leaves))
 
     def rebuild(replacements: list[jax.Array]) -> PyTree:
         new = iter(replacements)
-        return structure.unflatten(
-            [next(new) if is_float else old for old, is_float in zip(leaves, floating, strict=True)]
-        )
+        both = [next(new) if is_float else old for old, is_float in zip(leaves, floating, strict=True)]
+        return jax.tree.unflatten(structure, both)
 
     return [leaf for leaf, is_float in zip(leaves, floating, strict=True) if is_float], rebuild
+
+
+def _is_floating(array: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(array), jnp.floating)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -169,7 +192,17 @@ def _pull_back(function: Any, params: PyTree, carry: PyTree, cotangent: list[jax
 @partial(jax.jit, static_argnums=0)
 def _loss_cotangent(loss: Any, loss_params: PyTree, outputs: PyTree, labels: PyTree) -> list[jax.Array]:
     floating, rebuild = differentiable(outputs)
-    return jax.grad(lambda f: jnp.sum(loss(loss_params, rebuild(f), labels)))(floating)
+
+    def summed(floating: list[jax.Array]) -> jax.Array:
+        losses = loss(loss_params, rebuild(floating), labels)
+        if jnp.ndim(losses) != 1:
+            raise ValueError(
+                f"a model's loss must return one value for each example, [batch], found shape {jnp.shape(losses)}: "
+                "leave out the mean or sum over the batch"
+            )
+        return jnp.sum(losses)
+
+    return jax.grad(summed)(floating)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -191,7 +224,7 @@ def per_sample_votes(
       function: of the stage.
       tied: local paths of leaves whose per-sample gradients are returned instead, for other stages add to them.
       vote: tree of one sample's gradients -> tree of its votes.
-      chunk: samples at once; divides the batch, or the batch is cut at one sample at a time.
+      chunk: samples at once, at most; the largest such number that divides the batch.
       downwards: whether the cotangent of the carry is wanted.
       params: local parameters.
       carry: of the batch, the example axis first on every leaf.
@@ -199,16 +232,27 @@ def per_sample_votes(
 
     Returns:
       Votes by local path; per-sample gradients ``[batch, *leaf]`` of tied leaves; the cotangent of the carry.
+
+    Raises:
+      ValueError: a carry whose leaves are not all of one number of examples.
     """
-    samples = jax.tree.leaves(carry)[0].shape[0]
-    chunk = chunk if samples % chunk == 0 else 1
+    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((carry, cotangent))}
+    if len(lengths) != 1 or lengths == {()}:
+        raise ValueError(
+            "gradients by sample need the example axis first on every array between stages, of one length; found "
+            f"{sorted(lengths)}: fit on one tower of a CLIP, with the class embeddings in its loss"
+        )
+    ((samples,),) = lengths
+    names = [path for path, leaf in tree.flatten(params).items() if _is_floating(leaf)]
+    chunk = max(size for size in range(1, min(chunk, samples) + 1) if samples % size == 0)
 
     def one_sample(carry: PyTree, cotangent: list[jax.Array]) -> Any:
         carry = jax.tree.map(lambda x: x[None], carry)
         floating, rebuild = differentiable(carry)
-        out, pull = jax.vjp(lambda p, f: differentiable(function(p, rebuild(f)))[0], params, floating)
-        gradient, down = pull(_cast_like([c[None] for c in cotangent], out))
-        flat = tree.flatten(gradient)
+        moving, rebuild_params = differentiable(params)
+        out, pull = jax.vjp(lambda p, f: differentiable(function(rebuild_params(p), rebuild(f)))[0], moving, floating)
+        gradients, down = pull(_cast_like([c[None] for c in cotangent], out))
+        flat = dict(zip(names, gradients, strict=True))
         own = vote({path: g for path, g in flat.items() if path not in tied})
         return own, {path: flat[path] for path in tied}, [d[0] for d in down] if downwards else None
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tvjax import Batch, tree
+from tvjax import Batch, bico, chain, fit, gradfix, identity, orthogonal_shift, scale_by, theseus, tree
 from tvjax.models.clip import CLIPConfig, CLIPVisionConfig, clip, init
 
 CLASSES = 5
@@ -29,10 +29,14 @@ def cross_entropy(classifier, outputs, labels):
     return -jnp.take_along_axis(scores, labels[:, None], 1)[:, 0]
 
 
+def random_params(config, seed):
+    """No bias is zero, no scale one, and attention is not uniform."""
+    params = noise_like(jax.eval_shape(lambda: init(config, jax.random.key(0))), seed, 0.4)
+    return tree.map_with_path(lambda path, leaf: 1 + leaf if path.endswith("scale") else leaf, params)
+
+
 def make_model(config, seed):
-    shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    params = noise_like(shapes, seed, 0.4)  # no bias is zero, no scale one, and attention is not uniform
-    params = tree.map_with_path(lambda path, leaf: 1 + leaf if path.endswith("scale") else leaf, params)
+    params = random_params(config, seed)
     classifier = np.random.default_rng(7).normal(size=(config.vision.projection_dim, CLASSES))
     return clip(config, params).with_loss(cross_entropy, jnp.asarray(classifier, jnp.float32))
 
@@ -49,7 +53,7 @@ def make_batches(count=2, size=8, image=8, seed=0):
 
 
 def forward(params, pixels, taps, heads=2, patch=4, eps=1e-5):
-    """The vision tower written out; `taps` are added to what each layer returns. Returns (embedding, {layer: (x, y)})."""
+    """The vision tower written out, `taps` added to what each layer returns: (embedding, {layer: (x, y)})."""
     seen = {}
 
     def record(name, x, y):
@@ -114,7 +118,10 @@ def observations(model, batches):
         for name, (x, y) in seen.items():
             rows = [np.asarray(a, np.float64).reshape(-1, a.shape[-1]) for a in (x, y, gradients[name])]
             found.setdefault(name, []).append(rows)
-    return {name: dict(zip("xyg", map(np.concatenate, zip(*rows, strict=True)), strict=True)) for name, rows in found.items()}
+    return {
+        name: dict(zip("xyg", map(np.concatenate, zip(*rows, strict=True)), strict=True))
+        for name, rows in found.items()
+    }
 
 
 def polar(rows_a, rows_b, center=False, tolerance=1e-3):
@@ -177,6 +184,7 @@ def tiny():
         tau=noise_like(a.params, 11, 0.1),
         make_config=make_config,
         make_model=make_model,
+        random_params=random_params,
         make_batches=make_batches,
         noise_like=noise_like,
         observations=observations,
@@ -186,3 +194,37 @@ def tiny():
         move=move,
         assert_moved=assert_moved,
     )
+
+
+# A tolerance far above rounding, so that no direction stands on the edge of being kept.
+TRANSPORTS = {
+    "theseus": theseus(rank_tolerance=1e-3),
+    "bico": bico(rank_tolerance=1e-3),
+    "bico gradients": bico(input="gradients", rank_tolerance=1e-3),
+    "gradfix": gradfix(),
+    "orthogonal_shift": orthogonal_shift(),
+    "identity": identity(),
+    "scale_by": scale_by(1.5),
+    "theseus+gradfix": chain(theseus(rank_tolerance=1e-3), gradfix(), scale_by(2.0)),
+    "bico+gradfix": chain(bico(rank_tolerance=1e-3), gradfix(mode="tanh")),
+    "scale_by+theseus": chain(scale_by(0.5), theseus(rank_tolerance=1e-3)),
+}
+
+
+@pytest.fixture(params=TRANSPORTS)
+def name(request):
+    """Every transport in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def fitted(tiny):
+    """By name: a transport, and its state from A to B, fitted once."""
+    states = {}
+
+    def get(name):
+        if name not in states:
+            states[name] = fit(TRANSPORTS[name], tiny.a, tiny.b, tiny.batches)
+        return TRANSPORTS[name], states[name]
+
+    return get

@@ -6,36 +6,17 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tvjax import apply, bico, chain, fit, gradfix, identity, leaf_report, orthogonal_shift, scale_by, theseus
-from tvjax import transport_stages, tree
+from tvjax import (
+    apply,
+    fit,
+    gradfix,
+    leaf_report,
+    orthogonal_shift,
+    theseus,
+    transport_stages,
+    tree,
+)
 from tvjax.transport import load_state, save_state, summary
-
-# A tolerance far above rounding, so that no direction stands on the edge of being kept.
-TRANSPORTS = {
-    "theseus": theseus(rank_tolerance=1e-3),
-    "bico": bico(rank_tolerance=1e-3),
-    "bico gradients": bico(input="gradients", rank_tolerance=1e-3),
-    "gradfix": gradfix(),
-    "orthogonal_shift": orthogonal_shift(),
-    "identity": identity(),
-    "scale_by": scale_by(1.5),
-    "theseus+gradfix": chain(theseus(rank_tolerance=1e-3), gradfix(vote="mean"), scale_by(2.0)),
-    "bico+gradfix": chain(bico(rank_tolerance=1e-3), gradfix(mode="sigmoid")),
-    "scale_by+theseus": chain(scale_by(0.5), theseus(rank_tolerance=1e-3)),
-}
-every = pytest.mark.parametrize("name", TRANSPORTS)
-
-
-@pytest.fixture(scope="session")
-def fitted(tiny):
-    states = {}
-
-    def get(name):
-        if name not in states:
-            states[name] = fit(TRANSPORTS[name], tiny.a, tiny.b, tiny.batches)
-        return TRANSPORTS[name], states[name]
-
-    return get
 
 
 def assert_close(found, expected, tolerance=1e-5):
@@ -45,7 +26,6 @@ def assert_close(found, expected, tolerance=1e-5):
         np.testing.assert_allclose(found[path], leaf, atol=tolerance, err_msg=path)
 
 
-@every
 def test_moves_every_leaf_and_reports_it(tiny, fitted, name):
     transport, state = fitted(name)
     moved = transport.apply(state, tiny.tau)
@@ -62,7 +42,6 @@ def test_moves_every_leaf_and_reports_it(tiny, fitted, name):
     assert jax.tree.structure(edited) == jax.tree.structure(tiny.b.params)
 
 
-@every
 def test_streaming_equals_fit_and_apply(tiny, fitted, name):
     transport, state = fitted(name)
     other = jax.tree.map(lambda leaf: leaf[::-1], tiny.tau)
@@ -72,23 +51,25 @@ def test_streaming_equals_fit_and_apply(tiny, fitted, name):
         assert_close(one, transport.apply(state, tau))
 
 
-@every
 def test_jit_vmap_and_grad_of_apply(tiny, fitted, name):
     transport, state = fitted(name)
-    eager = transport.apply(state, tiny.tau)
-    assert_close(jax.jit(transport.apply)(state, tiny.tau), eager)
-    taus = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), tiny.tau)
-    many = jax.jit(jax.vmap(transport.apply, (None, 0)))(state, taus)
-    assert_close(jax.tree.map(lambda leaf: leaf[0], many), eager)
+    taus = jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf]), tiny.tau)
 
-    def size(scale):
-        return tree.norm(apply(tiny.b.params, transport.apply(state, tiny.tau), scale))
+    @jax.jit
+    def both(state, taus, scale):
+        def size(scale):
+            edited = apply(tiny.b.params, jax.tree.map(lambda leaf: leaf[0], moved), scale)
+            return tree.norm(edited)
 
-    slope = jax.grad(size)(jnp.float32(0.5))
-    assert float(slope) == pytest.approx(float(size(0.5 + 1e-2) - size(0.5 - 1e-2)) / 2e-2, rel=1e-2, abs=1e-2)
+        moved = jax.vmap(transport.apply, (None, 0))(state, taus)
+        return moved, jax.value_and_grad(size)(scale)
+
+    moved, (size, slope) = both(state, taus, jnp.float32(0.5))
+    assert_close(jax.tree.map(lambda leaf: leaf[0], moved), transport.apply(state, tiny.tau))
+    further = both(state, taus, jnp.float32(0.6))[1][0]
+    assert float(further - size) == pytest.approx(0.1 * float(slope), rel=0.3, abs=1e-2)
 
 
-@every
 def test_a_saved_state_is_the_same_to_the_bit(tiny, fitted, name, tmp_path):
     transport, state = fitted(name)
     save_state(tmp_path / "state.safetensors", state)
@@ -102,32 +83,26 @@ def test_a_saved_state_is_the_same_to_the_bit(tiny, fitted, name, tmp_path):
     assert leaf_report(loaded) == leaf_report(state)
 
 
-@every
 def test_a_task_vector_of_a_subtree(tiny, fitted, name):
     transport, state = fitted(name)
     whole = tree.flatten(transport.apply(state, tiny.tau))
     part = tree.select(tiny.tau, "vision/blocks/1", exclude="**/bias")
     expected = {path: leaf for path, leaf in whole.items() if path in tree.flatten(part)}
     assert_close(tree.flatten(transport.apply(state, part)), expected)
-    (streamed,) = transport_stages(transport, tiny.a, tiny.b, tiny.batches, [part])
-    assert_close(tree.flatten(streamed), expected)
 
 
-@pytest.mark.parametrize("name", ["theseus", "bico", "gradfix"])
-def test_batches_sharded_over_a_mesh(tiny, fitted, name):
-    transport, state = fitted(name)
+def test_batches_sharded_over_a_mesh(tiny, fitted):
+    transport, state = fitted("bico+gradfix")
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
     rows, everywhere = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     source, target = (jax.device_put(model, everywhere) for model in (tiny.a, tiny.b))
-    batches = [jax.device_put(batch, rows) for batch in tiny.batches]
-    assert_close(
-        transport.apply(fit(transport, source, target, batches), tiny.tau), transport.apply(state, tiny.tau), 1e-3
-    ) if name != "gradfix" else assert_same_votes(fit(transport, source, target, batches), state)
-
-
-def assert_same_votes(found, expected):
-    for path, votes in expected.parts[0].arrays.items():
-        assert np.mean(np.asarray(found.parts[0].arrays[path]) != np.asarray(votes)) < 2e-3, path
+    found = fit(transport, source, target, [jax.device_put(batch, rows) for batch in tiny.batches])
+    bridge, votes = transport.links[0], state.parts[1].arrays
+    flat = tree.flatten(tiny.tau)
+    moved, expected = (bridge.transform(s.parts[0], flat) for s in (found, state))
+    assert_close(moved, expected, 1e-3)
+    for path, kept in votes.items():  # rounding may move a gradient across the noise floor
+        assert np.mean(np.asarray(found.parts[1].arrays[path]) != np.asarray(kept)) < 1e-2, path
 
 
 @pytest.mark.parametrize("name", ["theseus", "bico", "gradfix"])
@@ -144,10 +119,14 @@ def test_identity_scale_and_shift(tiny, fitted):
     transport, state = fitted("orthogonal_shift")
     moved, flat = (tree.flatten(t) for t in (transport.apply(state, tiny.tau), tiny.tau))
     for path, leaf in flat.items():
-        a, b, tau = (np.asarray(x[path], np.float64) for x in (*map(tree.flatten, (tiny.a.params, tiny.b.params)), flat))
+        a, b, tau = (
+            np.asarray(x[path], np.float64) for x in (*map(tree.flatten, (tiny.a.params, tiny.b.params)), flat)
+        )
         d = b - a
         np.testing.assert_allclose(moved[path], tau - (tau * d).sum() / (d * d).sum() * d, atol=1e-5)
-        assert abs(float((np.asarray(moved[path], np.float64) * d).sum())) < 1e-4 * np.linalg.norm(d) * np.linalg.norm(leaf)
+        assert abs(float((np.asarray(moved[path], np.float64) * d).sum())) < 1e-4 * np.linalg.norm(d) * np.linalg.norm(
+            leaf
+        )
 
 
 def test_the_shift_of_equal_models_is_nothing(tiny):
@@ -156,26 +135,26 @@ def test_the_shift_of_equal_models_is_nothing(tiny):
 
 
 def test_a_chain_is_its_links_one_after_another(tiny, fitted):
-    both, state = fitted("theseus+gradfix")
-    first, first_state = fitted("theseus")
-    votes = gradfix(vote="mean")
-    after = votes.apply(fit(votes, tiny.b, tiny.b, tiny.batches), first.apply(first_state, tiny.tau))
-    assert_close(both.apply(state, tiny.tau), jax.tree.map(lambda leaf: 2 * leaf, after), 1e-4)
-    half, half_state = fitted("scale_by+theseus")
+    votes = fitted("gradfix")[1]
+    for link, mode, factor in (("theseus", "agree", 2), ("bico", "tanh", 1)):
+        (both, state), (first, first_state) = fitted(f"{link}+gradfix"), fitted(link)
+        after = gradfix(mode=mode).apply(votes, first.apply(first_state, tiny.tau))
+        assert_close(both.apply(state, tiny.tau), jax.tree.map(lambda leaf, f=factor: f * leaf, after), 1e-3)
+    (half, half_state), (first, first_state) = fitted("scale_by+theseus"), fitted("theseus")
     moved = half.apply(half_state, tiny.tau)
     assert_close(moved, jax.tree.map(lambda leaf: 0.5 * leaf, first.apply(first_state, tiny.tau)))
 
 
 def test_links_may_draw_on_different_batches(tiny, fitted):
-    transport = TRANSPORTS["theseus+gradfix"]
+    transport, reference = fitted("theseus+gradfix")
     unlabelled = [batch._replace(labels=None) for batch in tiny.batches]
-    few = tiny.make_batches(1, 4, seed=9)
-    state = fit(transport, tiny.a.replace(loss=tiny.a.loss), tiny.b, {"theseus": unlabelled, "gradfix": iter(few)})
-    assert state.parts[1].measures["vision/post_norm/scale"]["voters"] == 4
-    first, first_state = fitted("theseus")
-    votes = gradfix(vote="mean")
-    after = votes.apply(fit(votes, tiny.b, tiny.b, few), first.apply(first_state, tiny.tau))
-    assert_close(transport.apply(state, tiny.tau), jax.tree.map(lambda leaf: 2 * leaf, after), 1e-4)
+    state = fit(transport, tiny.a, tiny.b, {"theseus": unlabelled, "gradfix": iter(tiny.batches[:1])})
+    assert state.parts[1].measures["vision/post_norm/scale"]["voters"] == 8
+    for one, other in zip(*(jax.tree.leaves(s.parts[0]) for s in (state, reference)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    votes = fit(gradfix(), tiny.b, tiny.b, tiny.batches[:1]).parts[0]
+    for one, other in zip(*map(jax.tree.leaves, (state.parts[1], votes)), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_one_iterator_feeds_every_link(tiny, fitted):
@@ -202,5 +181,5 @@ def test_sixteen_bit_parameters_and_task_vectors(tiny, fitted):
 
 
 def test_the_gradient_identity_can_be_checked_first(tiny):
-    for transport in (theseus(), bico(), orthogonal_shift()):
+    for transport in (theseus(), orthogonal_shift()):
         fit(transport, tiny.a, tiny.b, tiny.batches, check=True)

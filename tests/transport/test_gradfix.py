@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tvjax import Batch, Model, Stage, bico, chain, fit, gradfix, leaf_report, tree
+from tvjax import Batch, Model, Stage, fit, gradfix, leaf_report, tree
 from tvjax.transport.gradfix import Masking, mask
 
 
@@ -30,23 +30,18 @@ def votes_of(state):
     return {path: np.asarray(votes, np.float64) for path, votes in state.parts[0].arrays.items()}
 
 
-def split(batches, count):
-    size = len(batches[0].labels) // count
-    return [jax.tree.map(lambda leaf, i=i: leaf[i * size : (i + 1) * size], batches[0]) for i in range(count)]
-
-
 def test_majority_equals_a_loop_of_gradients(tiny, eight, loop):
     state = fit(gradfix(), tiny.a, tiny.b, eight)
     found = votes_of(state)
     assert found.keys() == loop[0].keys()
     largest = max(float(np.abs(g).max()) for sample in loop for g in sample.values())
+    compared = []
     for path, votes in found.items():
         stacked = np.stack([np.asarray(sample[path], np.float64) for sample in loop])
         clear = (np.abs(stacked) > 1e-5 * largest).all(0)  # away from zero, where rounding decides
-        if not path.endswith("key/bias"):
-            assert clear.mean() > 0.5, path
+        compared.append((clear.sum(), clear.size))
         np.testing.assert_array_equal(votes[clear], -np.sign(stacked).sum(0)[clear], err_msg=path)
-        assert np.abs(votes - -np.sign(np.where(clear, stacked, 0)).sum(0)).max() <= 8
+    assert np.divide(*np.sum(compared, 0)) > 0.6
 
 
 def test_the_bias_of_a_key_projection_gets_no_votes(tiny, eight):
@@ -83,18 +78,6 @@ def test_kept_coordinates_are_those_of_the_task_vector(tiny, eight):
     path = "vision/blocks/0/mlp/up/kernel"
     assert measures[path]["ties"] == pytest.approx(float((votes_of(state)[path] == 0).mean()))
     assert 0 < measures[path]["ties"] < 0.6 and measures[path]["voters"] == 8
-
-
-@pytest.mark.parametrize("vote", ["majority", "mean"])
-def test_batches_and_chunks_change_no_vote(tiny, eight, vote):
-    reference = votes_of(fit(gradfix(vote=vote), tiny.a, tiny.b, eight))
-    for batches, chunk in ((split(eight, 2), 1), (split(eight, 4), 1), (eight, 4), (eight, 3)):
-        found = votes_of(fit(gradfix(vote=vote, chunk=chunk), tiny.a, tiny.b, batches))
-        for path, votes in found.items():
-            if vote == "mean":
-                np.testing.assert_allclose(votes, reference[path], atol=1e-4, rtol=1e-4)
-            else:  # rounding may move a gradient across the noise floor
-                assert (votes != reference[path]).mean() < 2e-3, path
 
 
 # -- the formulas of the modes ---------------------------------------------------------------------------------------
@@ -143,7 +126,7 @@ def encode(params, carry):
 
 
 def decode(params, carry):
-    return {"scores": carry["hidden"] @ params["table"].T, "aside": params["aside"] * 2.0}
+    return {"scores": carry["hidden"] @ params["table"].T, "aside": params["aside"] * carry["hidden"]}
 
 
 def unused(params, carry):
@@ -204,12 +187,14 @@ def test_leaves_that_the_loss_does_not_reach_pass_through(tied_batches):
         assert actions[name] == ("passed through", "the loss does not reach it")
 
 
-def test_after_bico_the_mask_is_laid_on_the_moved_task_vector(tiny):
-    both = chain(bico(), gradfix())
-    state = fit(both, tiny.a, tiny.w, tiny.batches)
-    moved = both.apply(state, tiny.tau)
-    alone = bico().apply(fit(bico(), tiny.a, tiny.w, tiny.batches), tiny.tau)
-    votes = fit(gradfix(), tiny.w, tiny.w, tiny.batches)
-    expected = gradfix().apply(votes, alone)
-    for path, leaf in tree.flatten(moved).items():
-        np.testing.assert_allclose(leaf, tree.flatten(expected)[path], atol=1e-4, err_msg=path)
+@pytest.mark.parametrize("vote", ["majority", "mean"])
+def test_batches_and_chunks_change_no_vote(vote):
+    model, random = tied_model(0), np.random.default_rng(2)
+    whole = Batch({"x": jnp.asarray(random.normal(size=(8, 4)), jnp.float32)}, jnp.ones((8, 4)))
+    reference = votes_of(fit(gradfix(vote=vote), model, model, [whole]))
+    assert any((votes == 0).any() for votes in reference.values()) == (vote == "majority")  # eight voters can tie
+    for parts, chunk in ((2, 1), (4, 1), (1, 4), (1, 3)):
+        batches = [jax.tree.map(lambda leaf, i=i, n=8 // parts: leaf[i * n : (i + 1) * n], whole) for i in range(parts)]
+        found = votes_of(fit(gradfix(vote=vote, chunk=chunk), model, model, batches))
+        for path, votes in found.items():
+            np.testing.assert_allclose(votes, reference[path], atol=1e-4, err_msg=path)

@@ -25,8 +25,8 @@ def model_folder(model: str) -> Path:
 def task_vector_file(model: str, task: str) -> Path:
     """The file of a task vector: fine-tuned minus pre-trained vision tower, 16 bits, for `load_tree`.
 
-    >>> task_vector_file("W", TASKS[0]).parent.name
-    'W'
+    >>> task_vector_file("W", "thick").name
+    'thick.safetensors'
     """
     return model_folder(model) / "task_vectors" / f"{_known('task', task, TASKS)}.safetensors"
 

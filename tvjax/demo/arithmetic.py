@@ -80,7 +80,7 @@ def negation(source: Embedded, images: dict[str, Photographs], settings: Setting
 
 
 def analogies(source: Embedded, settings: Settings) -> list[Edit]:
-    """"Plain is to the second task as the first task is to both": photographs of two styles at once, never trained on.
+    """Photographs of two styles at once, never trained on: plain is to the second task as the first task is to both.
 
     The model is fine-tuned on plain photographs from the start, so their task vector is zero.
     """

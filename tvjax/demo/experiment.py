@@ -140,6 +140,22 @@ def write(findings: Findings, folder: str | os.PathLike[str]) -> list[Path]:
     return list(files.values())
 
 
+def footnotes(findings: Findings) -> list[str]:
+    """What the tables are of, in a few lines."""
+    counts, settings = findings.photographs, findings.settings
+    lines = [
+        f"Accuracy in per cent on {counts['test']} test photographs a task; scales and few-shot hyperparameters chosen "
+        f"on the same {counts['validation']} labelled validation photographs for every method.",
+        f"Fitted on {counts['calibration']}, {settings.labels_per_class} a class (without labels for Theseus); "
+        f"{settings.draws} draw(s). ± is the standard deviation over draws, in a difference half its 95 % interval.",
+    ]
+    if settings.draws * len(settings.tasks) < 6:
+        lines.append(
+            "So few tasks and draws say little, hence intervals of that width: tvjax demo --full measures more."
+        )
+    return lines
+
+
 def results(findings: Findings) -> dict[str, object]:
     """The content of ``results.json``."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import zlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -113,20 +114,19 @@ def combined(first: Style, second: Style) -> Style:
 
         return apply
 
-    matrix = np.array(first.matrix) @ np.array(second.matrix)
-    rows = tuple(tuple(float(entry) for entry in row) for row in matrix)
-    return Style(rows, both(first.strokes, second.strokes), both(first.finish, second.finish))
+    (a, b), (c, d) = (np.array(first.matrix) @ np.array(second.matrix)).tolist()
+    return Style(((a, b), (c, d)), both(first.strokes, second.strokes), both(first.finish, second.finish))
 
 
 def photographs(name: str, style: Style, settings: Settings) -> Photographs:
-    """The photographs of a style; its name seeds them."""
+    """The photographs of a style, taken in one go; its name seeds them."""
     parts = digits.load_splits()
-    keys = jax.random.split(named_key(settings.seed, name), 3)
-    return Photographs(
-        digits.photograph(parts["target"], style, keys[0]),
-        digits.photograph(parts["validation"], style, keys[1], settings.validation_repeats),
-        digits.photograph(parts["test"], style, keys[2], settings.test_repeats),
-    )
+    pool, validation, test = parts["target"], parts["validation"], parts["test"]
+    sets = [pool], [validation] * settings.validation_repeats, [test] * settings.test_repeats
+    together = digits.Digits(*map(np.concatenate, zip(*(part for chosen in sets for part in chosen), strict=True)))
+    batch = digits.photograph(together, style, named_key(settings.seed, name))
+    cuts = np.cumsum([0, *(sum(len(part.labels) for part in chosen) for chosen in sets)])
+    return Photographs(*(take(batch, slice(*cut)) for cut in itertools.pairwise(cuts)))
 
 
 def draw_examples(pool: Batch, task: str, draw: int, settings: Settings) -> Batch:

@@ -1,4 +1,4 @@
-"""Every method on one task and one target: its edit, the scale chosen on validation images, the accuracy on test images."""
+"""Every method on one task and one target: edits, scales chosen on validation images, accuracies on test images."""
 
 from __future__ import annotations
 

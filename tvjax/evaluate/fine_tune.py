@@ -75,6 +75,16 @@ def fine_tune(
     Raises:
       ValueError: for examples without labels, patterns that match no leaf, no steps, or several candidates without
         validation data.
+
+    >>> from tvjax.stages import Stage
+    >>> head = Stage("head", lambda params, x: {"logits": x @ params["kernel"]})
+    >>> model = Model({"kernel": jnp.zeros((2, 2))}, (head,))
+    >>> def cross_entropy(_, outputs, labels):
+    ...     return optax.softmax_cross_entropy_with_integer_labels(outputs["logits"], labels)
+    >>> examples = Batch(jnp.eye(2), jnp.arange(2))
+    >>> tuned = fine_tune(model.with_loss(cross_entropy), examples, steps=20, key=jax.random.key(0))
+    >>> bool(tuned.losses[-1] < tuned.losses[0])
+    True
     """
     if examples.labels is None:
         raise ValueError("examples: found no labels, which the loss needs")
@@ -138,7 +148,8 @@ def _train(
             chosen = jax.random.randint(step_key, (batch_size,), 0, count)
             batch = jax.tree.map(lambda leaf: leaf[chosen], examples)
         value, gradient = jax.value_and_grad(loss)(trained, batch)
-        updates, state = transformation.update(gradient, state, trained)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with its integer count of steps
+            updates, state = transformation.update(gradient, state, trained)
         return (optax.apply_updates(trained, updates), state), value
 
     (trained, state), losses = jax.lax.scan(step, (trained, state), jax.random.split(key, steps))

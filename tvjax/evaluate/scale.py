@@ -44,6 +44,13 @@ def choose_scale(model: Model, tau: PyTree, scales: Sequence[float], batches: Ba
 
     Raises:
       ValueError: for an empty grid, or values that are not finite.
+
+    >>> import jax.numpy as jnp
+    >>> from tvjax.stages import Stage
+    >>> model = Model({"kernel": -jnp.eye(2)}, (Stage("head", lambda params, x: {"logits": x @ params["kernel"]}),))
+    >>> chosen = choose_scale(model, {"kernel": jnp.eye(2)}, (0, 1, 2, 3), Batch(jnp.eye(2), jnp.arange(2)))
+    >>> chosen.scale, chosen.curve.tolist()
+    (2.0, [0.0, 0.5, 1.0, 1.0])
     """
     grid = np.unique(np.asarray(scales, np.float64))
     if not grid.size or not np.isfinite(grid).all():

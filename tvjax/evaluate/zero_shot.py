@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tvjax.models.clip.modeling import text_model, vision_model
@@ -33,6 +32,13 @@ def classifier(
 
     Raises:
       ValueError: for no classes, no templates, or a template without ``{}``.
+
+    >>> from tvjax.checkpoints import from_pretrained, load_processor
+    >>> from tvjax.data.embedded import model_folder
+    >>> folder = model_folder("A")
+    >>> tokenize = load_processor(folder).tokens
+    >>> classifier(from_pretrained(folder).model, tokenize, ["one", "two"], ["a photo of the digit {}"]).shape
+    (32, 2)
     """
     if not class_names or not templates:
         raise ValueError(f"found {len(class_names)} class names and {len(templates)} templates, expected some of both")
@@ -106,4 +112,4 @@ def zero_shot_model(model: Model, tokenize: Tokenize, class_names: Sequence[str]
       The vision tower; its parameters are under ``vision/`` as before.
     """
     head = classifier(model, tokenize, class_names, templates)
-    return zero_shot(vision_model(model), head, np.asarray(model.params["logit_scale"], np.float32))
+    return zero_shot(vision_model(model), head, jnp.asarray(model.params["logit_scale"], jnp.float32))

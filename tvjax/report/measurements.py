@@ -37,12 +37,12 @@ class Difference(NamedTuple):
     Attributes:
       mean: of the differences.
       half_width: of the interval; None where there is one difference only.
-      count: how many differences.
+      pairs: how many differences.
     """
 
     mean: float
     half_width: float | None
-    count: int
+    pairs: int
 
     @property
     def is_clear(self) -> bool:
@@ -84,7 +84,9 @@ def paired_difference(differences: Sequence[float] | np.ndarray, confidence: flo
     """
     values = np.asarray(differences, np.float64)
     if values.ndim != 1 or not values.size:
-        raise ValueError(f"differences: found shape {values.shape}, expected one number for each pair, one pair at least")
+        raise ValueError(
+            f"differences: found shape {values.shape}, expected one number for each pair, and a pair at least"
+        )
     if values.size == 1:
         return Difference(float(values[0]), None, 1)
     t = stats.t.ppf((1 + confidence) / 2, values.size - 1)
@@ -103,7 +105,7 @@ def compare(measurements: Iterable[Measurement], target: str, method: str, basel
 
     >>> found = [Measurement("t", "B", method, 0, 0, 1.0, value) for method, value in (("a", 0.5), ("b", 0.75))]
     >>> compare(found, "B", "b", "a").over_pairs
-    Difference(mean=0.25, half_width=None, count=1)
+    Difference(mean=0.25, half_width=None, pairs=1)
     """
     found: dict[str, dict[tuple[str, int], float]] = {method: {}, baseline: {}}
     for m in measurements:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,6 +18,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 GREY = "#8A8A8A"
 DARK = "#333333"
 MARKERS = ("o", "s", "^", "D", "v", "P")
+BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
 STYLE = {"size": 9, "title": 10, "small": 8}
 
 
@@ -63,7 +64,9 @@ def plot_methods(
         for y, method in enumerate(methods):
             found = accuracies(measurements, target, method)
             if not found:
-                axis.text(2, y, "needs equal shapes", va="center", color=GREY, fontsize=STYLE["small"], style="italic")
+                axis.text(
+                    2, y, "needs equal shapes", va="center", color=GREY, fontsize=STYLE["small"], zorder=5, bbox=BOX
+                )
                 continue
             means = {task: 100 * values.mean() for task, values in found.items()}
             mean = float(np.mean(list(means.values())))
@@ -139,12 +142,18 @@ def _method_colour(method: str) -> str:
 
 
 def _label(method: str) -> str:
-    names = {"naive": "naive addition", "gradfix": "GradFix", "theseus": "Theseus", "bico": "BiCo", "zero_shot": "zero-shot"}
+    names = {
+        "naive": "naive addition",
+        "gradfix": "GradFix",
+        "theseus": "Theseus",
+        "bico": "BiCo",
+        "zero_shot": "zero-shot",
+    }
     names |= {"few_shot": "few-shot fine-tuning", "fine_tuned": "own fine-tuning"}
     return " + ".join(names.get(part, part.replace("_", " ")) for part in method.split("+"))
 
 
-def _tidy(axis: Axes, grid: str) -> None:
+def _tidy(axis: Axes, grid: Literal["both", "x"]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=STYLE["size"], length=3)
     axis.grid(axis=grid, color="#E4E4E4", linewidth=0.8, zorder=0)

@@ -51,7 +51,7 @@ def arithmetic_table(rows: Sequence[Mapping[str, Any]], title: str, **style: Any
     """One row for each edit: what it is, its scale, and accuracies in per cent.
 
     Args:
-      rows: with ``operation``, ``edit``, ``measured_on``, ``alpha``, ``before``, ``after`` and ``normalised`` (or None).
+      rows: with ``operation``, ``edit``, ``measured_on``, ``alpha``, ``before``, ``after``, ``normalised``.
       title: above the table.
       **style: of rich's table.
     """

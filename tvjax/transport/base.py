@@ -13,7 +13,7 @@ through which maps) is static. So ``jit(rebase.apply)`` works, and so do `vmap` 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -43,7 +43,7 @@ class Rule(NamedTuple):
     Attributes:
       target: path in the target model.
       source: path in the space that the link takes its task vectors from; "" where nothing corresponds.
-      action: ``rotated``, ``masked``, ``shifted``, ``passed through``, ``zeroed by rule`` or ``unmatched``.
+      action: ``rotated``, ``masked``, ``shifted``, ``scaled``, ``passed through``, ``zeroed by rule`` or ``unmatched``.
       shape: of the target leaf.
       source_shape: of the source leaf.
       pieces: the uses of a rotated leaf.
@@ -78,9 +78,7 @@ class Part:
 
     def merge(self, other: Part) -> Part:
         """Both parts in one: the stages of a model, put together."""
-        return Part(
-            self.link, self.arrays | other.arrays, self.measures | other.measures, self.rules + other.rules
-        )
+        return Part(self.link, self.arrays | other.arrays, self.measures | other.measures, self.rules + other.rules)
 
 
 @partial(
@@ -167,7 +165,8 @@ class Transport(NamedTuple):
         if names != tuple(link.name for link in self.links):
             raise ValueError(f"this state was fitted for {'+'.join(names)}, not for {self.name}")
         flat = {path: jnp.asarray(leaf, jnp.float32) for path, leaf in tree.flatten(tau).items()}
-        _check_task_vector(state, flat)
+        expected = {rule.source: rule.source_shape for rule in state.parts[0].rules if rule.source}
+        check_leaves(flat, expected, also=state.sources)
         for link, part in zip(self.links, state.parts, strict=True):
             flat = link.transform(part, flat)
         if state.structure is not None and set(flat) == set(state.paths):
@@ -210,32 +209,41 @@ def scale_by(factor: float | jax.Array) -> Transport:
     def transform(part: Part, flat: Flat) -> Flat:
         return {path: leaf * jnp.asarray(factor, jnp.float32) for path, leaf in flat.items()}
 
-    return Transport((Link("scale_by", "any", Reads(source=False), _nothing_to_fit("scale_by"), transform),))
+    fit = partial(_nothing_to_fit, "scale_by", "scaled")
+    return Transport((Link("scale_by", "any", Reads(source=False), fit, transform),))
 
 
 def identity() -> Transport:
     """Leaves the task vector as it is: naive addition, the baseline of every table. Same shapes on both sides."""
-    fit = _nothing_to_fit("identity")
+    fit = partial(_nothing_to_fit, "identity", "passed through")
     return Transport((Link("identity", "any", Reads(source=False), fit, lambda part, flat: flat),))
 
 
-def _nothing_to_fit(name: str) -> Callable[[Any], Part]:
-    def fit(pair: Any) -> Part:
-        return Part(name, {}, {}, ())
+def _nothing_to_fit(name: str, action: str, pair: Any) -> Part:
+    rules = []
+    for leaf in pair.leaves:
+        if pair.moved:  # by an earlier link, into the target's parameters
+            rules.append(Rule(leaf.target, leaf.target, action, leaf.shape, leaf.shape))
+        elif leaf.source is not None:
+            rules.append(Rule(leaf.target, leaf.source, action, leaf.shape, leaf.source_shape))
+        else:
+            rules.append(Rule(leaf.target, "", "unmatched", leaf.shape, (), why="the source has no such leaf"))
+    return Part(name, {}, {}, tuple(rules))
 
-    return fit
 
+def check_leaves(tau: PyTree, shapes: Mapping[str, tuple[int, ...]], also: Sequence[str] = ()) -> None:
+    """Raises a ValueError unless the leaves of a task vector are leaves of the source.
 
-def _check_task_vector(state: State, flat: Mapping[str, jax.Array]) -> None:
-    expected = {rule.source: rule.source_shape for rule in state.parts[0].rules if rule.source}
-    if not expected:
-        return
+    Args:
+      tau: the task vector.
+      shapes: shapes of the source's leaves, by path.
+      also: paths of further leaves of the source.
+    """
     problems = []
-    for path, leaf in flat.items():
-        if path in expected and expected[path] != tuple(leaf.shape):
-            problems.append(f"{path}: shape {tuple(leaf.shape)}, the source has {expected[path]}")
-        elif path not in expected and path not in state.sources:
+    for path, leaf in tree.flatten(tau).items():
+        if path in shapes and shapes[path] != tuple(jnp.shape(leaf)):
+            problems.append(f"{path}: shape {tuple(jnp.shape(leaf))}, the source has {shapes[path]}")
+        elif path not in shapes and path not in also:
             problems.append(f"{path}: no such leaf in the source model")
     if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise ValueError(f"this task vector is not one of the source model: {shown}")
+        raise ValueError(f"this task vector is not one of the source model:\n{tree.list_some(problems)}")

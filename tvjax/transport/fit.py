@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,10 @@ import numpy as np
 from tvjax import tree
 from tvjax.align import depth as layers
 from tvjax.align import tokens as token_alignment
+from tvjax.align.procrustes import Rotation
 from tvjax.capture import SiteTable, check_gradient_identity
-from tvjax.stages import Batch, Model, Rows, Stage, layer_groups, owner_paths
-from tvjax.transport.base import Flat, Part, State, Transport
+from tvjax.stages import Batch, Model, Stage, layer_groups, owner_paths
+from tvjax.transport.base import Flat, Part, State, Transport, check_leaves
 from tvjax.walk import Walk, differentiable
 
 PyTree = Any
@@ -56,14 +57,22 @@ class Pair:
       target_index: position of the stage in the target.
       tokens: token alignment mode.
       board: what links leave for stages that are visited later (sums over tied leaves).
+      moved: whether an earlier link has brought the task vector into the target's parameters.
     """
 
     def __init__(
-        self, source: Walk, source_index: int, target: Walk, target_index: int, tokens: str, board: dict[str, Any]
+        self,
+        source: Walk,
+        source_index: int,
+        target: Walk,
+        target_index: int,
+        tokens: token_alignment.Mode,
+        board: dict[str, Any],
+        moved: bool,
     ):
         self.source, self.source_index = source, source_index
         self.target, self.target_index = target, target_index
-        self.tokens, self.board = tokens, board
+        self.tokens, self.board, self.moved = tokens, board, moved
         self.name = target.model.stages[target_index].name
         self.batches = len(target.batches)
         self.source_rows = source.model.stages[source_index].rows
@@ -112,7 +121,7 @@ def fit(
     transport: Transport,
     source: Model,
     target: Model,
-    batches: Batches | Mapping[str, Batches],
+    batches: Batches | Mapping[str, Batches] = (),
     *,
     depth: str | Sequence[int] | Mapping[str, str | Sequence[int]] = "uniform",
     tokens: token_alignment.Mode = "interpolate",
@@ -129,10 +138,11 @@ def fit(
       target: the model that they go to.
       batches: calibration batches: `Batch`es that both models take, or pairs ``(for the source, for the target)`` of
         views of the same examples; or a mapping from link names to such, for links that draw on different examples.
-        Labels where a link reads gradients.
+        Labels where a link reads gradients; none at all where every link needs only the parameters.
       depth: which source layer a target layer is paired with: ``"uniform"``, ``"cka"`` (the monotone pairing that
         maximises linear CKA of the residual streams), or a list of source layers; or a mapping from groups to these.
-      tokens: how rows are matched where the models see different tokens: ``"interpolate"``, ``"class_token"``, ``"mean"``.
+      tokens: how rows are matched where the models see different tokens: ``"interpolate"``, ``"class_token"`` or
+        ``"mean"``.
       check: verify the gradient identity once for each kind of target stage before fitting.
       host: keep residual streams in host memory.
       task: name of the task whose labels are used; noted in the state.
@@ -149,7 +159,7 @@ def fit(
     for _, found in stream:
         parts = found if parts is None else tuple(a.merge(b) for a, b in zip(parts, found, strict=True))
     assert parts is not None
-    return stream.state(parts)
+    return stream.state(parts, stream.notes(parts))
 
 
 def transport_stages(
@@ -185,13 +195,19 @@ def transport_stages(
 
     Returns:
       The transported task vectors.
+
+    Raises:
+      ValueError: as `fit` does, and for a task vector that is not one of the source, before anything is computed.
     """
+    shapes = {path: tuple(jnp.shape(leaf)) for path, leaf in tree.flatten(source.params).items()}
+    for tau in taus:
+        check_leaves(tau, shapes)
     stream = _Fit(transport, source, target, batches, depth, tokens, check, host, task, progress)
     flats = [{path: jnp.asarray(leaf, jnp.float32) for path, leaf in tree.flatten(tau).items()} for tau in taus]
     moved: list[Flat] = [{} for _ in taus]
     for pair, found in stream:
         sources = {leaf.source for leaf in pair.leaves}
-        state = stream.state(found)
+        state = stream.state(found, ())
         for result, flat in zip(moved, flats, strict=True):
             piece = transport.apply(state, tree.nest({path: leaf for path, leaf in flat.items() if path in sources}))
             result.update(tree.flatten(piece))
@@ -214,7 +230,7 @@ class _Fit:
         target: Model,
         batches: Any,
         depth: Any,
-        tokens: str,
+        tokens: token_alignment.Mode,
         check: bool,
         host: bool,
         task: str,
@@ -222,7 +238,13 @@ class _Fit:
     ):
         self.transport, self.source, self.target = transport, source, target
         self.tokens, self.check, self.task, self.progress = tokens, check, task, progress
+        if tokens not in get_args(token_alignment.Mode):
+            raise ValueError(f"tokens must be one of {get_args(token_alignment.Mode)}, found {tokens!r}")
         _check_models(transport, source, target)
+        if isinstance(batches, Mapping):
+            unknown = [name for name in batches if name not in {link.name for link in transport.links}]
+            if unknown:
+                raise ValueError(f"calibration batches are given for {unknown}, which are no links of {transport.name}")
         self.walks = [self._walks(link.name, link.reads, batches, host) for link in transport.links]
         walks = next((w for w in self.walks if w is not None), None)
         self.pairing = _pair_stages(source, target, depth, walks, tokens)
@@ -239,15 +261,20 @@ class _Fit:
         if key not in known:
             views = [_views(batch) for batch in batches]
             _check_batches(name, views)
-            known[key] = batches, tuple(Walk(m, [v[i] for v in views], host) for i, m in enumerate((self.source, self.target)))
+            source, target = (
+                Walk(model, [view[side] for view in views], host)
+                for side, model in enumerate((self.source, self.target))
+            )
+            known[key] = batches, (source, target)
         walks = known[key][1]
         if reads.gradients and any(batch.labels is None for walk in walks for batch in walk.batches):
             raise ValueError(f"{name} reads gradients, so its calibration batches need labels: Batch(inputs, labels)")
         return walks
 
     def __iter__(self) -> Iterator[tuple[Pair, tuple[Part, ...]]]:
-        if self.check:
-            _check_stages(next(w for w in self.walks if w is not None)[1])
+        read = next((walks for walks in self.walks if walks is not None), None)
+        if self.check and read is not None:
+            _check_stages(read[1])
         order = list(enumerate(self.pairing))
         if self.transport.needs_gradients:
             order.reverse()
@@ -255,39 +282,58 @@ class _Fit:
         bare = Walk(self.source, []), Walk(self.target, [])
         for done, (target_index, source_index) in enumerate(order):
             parts = []
+            moved = False
             for link, walks, board in zip(self.transport.links, self.walks, boards, strict=True):
                 a, b = walks or bare
-                pair = Pair(a, source_index, b, target_index, self.tokens, board)
+                pair = Pair(a, source_index, b, target_index, self.tokens, board, moved)
                 parts.append(link.fit(pair))
+                moved = moved or link.space == "bridge"
             if self.progress is not None:
                 self.progress(done + 1, len(order), pair.name)
             yield pair, tuple(parts)
-            rest = order[done + 1 :]
-            for walks in filter(None, self.walks if rest else ()):
-                for walk, needed in zip(walks, ([s for _, s in rest], [t for t, _ in rest]), strict=True):
-                    if self.transport.needs_gradients:
-                        walk.release_after(max(needed))
-                    else:
-                        walk.release_before(min(needed))
+            if done + 1 < len(order):
+                self._release(order[done + 1 :])
 
-    def state(self, parts: tuple[Part, ...]) -> State:
-        paths = tuple(tree.flatten(self.target.params))
+    def _release(self, rest: list[tuple[int, int]]) -> None:
+        """Forgets the residual streams that the rest of the pairs, (target, source), does not need."""
+        needed = [source for _, source in rest], [target for target, _ in rest]
+        reads = [(link.reads, walks) for link, walks in zip(self.transport.links, self.walks, strict=True) if walks]
+        for link_reads, (source, target) in reads:  # two links may share one walk: all ask before one forgets
+            if link_reads.gradients:
+                target.cotangents(max(needed[1]))
+            if link_reads.gradients and link_reads.source:
+                source.cotangents(max(needed[0]))
+        for _, walks in reads:
+            for walk, stages in zip(walks, needed, strict=True):
+                if self.transport.needs_gradients:
+                    walk.release_after(max(stages))
+                else:
+                    walk.release_before(min(stages))
+
+    def notes(self, parts: tuple[Part, ...]) -> tuple[str, ...]:
+        """What the user should know of these parts."""
         notes = []
         for part in parts:
-            short = [n for n, m in part.measures.items() if "rank" in m and _is_short(part.arrays[n], m["rows"])]
+            rows = jax.device_get({name: m["rows"] for name, m in part.measures.items() if "rank" in m})
+            short = [name for name, count in rows.items() if _is_short(part.arrays[name], count)]
             if short:
-                rows = int(part.measures[short[0]]["rows"])
                 notes.append(
-                    f"{part.link}: {len(short)} of {len(part.arrays)} maps have fewer calibration rows ({rows} at "
-                    f"{short[0]}) than dimensions, so they are not unique; the data determine only part of them"
+                    f"{part.link}: {len(short)} of {len(rows)} maps have fewer calibration rows "
+                    f"({rows[short[0]]:.0f} at {short[0]}) than dimensions, so they are not unique; the data determine "
+                    "only part of them"
                 )
         if self.task:
             notes.append(f"fitted with the labels of {self.task}: for another task, fit again")
-        return State(parts, jax.tree.structure(self.target.params), paths, tuple(tree.flatten(self.source.params)), tuple(notes))
+        return tuple(notes)
+
+    def state(self, parts: tuple[Part, ...], notes: tuple[str, ...]) -> State:
+        """The state that these parts make."""
+        paths, sources = (tuple(tree.flatten(model.params)) for model in (self.target, self.source))
+        return State(parts, jax.tree.structure(self.target.params), paths, sources, notes)
 
 
-def _is_short(rotation: Any, rows: jax.Array) -> bool:
-    return float(rows) < min(rotation.left.shape[-2], rotation.right.shape[-1])
+def _is_short(rotation: Rotation, rows: float) -> bool:
+    return rows < min(rotation.left.shape[-2], rotation.right.shape[-1])
 
 
 def _views(batch: Any) -> tuple[Batch, Batch]:
@@ -296,21 +342,44 @@ def _views(batch: Any) -> tuple[Batch, Batch]:
     if isinstance(batch, tuple) and len(batch) == 2 and all(isinstance(view, Batch) for view in batch):
         return batch[0], batch[1]
     raise ValueError(
-        f"a calibration batch is a Batch, or a pair of Batches (for the source, for the target); found {type(batch).__name__}"
+        "a calibration batch is a Batch, or a pair of Batches (for the source, for the target); found "
+        f"{type(batch).__name__}"
     )
 
 
 def _check_batches(name: str, views: list[tuple[Batch, Batch]]) -> None:
     if not views:
         raise ValueError(f"{name} needs calibration batches, found none (an iterator that was used up before?)")
+    finite = []
     for number, view in enumerate(views):
-        sizes = [jax.tree.leaves(batch.inputs)[0].shape[0] for batch in view]
-        if sizes[0] != sizes[1] or sizes[0] == 0:
-            raise ValueError(f"calibration batch {number}: {sizes[0]} examples for the source, {sizes[1]} for the target")
-        for batch in view:
-            for leaf in jax.tree.leaves(batch.inputs):
-                if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.all(jnp.isfinite(leaf))):
-                    raise ValueError(f"calibration batch {number} holds NaN or infinite inputs")
+        sizes = [_examples(f"calibration batch {number}", batch) for batch in view]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"calibration batch {number} has {sizes[0]} examples for the source and {sizes[1]} for the target: "
+                "both are views of the same examples, in the same order"
+            )
+        for leaf in jax.tree.leaves([batch.inputs for batch in view]):
+            if jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+                finite.append((number, jnp.all(jnp.isfinite(leaf))))
+    for number, all_finite in jax.device_get(finite):
+        if not all_finite:
+            raise ValueError(f"calibration batch {number} holds NaN or infinite inputs")
+
+
+def _examples(name: str, batch: Batch) -> int:
+    """How many examples a batch has; its labels must be as many."""
+    inputs, labels = ([jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(part)] for part in batch)
+    if not inputs or () in inputs:
+        raise ValueError(f"{name}: its inputs must be arrays with the example axis first")
+    examples = inputs[0][0]
+    if examples == 0:
+        raise ValueError(f"{name} has no examples: its first axis is empty")
+    for length in labels:
+        if length != (examples,):
+            raise ValueError(
+                f"{name}: labels of leading shape {length} for {examples} examples, one for each is needed"
+            )
+    return examples
 
 
 def _check_models(transport: Transport, source: Model, target: Model) -> None:
@@ -318,16 +387,28 @@ def _check_models(transport: Transport, source: Model, target: Model) -> None:
         reads_source = any(link.reads.gradients and link.reads.source for link in transport.links)
         for name, model in (("source", source), ("target", target)):
             if not model.has_loss and (name == "target" or reads_source):
-                raise ValueError(f"{transport.name} reads gradients, but the {name} model has no loss: Model.with_loss(...)")
+                raise ValueError(
+                    f"{transport.name} reads gradients, but the {name} model has no loss: Model.with_loss(...)"
+                )
     first = next((link for link in transport.links if link.space != "any"), None)
     if first is None or first.same_shapes:
-        mine, theirs = tree.flatten(target.params), tree.flatten(source.params)
-        for path, leaf in mine.items():
-            if path in theirs and jnp.shape(theirs[path]) != jnp.shape(leaf):
-                raise ValueError(
-                    f"{transport.name} needs models of one shape: {path} is {tuple(jnp.shape(theirs[path]))} in the source "
-                    f"and {tuple(jnp.shape(leaf))} in the target; put theseus() or bico() first, they move across widths"
-                )
+        shapes = [
+            {path: tuple(jnp.shape(leaf)) for path, leaf in tree.flatten(model.params).items()}
+            for model in (source, target)
+        ]
+        repeats = first is not None and first.space == "bridge"  # its layers may be paired, where the depths differ
+        for path in {**shapes[1], **shapes[0]}:
+            found = [s.get(path) for s in shapes]
+            if found[0] == found[1] or (repeats and None in found):
+                continue
+            where = [
+                f"{'missing' if shape is None else shape} in the {side}"
+                for shape, side in zip(found, ("source", "target"), strict=True)
+            ]
+            raise ValueError(
+                f"{transport.name} needs models of one shape: {path} is {' and '.join(where)}; put theseus() or bico() "
+                "first, they move across widths and depths"
+            )
 
 
 def _pair_stages(source: Model, target: Model, depth: Any, walks: tuple[Walk, Walk] | None, tokens: str) -> list[int]:
@@ -339,6 +420,8 @@ def _pair_stages(source: Model, target: Model, depth: Any, walks: tuple[Walk, Wa
             f"the target's stages {missing} have no partner in the source, whose stages are {sorted(theirs)}: "
             "transport between models of one family, or take their common tower"
         )
+    if isinstance(depth, Mapping) and (unknown := [name for name in depth if name not in mine]):
+        raise ValueError(f"depth names {unknown}, the target's groups of layers are {sorted(mine)}")
     partners: list[int] = []
     for stage in target.stages:
         name = stage.group or stage.name
@@ -348,7 +431,9 @@ def _pair_stages(source: Model, target: Model, depth: Any, walks: tuple[Walk, Wa
             rule = "uniform"
         if rule == "cka":
             if walks is None:
-                raise ValueError("depth='cka' compares activations: this transport reads none")
+                raise ValueError(
+                    "depth='cka' compares activations, and this transport reads none: give a list of layers"
+                )
             rule = _cka_pairing(walks, theirs[name], mine[name], tokens)
             depth = {**(depth if isinstance(depth, Mapping) else {}), name: rule}
         chosen = layers.pair_layers(len(theirs[name]), len(mine[name]), rule)[position]
@@ -356,7 +441,9 @@ def _pair_stages(source: Model, target: Model, depth: Any, walks: tuple[Walk, Wa
     return partners
 
 
-def _cka_pairing(walks: tuple[Walk, Walk], theirs: Sequence[Stage], mine: Sequence[Stage], tokens: Any) -> tuple[int, ...]:
+def _cka_pairing(
+    walks: tuple[Walk, Walk], theirs: Sequence[Stage], mine: Sequence[Stage], tokens: Any
+) -> tuple[int, ...]:
     """The monotone pairing that maximises linear CKA of what the layers return, on the first batch."""
     features = []
     for walk, stages in zip(walks, (theirs, mine), strict=True):
@@ -372,8 +459,8 @@ def _cka_pairing(walks: tuple[Walk, Walk], theirs: Sequence[Stage], mine: Sequen
         return hidden.reshape(-1, hidden.shape[-1])
 
     rows = [[flat(h, operator) for h in side] for side, operator in zip(features, operators, strict=True)]
-    similarity = np.array([[float(layers.linear_cka(x, y)) for y in rows[1]] for x in rows[0]])
-    return layers.monotone_pairing(similarity)
+    similarity = jax.device_get([[layers.linear_cka(x, y) for y in rows[1]] for x in rows[0]])
+    return layers.monotone_pairing(np.array(similarity))
 
 
 def _check_stages(walk: Walk) -> None:
@@ -386,7 +473,10 @@ def _check_stages(walk: Walk) -> None:
         carry = walk.carries(index)[0]
 
         def loss(params: PyTree, carry: PyTree, function: Any = stage.function) -> jax.Array:
-            return sum((jnp.sum(jnp.sin(x.astype(jnp.float32))) for x in differentiable(function(params, carry))[0]), jnp.float32(0))
+            return sum(
+                (jnp.sum(jnp.sin(x.astype(jnp.float32))) for x in differentiable(function(params, carry))[0]),
+                jnp.float32(0),
+            )
 
         try:
             check_gradient_identity(loss, walk.params(index), carry)

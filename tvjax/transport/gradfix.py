@@ -49,7 +49,7 @@ def gradfix(**options: Any) -> Transport:
         gamma: of ``"tanh"``, 1.
         c: of ``"ratio"``, 1.
         noise_floor: a gradient entry smaller than this share of the sample's largest entry in the stage is rounding,
-          and no vote (the bias of a key projection has no gradient but rounding). METHODS of the paper have no floor.
+          and no vote (the bias of a key projection has no gradient but rounding). The paper has no floor.
         chunk: samples whose gradients are taken at once.
 
     Returns:
@@ -69,6 +69,8 @@ def gradfix(**options: Any) -> Transport:
         raise ValueError(f"mode must be one of {get_args(Mode)}, found {masking.mode!r}")
     if masking.soft_vote not in ("sign", "share"):
         raise ValueError(f"soft_vote must be 'sign' or 'share', found {masking.soft_vote!r}")
+    if not 0 <= masking.noise_floor < 1:
+        raise ValueError(f"noise_floor must lie in [0, 1), found {masking.noise_floor}")
     if masking.chunk < 1:
         raise ValueError(f"chunk must be 1 or more, found {masking.chunk}")
     reads = Reads(gradients=True, source=False)
@@ -97,7 +99,8 @@ def _mean_votes(gradients: Flat, noise_floor: float) -> Flat:
 
 
 def _largest(gradients: Flat) -> jax.Array:
-    return jnp.max(jnp.stack([jnp.max(jnp.abs(g), initial=0.0).astype(jnp.float32) for g in gradients.values()] or [jnp.float32(0)]))
+    sizes = [jnp.max(jnp.abs(g), initial=0.0).astype(jnp.float32) for g in gradients.values()]
+    return jnp.max(jnp.stack(sizes), initial=0.0) if sizes else jnp.float32(0)
 
 
 _VOTES = {"majority": sign_votes, "mean": _mean_votes}
@@ -128,7 +131,11 @@ def _fit(masking: Masking, pair: Pair) -> Part:
     model = pair.target.model
     readers = Counter(path for stage in model.stages for path in owner_paths(stage, model.params).values())
     local_paths = owner_paths(model.stages[pair.target_index], model.params)
-    tied = frozenset(local for local, path in local_paths.items() if readers[path] > 1)
+    tied = frozenset(
+        local
+        for local, path in local_paths.items()
+        if readers[path] > 1 and jnp.issubdtype(jnp.result_type(pair.target_leaves[local]), jnp.floating)
+    )
     vote = _Vote(masking.vote, masking.noise_floor)
     total: Flat = {}
     voters = 0
@@ -143,13 +150,12 @@ def _fit(masking: Masking, pair: Pair) -> Part:
         if leaf.local in tied:
             board = pair.board.pop(leaf.target)
             total[leaf.local] = sum(_tied_votes(masking.vote, masking.noise_floor, g) for g in board.values())
-    unreachable = set(pair.target_table.unused)
     arrays: dict[str, Any] = {}
     measures: dict[str, dict[str, jax.Array]] = {}
     rules = []
     for leaf in pair.leaves:
         rule = Rule(leaf.target, leaf.target, "masked", leaf.shape, leaf.shape)
-        if leaf.local in unreachable:
+        if leaf.target not in pair.target.reached:
             rules.append(rule._replace(action="passed through", why="the loss does not reach it"))
             continue
         rules.append(rule)

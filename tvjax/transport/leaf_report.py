@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from tvjax.transport.base import State
@@ -16,7 +17,8 @@ class LeafReport(NamedTuple):
       link: name of the link.
       target: path in the target; "" for a source leaf that goes nowhere.
       source: path in the source; "" where nothing corresponds.
-      action: ``rotated``, ``masked``, ``shifted``, ``passed through``, ``zeroed by rule``, ``unmatched`` or ``dropped``.
+      action: ``rotated``, ``masked``, ``shifted``, ``scaled``, ``passed through``, ``zeroed by rule``, ``unmatched`` or
+        ``dropped``.
       why: a phrase where the action is not the link's ordinary one.
       measures: rank and residual of the input and the output map, rows that they were fitted on, ties of votes.
     """
@@ -33,24 +35,23 @@ def leaf_report(state: State) -> list[LeafReport]:
     """One entry for each link and leaf; the source leaves that no target leaf takes come last."""
     report = []
     for part in state.parts:
+        found = jax.device_get(part.measures)
         for rule in part.rules:
             measures: dict[str, float] = {}
             for number, piece in enumerate(rule.pieces):
                 for side, name in (("in", piece.inner), ("out", piece.outer)):
-                    for key, value in part.measures.get(name or "", {}).items():
+                    for key, value in found.get(name or "", {}).items():
                         suffix = "" if number == 0 else f"#{number}"
-                        measures[f"{key}_{side}{suffix}"] = float(np.mean(np.asarray(value)))
-            for key, value in part.measures.get(rule.target, {}).items():
+                        measures[f"{key}_{side}{suffix}"] = float(np.mean(value))
+            for key, value in found.get(rule.target, {}).items():
                 measures[key] = float(value)
             report.append(LeafReport(part.link, rule.target, rule.source, rule.action, rule.why, measures))
-    rules = state.parts[0].rules
-    taken = {rule.source for rule in rules}
-    if rules:
-        report += [
-            LeafReport(state.parts[0].link, "", path, "dropped", "no target layer is paired with its layer", {})
-            for path in state.sources
-            if path not in taken
-        ]
+    taken = {rule.source for rule in state.parts[0].rules}
+    report += [
+        LeafReport(state.parts[0].link, "", path, "dropped", "no target layer is paired with its layer", {})
+        for path in state.sources
+        if path not in taken
+    ]
     return report
 
 
@@ -62,6 +63,6 @@ def summary(state: State) -> str:
         ranks = "/".join(f"{m[k]:.0f}" if k in m else "-" for k in ("rank_in", "rank_out"))
         residuals = "/".join(f"{m[k]:.3f}" if k in m else "-" for k in ("residual_in", "residual_out"))
         ties = f"ties {100 * m['ties']:.0f} %" if "ties" in m else ""
-        path = leaf.target or leaf.source
-        lines.append(f"{leaf.link:<10} {path:<44} {leaf.action:<15} {ranks:<13} {residuals:<13} {ties}{leaf.why}".rstrip())
+        path, remark = leaf.target or leaf.source, ties or leaf.why
+        lines.append(f"{leaf.link:<10} {path:<44} {leaf.action:<15} {ranks:<13} {residuals:<13} {remark}".rstrip())
     return "\n".join([*lines, *(f"note: {note}" for note in state.notes)])

@@ -53,7 +53,8 @@ class MapTable:
         space = "linear" if linear else side if "gradient" in side else "activation"
         identity = (space, found.names(0), found.names(1))
         if identity not in self.maps:
-            self.maps[identity] = found._replace(name=f"{self.stage}:{found.names(1)[0]}:{space}")
+            seen = "&".join(dict.fromkeys((*found.names(1), *found.names(0))))  # in the target, then what differs
+            self.maps[identity] = found._replace(name=f"{self.stage}:{seen}:{space}")
         return self.maps[identity].name
 
     def input_of(self, linear: Map) -> Map:
@@ -93,8 +94,8 @@ def _rule(leaf: Leaf, inputs: str, outputs: str, options: Options, pair: Pair, t
         site_a, site_b = group[0]
         if len(leaf.source_shape) != len(leaf.shape) or site_a.kind != site_b.kind:
             raise ValueError(
-                f"{leaf.target}: a {site_b.kind} leaf of shape {leaf.shape} in the target, a {site_a.kind} leaf of shape "
-                f"{leaf.source_shape} in the source ({leaf.source}): the two models must use it alike"
+                f"{leaf.target}: a {site_b.kind} leaf of shape {leaf.shape} in the target, a {site_a.kind} leaf of "
+                f"shape {leaf.source_shape} in the source ({leaf.source}): the two models must use it alike"
             )
         fixed = options.keep_fixed and _is_fixed(pair, site_b) and site_a.d_out == site_b.d_out
         outer = None if fixed else table.request(outputs, group)

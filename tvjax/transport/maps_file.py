@@ -57,24 +57,25 @@ def load_state(path: str | os.PathLike[str]) -> State:
     parts = []
     for part, content in zip(found, description["parts"], strict=True):
         arrays = {
-            name: fields["array"] if "array" in fields else Rotation(**fields) for name, fields in part["arrays"].items()
+            name: fields["array"] if "array" in fields else Rotation(**fields)
+            for name, fields in part["arrays"].items()
         }
         parts.append(Part(content["link"], arrays, part["measures"], tuple(map(_rule, content["rules"]))))
     paths, sources, notes = (tuple(description[name]) for name in ("paths", "sources", "notes"))
     return State(tuple(parts), None, paths, sources, notes)
 
 
-def _rule(fields: list[Any]) -> Rule:
+def _rule(fields: Any) -> Rule:
     rule = Rule(*fields)
     pieces = tuple(Piece(kind, _view(a), _view(b), *names) for kind, a, b, *names in rule.pieces)
     return rule._replace(shape=tuple(rule.shape), source_shape=tuple(rule.source_shape), pieces=pieces)
 
 
-def _view(steps: list[Any]) -> Any:
+def _view(steps: Any) -> Any:
     return tuple((step[0], *map(_rows, step[1:])) if step[0] == "grid" else _frozen(step) for step in steps)
 
 
-def _rows(fields: list[Any]) -> Rows:
+def _rows(fields: Any) -> Rows:
     special, grid, mask = fields
     return Rows(special, None if grid is None else tuple(grid), mask)
 

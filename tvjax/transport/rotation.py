@@ -37,6 +37,7 @@ from tvjax.transport.statistics import Options, Statistics, matmul, per_layer
 if TYPE_CHECKING:
     from tvjax.transport.fit import Pair
 
+
 def rotation(name: str, inputs: str, outputs: str, options: Options) -> Transport:
     """The transport whose input maps come from `inputs` and whose output maps come from `outputs`.
 
@@ -49,6 +50,8 @@ def rotation(name: str, inputs: str, outputs: str, options: Options) -> Transpor
     if options.scale_rule not in ("diagonal", "output", "zero"):
         raise ValueError(f"scale_rule must be 'diagonal', 'output' or 'zero', found {options.scale_rule!r}")
     procrustes.check_options(options.complete, options.method, options.rank)
+    if options.rank_tolerance is not None and not 0 <= options.rank_tolerance < 1:
+        raise ValueError(f"rank_tolerance must lie in [0, 1), found {options.rank_tolerance}")
     if not 0 <= options.whiten <= 0.5:
         raise ValueError(f"whiten must lie in [0, 0.5], found {options.whiten}: 0 is no whitening, 0.5 the whole")
     reads = Reads(activations=True, gradients="gradient" in inputs + outputs)
@@ -169,7 +172,8 @@ def _on_tokens(rows: jax.Array, shape: tuple[int, ...], operator: Any, mask: Any
         return rows.astype(jnp.float32), jnp.ones(rows.shape[-2], jnp.float32)
     grid = rows.reshape(-1, *shape, width)
     aligned, weights = jax.vmap(lambda hidden: tokens.align(operator, hidden, mask))(grid)
-    return aligned.reshape(*layers, -1, width), weights[0].reshape(-1)
+    # Every layer sees the same rows; where a scan repeats one layer, each pass adds its own.
+    return aligned.reshape(*layers, -1, width), weights.reshape(math.prod(layers), -1)[0]
 
 
 # -- applying -------------------------------------------------------------------------------------------------------
@@ -182,8 +186,6 @@ def _transform(options: Options, part: Part, flat: Flat) -> Flat:
         if rule.source not in flat:
             if rule.target and not rule.source and covered:
                 moved[rule.target] = jnp.zeros(rule.shape, jnp.float32)
-            continue
-        if not rule.target:
             continue
         leaf = flat[rule.source]
         if rule.action == "passed through":

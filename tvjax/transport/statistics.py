@@ -100,9 +100,7 @@ class Statistics:
         settings = _settings(self.options)
         if self.moments is None:
             a, b, layers = self._kept_rows()
-            return per_layer(
-                layers, lambda a, b: procrustes.polar_of_product(a.T, None, b.T, **settings)
-            )(a, b)
+            return per_layer(layers, lambda a, b: procrustes.polar_of_product(a.T, None, b.T, **settings))(a, b)
         return per_layer(self.moments.count.ndim, partial(_solve, self.options))(self.moments)
 
     def solve_outputs(self, factor_a: jax.Array, factor_b: jax.Array) -> Rotation:
@@ -177,10 +175,12 @@ def _append(rows: jax.Array, ones: Any) -> jax.Array:
 
 
 def per_layer(layers: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function over so many leading axes of stacked layers."""
     for _ in range(layers):
         function = jax.vmap(function)
     return function
 
 
 def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
+    """``x @ y`` at full precision."""
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)

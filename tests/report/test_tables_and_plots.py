@@ -1,0 +1,76 @@
+import itertools
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from tvjax.evaluate.accuracy import Accuracy
+from tvjax.report.measurements import Measurement, compare
+from tvjax.report.plots import Curve, plot_methods, plot_scales
+from tvjax.report.tables import accuracy_table, arithmetic_table, evaluation_table
+
+TITLES = {"B": "same shape", "W": "wider"}
+
+
+@pytest.fixture
+def measurements():
+    methods = {
+        "B": ("zero_shot", "naive", "bico+gradfix", "fine_tuned"),
+        "W": ("zero_shot", "bico+gradfix", "fine_tuned"),
+    }
+    rng = np.random.default_rng(0)
+    return [
+        Measurement(task, target, method, 5 if "bico" in method else 0, draw, 1.0, float(rng.uniform(0.3, 0.9)))
+        for target in TITLES
+        for task, draw in itertools.product(("mirrored", "upside_down"), range(2))
+        for method in methods[target]
+    ]
+
+
+def text(table):
+    console = Console(width=160)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def test_accuracy_table(measurements):
+    comparisons = [compare(measurements, "B", "bico+gradfix", "naive")]
+    lines = text(accuracy_table(measurements, comparisons, "B", "A to B")).splitlines()
+    assert lines[0].strip() == "A to B" and "upside down" in lines[2] and "- naive" in lines[2]
+    row = next(line for line in lines if "bico+gradfix" in line)
+    own = [m.accuracy for m in measurements if (m.target, m.task, m.method) == ("B", "mirrored", "bico+gradfix")]
+    assert f"{100 * np.mean(own):.1f} ± {100 * np.std(own, ddof=1):.1f}" in row
+    difference = comparisons[0].over_pairs
+    assert row.rstrip().endswith(f"{100 * difference.mean:+.1f} ± {100 * difference.half_width:.1f}")
+    assert "naive" not in text(accuracy_table(measurements, comparisons, "W", "A to W"))
+
+
+def test_other_tables():
+    row = {
+        "operation": "negation",
+        "edit": "- thick",
+        "measured_on": "base",
+        "alpha": 0.5,
+        "before": 0.9,
+        "after": 0.88,
+    }
+    (line,) = [
+        line for line in text(arithmetic_table([{**row, "normalised": None}], "")).splitlines() if "thick" in line
+    ]
+    assert line.split() == ["negation", "-", "thick", "base", "0.50", "90.0", "88.0"]
+    (line,) = [
+        line for line in text(evaluation_table({"model": Accuracy(88, 100)}, "")).splitlines() if "model " in line
+    ][1:]
+    assert line.split() == ["model", "88.0", "80.2", "to", "93.0", "88", "of", "100"]
+
+
+def test_plots_are_images(measurements, tmp_path):
+    plot_methods(measurements, tmp_path / "accuracy.png", TITLES)
+    curves = [Curve("t", target, "theseus", 0, (0.0, 1.0, 2.0), (0.1, 0.5, 0.3)) for target in TITLES]
+    plot_scales(curves, tmp_path / "scales.png", TITLES)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["accuracy.png", "scales.png"]
+    for file in tmp_path.iterdir():
+        with Image.open(file) as image:
+            assert image.format == "PNG" and image.size[0] > 800 and np.asarray(image.convert("L")).std() > 5

@@ -1,0 +1,22 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Images = Annotated[
+    Path, typer.Option("--images", metavar="FOLDER", help="Images in one folder a class; the folders name the classes.")
+]
+Classes = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Class names, one a line; default: the folders of the images, sorted."),
+]
+Templates = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Prompts with {} for the class name, one a line; default: 'a photo of a {}.'"),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images at once.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
