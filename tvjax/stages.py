@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from tvjax import tree
 
@@ -47,7 +46,7 @@ class Stage:
       name: unique name within the model (``vision/blocks/3``).
       function: pure ``(params, carry) -> carry``; the SAME object for every stage that computes alike.
       paths: ``(local, global)`` prefixes: the subtree of the model's parameters at ``global`` is given to the function
-        at ``local`` (``""``: the whole tree). Prefixes that two stages share are tied leaves; the first stage owns them.
+        at ``local`` (``""``: the whole tree). What two stages share is a tied leaf; the first of them owns it.
       group: stages of one group are the layers that depth pairing matches (``vision/blocks``).
       rows: layout of the token axis inside the stage.
       fixed: local paths of kernels (or biases) whose outputs have a meaning of their own, such as classes or a shared
@@ -151,7 +150,7 @@ def single_stage(
     *,
     loss: Callable[[PyTree, PyTree, PyTree], jax.Array] = _no_loss,
     loss_params: PyTree = None,
-    rows: Rows = Rows(),
+    rows: Rows | None = None,
     fixed: tuple[str, ...] = (),
 ) -> Model:
     """A plain function ``function(params, inputs) -> outputs`` as a model of one stage.
@@ -169,7 +168,7 @@ def single_stage(
     >>> model(jnp.ones((5, 3))).shape
     (5, 2)
     """
-    return Model(params, (Stage("model", function, rows=rows, fixed=fixed),), loss, loss_params)
+    return Model(params, (Stage("model", function, rows=rows or Rows(), fixed=fixed),), loss, loss_params)
 
 
 def layer_groups(model: Model) -> dict[str, tuple[Stage, ...]]:

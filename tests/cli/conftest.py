@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -42,9 +43,10 @@ def write_clip(folder, width, depth, seed, change=0.0, vision_only=False):
         tokens, 8, 16, 1, 2, max_position_embeddings=LENGTH, eos_token_id=tokens - 1, projection_dim=4
     )
     config = CLIPConfig(vision, text)
-    params = init(config, jax.random.key(seed))
     rng = np.random.default_rng(seed)
-    moved = jax.tree.map(lambda x: x + change * rng.normal(size=x.shape).astype(np.float32), params["vision"])
+    shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    params = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), shapes)
+    moved = jax.tree.map(lambda x: x + jnp.asarray(change * rng.normal(size=x.shape), jnp.float32), params["vision"])
     if vision_only:
         config = CLIPConfig(vision, None)
         params = {"vision": moved}

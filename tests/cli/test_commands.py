@@ -18,7 +18,7 @@ def transport(models, target, method, output, *more):
     return from_pretrained(output).params
 
 
-@pytest.mark.parametrize("method", ["bico+gradfix", "theseus"])
+@pytest.mark.parametrize("method", ["bico", "theseus"])
 def test_transport_and_evaluate(models, images, tmp_path, capsys, method):
     output, maps = tmp_path / "edited", tmp_path / "maps.safetensors"
     more = ("--images", images, "--scale", 0.5, "--save-maps", maps, "--batch-size", 3)

@@ -45,7 +45,7 @@ class Settings:
       seed: of all draws.
     """
 
-    tasks: tuple[str, ...] = TASKS[:2]
+    tasks: tuple[str, ...] = ("mirrored", "thick")  # where a digit stands, and how it is drawn
     draws: int = 1
     labels_per_class: int = 5
     validation_repeats: int = 1
