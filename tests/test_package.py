@@ -13,7 +13,7 @@ ROOT = Path(tvjax.__file__).parent
 # Each floor imports only from those before it.
 FLOORS = [
     "tree", "arithmetic", "capture", "stages", "walk", "align", "transport", "models", "checkpoints", "data",
-    "evaluate", "report", "cli",
+    "evaluate", "report", "demo", "cli",
 ]  # fmt: skip
 
 

@@ -1,22 +1,44 @@
 """Edit pre-trained models with task vectors, in JAX: arithmetic, composition, and transport across models."""
 
-from tvjax import capture, transport, tree
-from tvjax.arithmetic import add, analogy, apply, interpolate, negate, scale, task_vector
-from tvjax.stages import Batch, Model, Rows, Stage, single_stage
-from tvjax.transport import (
-    State,
-    Transport,
-    bico,
-    chain,
-    fit,
-    gradfix,
-    identity,
-    leaf_report,
-    orthogonal_shift,
-    scale_by,
-    theseus,
-    transport_stages,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tvjax import capture, transport, tree
+    from tvjax.arithmetic import add, analogy, apply, interpolate, negate, scale, task_vector
+    from tvjax.stages import Batch, Model, Rows, Stage, single_stage
+    from tvjax.transport.base import State, Transport, chain, identity, scale_by
+    from tvjax.transport.bico import bico
+    from tvjax.transport.fit import fit, transport_stages
+    from tvjax.transport.gradfix import gradfix
+    from tvjax.transport.leaf_report import leaf_report
+    from tvjax.transport.orthogonal_shift import orthogonal_shift
+    from tvjax.transport.theseus import theseus
+
+# Public names by module, imported on first use: the command line starts without JAX.
+_NAMES = {
+    "arithmetic": ("add", "analogy", "apply", "interpolate", "negate", "scale", "task_vector"),
+    "stages": ("Batch", "Model", "Rows", "Stage", "single_stage"),
+    "transport": (
+        *("State", "Transport", "bico", "chain", "fit", "gradfix", "identity", "leaf_report", "orthogonal_shift"),
+        *("scale_by", "theseus", "transport_stages"),
+    ),
+}
+_HOMES = {name: f"tvjax.{module}" for module, names in _NAMES.items() for name in names}
+_MODULES = ("capture", "transport", "tree")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"tvjax.{name}")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'tvjax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 __all__ = [
     "Batch",

@@ -77,9 +77,7 @@ class Batch(NamedTuple):
     labels: PyTree = None
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=("params", "loss_params"), meta_fields=("stages", "loss", "aliases")
-)
+@partial(jax.tree_util.register_dataclass, data_fields=("params", "loss_params"), meta_fields=("stages", "loss"))
 @dataclasses.dataclass(frozen=True)
 class Model:
     """Parameters, the stages that read them, and the loss on what the last stage returns.
@@ -91,14 +89,12 @@ class Model:
       stages: run in order, the carry threaded through; the first takes ``Batch.inputs``.
       loss: ``(loss_params, outputs, labels) -> [batch]``, one loss per example.
       loss_params: arrays of the loss that are no parameters (a zero-shot classifier).
-      aliases: ``(alias, owner)`` paths of leaves that are one parameter under two names.
     """
 
     params: PyTree
     stages: tuple[Stage, ...]
     loss: Callable[[PyTree, PyTree, PyTree], jax.Array] = _no_loss
     loss_params: PyTree = None
-    aliases: tuple[tuple[str, str], ...] = ()
 
     def __call__(self, inputs: PyTree) -> PyTree:
         """The outputs of the last stage; each stage is compiled once per function and shape."""

@@ -257,6 +257,8 @@ def leaf_type(leaf: Any) -> jax.ShapeDtypeStruct:
     >>> leaf_type(1.0).dtype.name
     'float32'
     """
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
     return jax.eval_shape(jnp.asarray, leaf)
 
 

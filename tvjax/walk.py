@@ -243,6 +243,7 @@ def per_sample_votes(
             f"{sorted(lengths)}: fit on one tower of a CLIP, with the class embeddings in its loss"
         )
     ((samples,),) = lengths
+    params = jax.tree.map(_at_least_float32, params)  # a gradient in 16 bits would vote with its rounding
     names = [path for path, leaf in tree.flatten(params).items() if _is_floating(leaf)]
     chunk = max(size for size in range(1, min(chunk, samples) + 1) if samples % size == 0)
 
@@ -266,6 +267,11 @@ def per_sample_votes(
     total, stacked = jax.lax.scan(one_chunk, zero, chunks)
     kept, down = jax.tree.map(lambda x: x.reshape(samples, *x.shape[2:]), stacked)
     return total, kept, down
+
+
+def _at_least_float32(leaf: jax.Array) -> jax.Array:
+    narrow = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4
+    return leaf.astype(jnp.float32) if narrow else leaf
 
 
 def _cast_like(cotangent: Sequence[jax.Array], outputs: Sequence[jax.Array]) -> list[jax.Array]:

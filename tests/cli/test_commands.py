@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from tvjax import tree
-from tvjax.checkpoints import from_pretrained, load_tree
+from tvjax.checkpoints import from_pretrained, load_state, load_tree
 from tvjax.cli.main import run
-from tvjax.transport import load_state
 
 
 def transport(models, target, method, output, *more):

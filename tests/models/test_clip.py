@@ -30,10 +30,7 @@ def test_stages_declare_their_rows_and_what_is_fixed(model):
     assert stages["vision/blocks/1"].rows == Rows(special=1, grid=(2, 2)) and stages["vision/blocks/1"].rows.tokens == 5
     assert stages["text/blocks/1"].rows == Rows(mask="mask")
     assert [name for name, stage in stages.items() if stage.group == "vision/blocks"] == list(stages)[1:3]
-    assert {name: stage.fixed for name, stage in stages.items() if stage.fixed} == {
-        "vision/head": ("projection/kernel",),
-        "text/head": ("projection/kernel",),
-    }
+    assert not any(stage.fixed for stage in model.stages)  # two CLIPs have embedding spaces of their own
 
 
 def test_towers_alone(model):

@@ -139,7 +139,7 @@ def projector(rows, tolerance=1e-4):
     return basis.T @ basis
 
 
-def move(tau, maps, fixed=("vision/projection",)):
+def move(tau, maps, fixed=()):
     """The task vector moved by explicit maps ``maps(layer) -> (R_in, R_out)``; leaves without an input are zero."""
     moved = {}
     for path, leaf in tree.flatten(tau).items():

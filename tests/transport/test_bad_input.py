@@ -17,8 +17,8 @@ from tvjax import (
     transport_stages,
     tree,
 )
+from tvjax.checkpoints import load_state
 from tvjax.stages import single_stage
-from tvjax.transport import load_state
 from tvjax.walk import Walk
 
 

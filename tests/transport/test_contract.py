@@ -16,7 +16,8 @@ from tvjax import (
     transport_stages,
     tree,
 )
-from tvjax.transport import load_state, save_state, summary
+from tvjax.checkpoints import load_state, save_state
+from tvjax.transport import summary
 
 
 def assert_close(found, expected, tolerance=1e-5):

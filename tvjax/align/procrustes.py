@@ -12,6 +12,7 @@ determine unless another completion is asked for, and it never leaves its factor
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from functools import partial
 from typing import Literal, NamedTuple, get_args
@@ -312,7 +313,7 @@ def _randomised_svd(moment: Array, k: int, key: Array) -> tuple[Array, Array, Ar
 def _directions(rank: int | float | None, limit: int) -> int:
     if rank is None:
         return limit
-    return min(limit, rank) if isinstance(rank, int) else max(1, round(rank * limit))
+    return min(limit, int(rank)) if isinstance(rank, numbers.Integral) else max(1, round(rank * limit))
 
 
 def check_options(complete: Completion, method: Method, rank: int | float | None) -> None:

@@ -1,6 +1,7 @@
 """Models and trees of arrays on disk."""
 
 from tvjax.checkpoints.huggingface import Pretrained, from_pretrained, save_pretrained
+from tvjax.checkpoints.maps import load_state, save_state
 from tvjax.checkpoints.processors import Processor, load_processor
 from tvjax.checkpoints.safetensors import fingerprint, load_tree, save_tree
 
@@ -10,7 +11,9 @@ __all__ = [
     "fingerprint",
     "from_pretrained",
     "load_processor",
+    "load_state",
     "load_tree",
     "save_pretrained",
+    "save_state",
     "save_tree",
 ]

@@ -28,6 +28,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         yield temporary
+        temporary.chmod(0o666 & ~_umask())  # some writers make files for their owner alone
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
@@ -52,6 +53,12 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)  # it cannot be read without being set
+    os.umask(mask)
+    return mask
 
 
 def _sync(path: Path) -> None:

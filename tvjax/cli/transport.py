@@ -40,13 +40,13 @@ def transport(
     """Move what a fine-tuning learned into another CLIP, and save the edited model with a report by leaf."""
     from tvjax import tree
     from tvjax.arithmetic import apply
-    from tvjax.checkpoints import from_pretrained, load_processor, save_pretrained
+    from tvjax.checkpoints import from_pretrained, load_processor, save_pretrained, save_state
     from tvjax.cli import inputs
     from tvjax.cli.progress import progress
     from tvjax.evaluate.zero_shot import zero_shot_model
     from tvjax.models.clip.modeling import vision_model
     from tvjax.stages import Batch
-    from tvjax.transport import fit, save_state
+    from tvjax.transport import fit
 
     moving = make_transport(method)
     inputs.check_output(output)

@@ -146,7 +146,7 @@ def footnotes(findings: Findings) -> list[str]:
     lines = [
         f"Accuracy in per cent on {counts['test']} test photographs a task; scales and few-shot hyperparameters chosen "
         f"on the same {counts['validation']} labelled validation photographs for every method.",
-        f"Fitted on {counts['calibration']}, {settings.labels_per_class} a class (without labels for Theseus); "
+        f"Fitted on {counts['calibration']} photographs, {settings.labels_per_class} a class (Theseus: no labels); "
         f"{settings.draws} draw(s). ± is the standard deviation over draws, in a difference half its 95 % interval.",
     ]
     if settings.draws * len(settings.tasks) < 6:

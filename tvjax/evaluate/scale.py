@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from tvjax.arithmetic import apply
@@ -56,8 +57,11 @@ def choose_scale(model: Model, tau: PyTree, scales: Sequence[float], batches: Ba
     if not grid.size or not np.isfinite(grid).all():
         raise ValueError(f"scales: found {list(scales)}, expected at least one finite number")
     batches = [batches] if isinstance(batches, Batch) else list(batches)
-    curve = np.array(
-        [accuracy(model.replace(params=apply(model.params, tau, float(s))), batches).fraction for s in grid]
-    )
+    curve = np.array([accuracy(_edited(model, tau, float(s)), batches).fraction for s in grid])
     best = int(curve.argmax())
     return ChosenScale(float(grid[best]), float(curve[best]), grid, curve)
+
+
+@jax.jit
+def _edited(model: Model, tau: PyTree, scale: float) -> Model:
+    return model.replace(params=apply(model.params, tau, scale))

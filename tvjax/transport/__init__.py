@@ -5,7 +5,6 @@ from tvjax.transport.bico import bico
 from tvjax.transport.fit import fit, transport_stages
 from tvjax.transport.gradfix import gradfix
 from tvjax.transport.leaf_report import LeafReport, leaf_report, summary
-from tvjax.transport.maps_file import load_state, save_state
 from tvjax.transport.orthogonal_shift import orthogonal_shift
 from tvjax.transport.statistics import Options
 from tvjax.transport.theseus import theseus
@@ -21,9 +20,7 @@ __all__ = [
     "gradfix",
     "identity",
     "leaf_report",
-    "load_state",
     "orthogonal_shift",
-    "save_state",
     "scale_by",
     "summary",
     "theseus",

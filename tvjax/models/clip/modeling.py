@@ -285,7 +285,8 @@ def _text_stages(config: CLIPTextConfig, dtype: jnp.dtype) -> list[Stage]:
 def _head(tower: str, function: Callable[[PyTree, PyTree], PyTree], norm: str, projection_dim: int | None) -> Stage:
     if projection_dim is None:
         return Stage(f"{tower}/head", function, _paths(tower, norm))
-    return Stage(f"{tower}/head", function, _paths(tower, norm, "projection"), fixed=("projection/kernel",))
+    # Not fixed: the embedding spaces of two CLIPs that were trained apart have nothing in common but their rows.
+    return Stage(f"{tower}/head", function, _paths(tower, norm, "projection"))
 
 
 def _paths(tower: str, *children: str) -> tuple[tuple[str, str], ...]:

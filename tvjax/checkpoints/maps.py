@@ -48,7 +48,7 @@ def load_state(path: str | os.PathLike[str]) -> State:
     """
     with open_tensors(path) as file:
         if file.metadata.get("format") != FORMAT:
-            raise ValueError(f"{os.fspath(path)!r} holds no fitted transport: make one with tvjax.transport.save_state")
+            raise ValueError(f"{os.fspath(path)!r} holds no fitted transport: make it with save_state")
         description = json.loads(file.metadata["description"])
         found: list[dict[str, dict[str, Any]]] = [{"arrays": {}, "measures": {}} for _ in description["parts"]]
         for key in file.headers:
