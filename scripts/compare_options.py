@@ -81,9 +81,8 @@ def main() -> None:
             gain = paired_difference([r["accuracy"] - default[key(r)] for r in mine])
             mean = float(np.mean([r["accuracy"] for r in mine]))
             summary.append({"method": method, "variant": variant, "accuracy": mean, "gain": gain._asdict()})
-            print(
-                f"{method:8} {variant:40} {100 * mean:5.1f} {100 * gain.mean:+5.1f} +- {100 * (gain.half_width or 0):.1f}"
-            )
+            half_width = 100 * (gain.half_width or 0)
+            print(f"{method:8} {variant:40} {100 * mean:5.1f} {100 * gain.mean:+5.1f} +- {half_width:.1f}")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps({"summary": summary, "records": records}, indent=1) + "\n")
 
