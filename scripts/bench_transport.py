@@ -200,6 +200,10 @@ def main() -> None:
     results = {}
     if arguments.output.exists():
         results = {result["case"]: result for result in json.loads(arguments.output.read_text())["results"]}
+    versions = {package: importlib.metadata.version(package) for package in ("jax", "jaxlib", "flax", "numpy")}
+    processor = platform.processor() or platform.machine()
+    machine = {"cores": os.cpu_count(), "processor": processor, "python": platform.python_version()}
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     for name in arguments.cases or CASES:
         command = [sys.executable, __file__, "--one", name]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -207,17 +211,10 @@ def main() -> None:
             raise SystemExit(f"{name} failed:\n{done.stderr}")
         results[name] = json.loads(done.stdout.splitlines()[-1])
         print(json.dumps(results[name]), flush=True)
-    versions = {package: importlib.metadata.version(package) for package in ("jax", "jaxlib", "flax", "numpy")}
-    machine = {
-        "cores": os.cpu_count(),
-        "processor": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    report = {"versions": versions, "machine": machine, "results": [results[name] for name in CASES if name in results]}
-    temporary = arguments.output.with_suffix(".tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    temporary.replace(arguments.output)
+        report = {"versions": versions, "machine": machine, "results": [results[n] for n in CASES if n in results]}
+        temporary = arguments.output.with_suffix(".tmp")
+        temporary.write_text(json.dumps(report, indent=1) + "\n")
+        temporary.replace(arguments.output)
 
 
 if __name__ == "__main__":
