@@ -70,9 +70,9 @@ class Walk:
                 ]
         return self._cotangents[index]
 
-    def table(self, index: int) -> SiteTable:
-        """The sites of a stage."""
-        carry = self.carries(index)[0]
+    def table(self, index: int, batch: int = 0) -> SiteTable:
+        """The sites of a stage; only their rows depend on the batch."""
+        carry = self.carries(index)[batch]
         return _table(self.model.stages[index].function, _shapes(self.params(index)), _shapes(carry))
 
     @cached_property

@@ -8,6 +8,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tvjax import (
     apply,
+    bico,
     fit,
     gradfix,
     leaf_report,
@@ -184,3 +185,14 @@ def test_sixteen_bit_parameters_and_task_vectors(tiny, fitted):
 def test_the_gradient_identity_can_be_checked_first(tiny):
     for transport in (theseus(), orthogonal_shift()):
         fit(transport, tiny.a, tiny.b, tiny.batches, check=True)
+
+
+@pytest.mark.parametrize("method", [theseus, bico])
+def test_the_last_batch_may_be_smaller(tiny, method):
+    whole = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *tiny.batches)
+    cut = len(whole.labels) - 3
+    uneven = [jax.tree.map(lambda leaf, part=part: leaf[part], whole) for part in (slice(0, cut), slice(cut, None))]
+    transport = method(rank_tolerance=1e-3)
+    moved = [transport.apply(fit(transport, tiny.a, tiny.w, batches), tiny.tau) for batches in ([whole], uneven)]
+    for path, leaf in tree.flatten(moved[0]).items():
+        np.testing.assert_allclose(tree.flatten(moved[1])[path], leaf, atol=5e-3, err_msg=path)

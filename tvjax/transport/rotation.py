@@ -137,7 +137,8 @@ def _aligned_rows(
                 array = matmul(array.astype(jnp.float32), jnp.swapaxes(kernel, -1, -2))
         assert array is not None
         rows.append(array)
-    shapes = [_examples_and_tokens(site.rows) for site in sites]
+    tables = pair.source.table(pair.source_index, batch), pair.target.table(pair.target_index, batch)
+    shapes = [_examples_and_tokens(site, table) for site, table in zip(sites, tables, strict=True)]
     masks = (
         _mask(pair.source_rows, pair.source.carries(pair.source_index)[batch], shapes[0]),
         _mask(pair.target_rows, pair.target.carries(pair.target_index)[batch], shapes[1]),
@@ -155,8 +156,9 @@ def _aligned_rows(
     return a, b, weight_a * weight_b
 
 
-def _examples_and_tokens(rows: tuple[int, ...]) -> tuple[int, ...]:
-    """Row axes ``(examples, height, width)`` are ``(examples, tokens)``, the grid in row-major order."""
+def _examples_and_tokens(site: Site, table: SiteTable) -> tuple[int, ...]:
+    """Row axes of a site in the table of one batch: ``(examples, tokens)``, a grid in row-major order."""
+    rows = next(found.rows for found in table.sites if found.key == site.key)
     return rows if len(rows) < 2 else (rows[0], math.prod(rows[1:]))
 
 
