@@ -2,7 +2,12 @@
 
 import os
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+# A busy machine may keep one of two devices waiting for the other far longer than XLA's forty seconds.
+FLAGS = (
+    "--xla_force_host_platform_device_count=2 --xla_cpu_collective_timeout_seconds=600 "
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -10,6 +15,8 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Two CPU devices on few cores: programs in flight at once can wait for each other's collectives for ever.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 @pytest.fixture
