@@ -245,6 +245,7 @@ class _Fit:
             unknown = [name for name in batches if name not in {link.name for link in transport.links}]
             if unknown:
                 raise ValueError(f"calibration batches are given for {unknown}, which are no links of {transport.name}")
+        self._known: dict[int, tuple[Any, tuple[Walk, Walk]]] = {}  # links that share batches share their walks
         self.walks = [self._walks(link.name, link.reads, batches, host) for link in transport.links]
         walks = next((w for w in self.walks if w is not None), None)
         self.pairing = _pair_stages(source, target, depth, walks, tokens)
@@ -257,7 +258,7 @@ class _Fit:
                 raise ValueError(f"no calibration batches for {name}: found batches for {sorted(batches)}")
             batches = batches[name]
         key = id(batches)
-        known = self.__dict__.setdefault("_known", {})
+        known = self._known
         if key not in known:
             views = [_views(batch) for batch in batches]
             _check_batches(name, views)
