@@ -98,7 +98,7 @@ def _rule(leaf: Leaf, inputs: str, outputs: str, options: Options, pair: Pair, t
                 f"shape {leaf.source_shape} in the source ({leaf.source}): the two models must use it alike"
             )
         fixed = options.keep_fixed and _is_fixed(pair, site_b) and site_a.d_out == site_b.d_out
-        outer = None if fixed else table.request(outputs, group)
+        outer = None if fixed else table.request(outputs, _producers(group, pair))
         inner = None
         if site_b.kind == "dense":
             inner = table.request(inputs, group)
@@ -148,6 +148,18 @@ def _paired_sites(leaf: Leaf, pair: Pair) -> list[SitePair]:
     theirs = {site.occurrence: site for site in pair.source_table.sites if site.path == leaf.local}
     mine = [site for site in pair.target_table.sites if site.path == leaf.local]
     return [(theirs[site.occurrence], site) for site in mine if site.occurrence in theirs]
+
+
+def _producers(group: tuple[SitePair, ...], pair: Pair) -> tuple[SitePair, ...]:
+    """For a bias the dense sites that it is added to, whose output is its own: one map, from the cheaper moment."""
+    found = []
+    for site_a, site_b in group:
+        makers = [
+            [maker for maker in sites if site.kind == "bias" and maker.kind == "dense" and maker.output == site.output]
+            for site, sites in ((site_a, pair.source_table.sites), (site_b, pair.target_table.sites))
+        ]
+        found.append((makers[0][0], makers[1][0]) if len(makers[0]) == len(makers[1]) == 1 else (site_a, site_b))
+    return tuple(found)
 
 
 def _is_embedding(site: Site, leaf: Leaf) -> bool:

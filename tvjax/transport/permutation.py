@@ -1,0 +1,81 @@
+"""TransFusion: a task vector follows the units of the source to their places in the target, without data."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from tvjax import tree
+from tvjax.align.permutations import Match, Progress, Symmetry, axes, match_weights, permutation_names, permute
+from tvjax.transport.base import Flat, Link, Part, Reads, Rule, Transport
+
+if TYPE_CHECKING:
+    from tvjax.transport.fit import Pair
+
+
+def transfusion(symmetry: Symmetry, *, key: Array, progress: Progress | None = None) -> Transport:
+    """Permutes a task vector as the weights of the source must be permuted to lie nearest the target's.
+
+    ``P`` maximises ``<P(theta_A), theta_B>`` over the permutations under which the source computes what it did
+    (`tvjax.align.permutations.match_weights`); ``tau`` becomes ``P(tau)``. No data are needed; the models must have one
+    shape, and layers are paired as they stand.
+
+    Args:
+      symmetry: the table of the models' family (`tvjax.models.symmetry.symmetry_of_config`), or of your own model; it
+        must cover every leaf.
+      key: a random key, for the order of the descent.
+      progress: called with (groups solved in this pass, groups of it, what is being solved).
+
+    Returns:
+      The transport. Its report gives the cosine of each leaf with the target's, permuted (``cosine``) and not
+      (``cosine_before``).
+
+    >>> from tvjax import apply, fit, single_stage
+    >>> from tvjax.align.permutations import Row
+    >>> table = Symmetry((Row("up", (None, "hidden")), Row("down", ("hidden", None))))
+    >>> def mlp(params, x):
+    ...     return jax.nn.relu(x @ params["up"]) @ params["down"]
+    >>> a = single_stage(mlp, {"up": jnp.array([[1.0, 2.0]]), "down": jnp.array([[3.0], [4.0]])})
+    >>> b = single_stage(mlp, {"up": jnp.array([[2.1, 1.0]]), "down": jnp.array([[4.0], [3.1]])})
+    >>> rebase = transfusion(table, key=jax.random.key(0))
+    >>> rebase.apply(fit(rebase, a, b), {"up": jnp.array([[5.0, 6.0]]), "down": None})
+    {'up': Array([[6., 5.]], dtype=float32)}
+
+    Source: Rinaldi et al., ICML 2025, arXiv 2505.22697; `match_weights` says where we deviate.
+    """
+    fit = partial(_fit, symmetry, key, progress)
+    link = Link("transfusion", "bridge", Reads(), fit, partial(_transform, symmetry), same_shapes=True)
+    return Transport((link,))
+
+
+def _fit(symmetry: Symmetry, key: Array, progress: Progress | None, pair: Pair) -> Part:
+    for leaf in pair.leaves:
+        if leaf.source != leaf.target:
+            raise ValueError(
+                f"transfusion pairs every leaf with its own, found {leaf.source or 'nothing'} for {leaf.target}: leave "
+                "the depth pairing alone, and give both models the same stages"
+            )
+    models = pair.source.model, pair.target.model
+    if "match" not in pair.board:  # one match of the whole models serves all their stages
+        pair.board["match"] = match_weights(symmetry, *(model.params for model in models), key=key, progress=progress)
+    match: Match = pair.board["match"]
+    arrays, measures, rules = {}, {}, []
+    for leaf in pair.leaves:
+        before, target = pair.source_leaves[leaf.local], pair.target_leaves[leaf.local]
+        names = permutation_names(axes(symmetry, leaf.target, len(leaf.shape)))
+        arrays |= {name: match.permutations[name] for name in names}
+        rule = Rule(leaf.target, leaf.target, "permuted", leaf.shape, leaf.source_shape)
+        if not names:
+            rule = rule._replace(action="passed through", why="the symmetry table permutes none of its axes")
+        rules.append(rule)
+        after = permute(symmetry, match.permutations, {leaf.target: before})[leaf.target]
+        measures[leaf.target] = {"cosine": tree.cosine(after, target), "cosine_before": tree.cosine(before, target)}
+    return Part("transfusion", arrays, measures, tuple(rules))
+
+
+def _transform(symmetry: Symmetry, part: Part, flat: Flat) -> Flat:
+    return permute(symmetry, part.arrays, {rule.target: flat[rule.source] for rule in part.rules if rule.source in flat})
