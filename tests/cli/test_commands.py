@@ -1,6 +1,7 @@
 """The commands end to end, on tiny random models."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -68,5 +69,74 @@ def test_a_task_vector_of_another_model_is_refused(models, tmp_path, capsys):
     pair = ["--pretrained", models["source"], "--finetuned", models["finetuned"]]
     assert run(["extract", *pair, "--output", tau, "--quiet"]) == 0
     assert run(["apply", tau, "--model", models["same"], "--output", str(tmp_path / "out")]) == 2
-    assert "move it there first (tvjax transport)" in capsys.readouterr().err
+    assert "move there first (tvjax transport), or say --any-base" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    arguments = ["apply", tau, "--model", models["same"], "--output", str(tmp_path / "out"), "--any-base", "--quiet"]
+    assert run(arguments) == 0
+
+
+def test_the_scale_is_chosen_on_validation_images_and_the_run_can_be_repeated_from_its_recipe(models, images, tmp_path):
+    output = tmp_path / "chosen"
+    transport(models, "wider", "theseus", output, "--images", images, "--validation", images, "--options", "rank=0.5")
+    report = json.loads((output / "leaf_report.json").read_text())
+    curve, scales = report["validation"]["accuracy"], report["validation"]["scales"]
+    assert len(curve) == 21 and report["scale"] == scales[int(np.argmax(curve))]
+    assert run(["--config", str(output / "tvjax.yaml"), f"output={tmp_path / 'again'}"]) == 0
+    first, second = (tree.flatten(from_pretrained(folder).params) for folder in (output, tmp_path / "again"))
+    for path, leaf in first.items():
+        np.testing.assert_array_equal(leaf, second[path])
+
+
+@pytest.fixture
+def task_vectors(models, tmp_path):
+    files = []
+    for name in ("one", "two"):
+        files.append(str(tmp_path / f"{name}.safetensors"))
+        pair = ["--pretrained", models["source"], "--finetuned", models["finetuned"]]
+        assert run(["extract", *pair, "--output", files[-1], "--quiet", "--dtype", "float16"]) == 0
+    return files
+
+
+def test_merge_into_a_file_and_into_a_model(models, task_vectors, tmp_path, capsys):
+    output = tmp_path / "merged.safetensors"
+    assert run(["merge", *task_vectors, "--method", "average", "--output", str(output)]) == 0
+    assert "2 task vectors" in capsys.readouterr().out
+    (one, about), (merged, kept) = load_tree(task_vectors[0]), load_tree(output)
+    for path, leaf in tree.flatten(merged).items():
+        np.testing.assert_allclose(leaf, tree.flatten(one)[path].astype("float32"), rtol=1e-6)
+    assert kept["base_fingerprint"] == about["base_fingerprint"]
+    report = json.loads((tmp_path / "merged.leaf_report.json").read_text())
+    assert {row["path"] for row in report["leaves"]} == set(tree.flatten(merged))
+
+    folder = tmp_path / "model"
+    arguments = ["merge", *task_vectors, "--method", "ties", "--options", "density={'**': 0.5, '**/bias': 1.0}"]
+    assert run([*arguments, "--model", models["source"], "--scale", "0.5", "--output", str(folder)]) == 0
+    edited, base = (tree.flatten(from_pretrained(name).params) for name in (folder, models["source"]))
+    moved = {path for path in base if not np.array_equal(edited[path], base[path])}
+    assert moved and moved <= set(tree.flatten(merged))
+    assert (folder / "tvjax.yaml").exists() and (folder / "leaf_report.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "tyes"], "no merge 'tyes'"),
+        (["--method", "regmean"], "needs data of every task"),
+        (["--method", "ties", "--options", "densty=1"], "ties has no option 'densty'; the nearest .* 'density'"),
+        (["--method", "ties", "--options", "density"], "not of the form name=value"),
+        (["--method", "ties", "--options", "density=7"], "density"),
+        (["--method", "average", "--options", "weights=[1]"], "weights: 1 given for 2 task vectors"),
+        (["--method", "average", "--options", "weights={'x/*': 1}"], "'x/\\*' matches none"),
+    ],
+)
+def test_what_cannot_be_merged(task_vectors, tmp_path, capsys, words, message):
+    output = tmp_path / "out.safetensors"
+    assert run(["merge", *task_vectors, *words, "--output", str(output), "--quiet"]) == 2
+    line = capsys.readouterr().err.strip()
+    assert len(line.splitlines()) == 1 and re.search(message, line), line
+    assert not output.exists()
+
+
+def test_a_folder_needs_a_model(task_vectors, tmp_path, capsys):
+    assert run(["merge", *task_vectors, "--method", "average", "--output", str(tmp_path / "out")]) == 2
+    assert "give --model" in capsys.readouterr().err

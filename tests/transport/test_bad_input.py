@@ -65,8 +65,10 @@ def test_options(make, message):
 
 
 def test_unknown_option_is_named():
-    with pytest.raises(TypeError, match="centre"):
+    with pytest.raises(ValueError, match="theseus has no option 'centre'; the nearest of .* is 'center'"):
         theseus(centre=True)
+    with pytest.raises(ValueError, match="gradfix has no option 'votes'; .* 'vote'"):
+        gradfix(votes="mean")
 
 
 # -- calibration batches ---------------------------------------------------------------------------------------------

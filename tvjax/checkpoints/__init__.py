@@ -3,7 +3,7 @@
 from tvjax.checkpoints.huggingface import Pretrained, from_pretrained, save_pretrained
 from tvjax.checkpoints.maps import load_state, save_state
 from tvjax.checkpoints.processors import Processor, load_processor
-from tvjax.checkpoints.safetensors import fingerprint, load_tree, save_tree
+from tvjax.checkpoints.safetensors import fingerprint, load_tree, map_tree, save_tree
 
 __all__ = [
     "Pretrained",
@@ -13,6 +13,7 @@ __all__ = [
     "load_processor",
     "load_state",
     "load_tree",
+    "map_tree",
     "save_pretrained",
     "save_state",
     "save_tree",

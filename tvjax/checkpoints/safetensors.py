@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,6 +22,16 @@ from tvjax import tree
 from tvjax.checkpoints.atomic import replacing
 from tvjax.models.key_table import Tensor
 from tvjax.stages import PyTree
+
+_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": jnp.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "BOOL": np.bool_,
+}
 
 
 class Tensors:
@@ -137,6 +148,41 @@ def load_tree(path: str | os.PathLike[str]) -> tuple[PyTree, dict[str, str]]:
     """
     with open_tensors(path) as tensors:
         return tree.nest({key: jnp.asarray(tensors.read(key)) for key in tensors.headers}), tensors.metadata
+
+
+def map_tree(path: str | os.PathLike[str]) -> tuple[PyTree, dict[str, str]]:
+    """Maps what `save_tree` wrote into memory: leaves are read from the disk when, and as far as, they are used.
+
+    So several task vectors of a large model are merged leaf by leaf, none of them ever in memory as a whole.
+
+    Returns:
+      The nested dicts of read-only NumPy arrays, in the dtypes of the file, and the metadata.
+
+    Raises:
+      ValueError: for a file that is absent, is no safetensors file, was cut short, has values that are not finite, or a
+        dtype that NumPy has not.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_tree(f"{folder}/tau.safetensors", {"a": {"b": jnp.ones(2, jnp.bfloat16)}})
+    ...     tau, _ = map_tree(f"{folder}/tau.safetensors")
+    >>> tau["a"]["b"].dtype.name, tau["a"]["b"].tolist()
+    ('bfloat16', [1.0, 1.0])
+    """
+    with open_tensors(path) as tensors:  # whole and well formed
+        headers, metadata = tensors.headers, tensors.metadata
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        offsets = {key: entry["data_offsets"] for key, entry in json.loads(file.read(length)).items() if key in headers}
+    data = np.memmap(path, np.uint8, "r", offset=8 + length) if any(a < b for a, b in offsets.values()) else np.zeros(0)
+    leaves = {}
+    for key, header in headers.items():
+        if header.dtype not in _DTYPES:
+            raise ValueError(f"the tensor {key!r} is of dtype {header.dtype}, expected one of {', '.join(_DTYPES)}")
+        start, stop = offsets[key]
+        leaves[key] = np.asarray(data[start:stop]).view(_DTYPES[header.dtype]).reshape(header.shape)
+        _check_finite(key, leaves[key])
+    return tree.nest(leaves), metadata
 
 
 def fingerprint(params: PyTree) -> str:

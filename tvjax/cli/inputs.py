@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,6 +125,39 @@ def check_file(file: Path) -> None:
     """Raises a ValueError where an output file cannot be written, before anything heavy is done."""
     if file.is_dir() or not file.absolute().parent.is_dir():
         raise ValueError(f"the output {str(file)!r} is a folder, or its folder does not exist: give the name of a file")
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises a ValueError unless task vectors can be stored in this dtype."""
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise ValueError(f"--dtype is {dtype!r}, expected float32, float16 or bfloat16")
+
+
+def common_base(files: Sequence[Path], metadata: Sequence[Mapping[str, str]], any_base: bool) -> dict[str, str]:
+    """What the metadata of task vector files say of the model that they were made for.
+
+    Raises:
+      ValueError: they were made for different models, unless `any_base`.
+    """
+    said = [(file, about) for file, about in zip(files, metadata, strict=True) if "base_fingerprint" in about]
+    for file, about in said[1:]:
+        if about["base_fingerprint"] != said[0][1]["base_fingerprint"] and not any_base:
+            raise ValueError(
+                f"{str(file)!r} was made for {about.get('base_model')!r}, and {str(said[0][0])!r} for "
+                f"{said[0][1].get('base_model')!r}, whose weights differ: move one there first (tvjax transport), or "
+                "say --any-base"
+            )
+    return {key: said[0][1][key] for key in said[0][1] if key.startswith("base_")} if said else {}
+
+
+def check_base(metadata: Mapping[str, str], base: Pretrained, files: Sequence[Path], any_base: bool) -> None:
+    """Raises a ValueError where task vectors were made for other weights than these, unless `any_base`."""
+    own = base.identity()["base_fingerprint"]
+    if metadata.get("base_fingerprint", own) != own and not any_base:
+        raise ValueError(
+            f"{', '.join(repr(str(file)) for file in files)} made for {metadata.get('base_model')!r}, whose weights "
+            f"are not those of {base.name!r}: move there first (tvjax transport), or say --any-base"
+        )
 
 
 def vision_task_vector(pretrained: Pretrained, finetuned: Pretrained) -> PyTree:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from tvjax.cli import apply, demo, evaluate, extract, transport
+from tvjax.cli import apply, config, demo, evaluate, extract, merge, transport
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command("demo")(demo.demo)
@@ -18,6 +18,7 @@ app.command("transport")(transport.transport)
 app.command("evaluate")(evaluate.evaluate)
 app.command("extract")(extract.extract)
 app.command("apply")(apply.apply)
+app.command("merge")(merge.merge)
 
 
 def _print_version(wanted: bool) -> None:
@@ -33,7 +34,7 @@ def tvjax(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; stands anywhere.")] = False,
 ) -> None:
-    """Edit pre-trained models with task vectors: extract, apply, and move them into other models."""
+    """Edit pre-trained models with task vectors: extract, apply, merge, and move them into other models."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -44,7 +45,8 @@ def run(arguments: Sequence[str]) -> int:
     """
     debug = "--debug" in arguments
     try:
-        app([argument for argument in arguments if argument != "--debug"], prog_name="tvjax", standalone_mode=False)
+        words, defaults = config.read(app, [argument for argument in arguments if argument != "--debug"])
+        app(words, prog_name="tvjax", standalone_mode=False, default_map=defaults)
         return 0
     except typer.TyperException as error:
         message = f"{error.format_message()} (tvjax --help)"

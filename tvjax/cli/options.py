@@ -18,5 +18,14 @@ Templates = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Prompts with {} for the class name, one a line; default: 'a photo of a {}.'"),
 ]
+Options = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--options", metavar="NAME=VALUE", help="A hyperparameter of the method, such as rank=0.25; may be repeated."
+    ),
+]
+AnyBase = Annotated[
+    bool, typer.Option("--any-base", help="Take task vectors although they were made for another model.")
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at once.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tvjax.cli.options import BatchSize, Classes, Quiet, Templates
+from tvjax.cli import config as recipes
+from tvjax.cli.options import BatchSize, Classes, Options, Quiet, Templates
 
 if TYPE_CHECKING:
     from tvjax.models.clip.config import CLIPConfig
@@ -20,6 +22,7 @@ SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", 
 
 
 def transport(
+    context: typer.Context,
     source: Annotated[str, typer.Option(metavar="MODEL", help="The pre-trained source: folder or hub id.")],
     finetuned: Annotated[str, typer.Option(metavar="MODEL", help="The fine-tuned source; its vision tower suffices.")],
     target: Annotated[str, typer.Option(metavar="MODEL", help="The model to move the task into.")],
@@ -30,7 +33,12 @@ def transport(
     ] = None,
     classes: Classes = None,
     templates: Templates = None,
+    options: Options = None,
     scale: Annotated[float, typer.Option(help="Factor of the moved task vector.")] = 1.0,
+    validation: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Labelled images on which the scale is chosen, in the place of --scale."),
+    ] = None,
     per_class: Annotated[int, typer.Option(min=0, help="Images of each class to draw; 0: all.")] = 0,
     seed: Annotated[int, typer.Option(help="Of that draw.")] = 0,
     batch_size: BatchSize = 32,
@@ -43,16 +51,19 @@ def transport(
     from tvjax.checkpoints import from_pretrained, load_processor, save_pretrained, save_state
     from tvjax.cli import inputs
     from tvjax.cli.progress import progress
+    from tvjax.evaluate.scale import choose_scale
     from tvjax.evaluate.zero_shot import zero_shot_model
     from tvjax.models.clip.modeling import vision_model
     from tvjax.stages import Batch
     from tvjax.transport import fit
 
-    moving = make_transport(method)
+    moving = make_transport(method, recipes.parse_options(options or ()))
     inputs.check_output(output)
     if save_maps is not None:
         inputs.check_file(save_maps)
     check_configs(moving, inputs.read_clip_config(source), inputs.read_clip_config(target), source, target)
+    if validation is not None and inputs.read_clip_config(target).text is None:
+        raise ValueError(f"--validation needs a zero-shot head, but {target!r} has no text tower: give the full CLIP")
     inputs.read_clip_config(finetuned)
     found = inputs.Images([], None, ())
     if reads_images(moving):
@@ -61,6 +72,7 @@ def transport(
         found = inputs.read_images(images, classes, moving.name if moving.needs_gradients else "")
         found = inputs.draw_images(found, per_class, seed)
     prompts = inputs.read_templates(templates)
+    held_out = None if validation is None else inputs.read_images(validation, classes, "choosing a scale")
 
     loaded, towers, views = [], [], []
     for name in (source, target):
@@ -81,10 +93,23 @@ def transport(
         state = fit(moving, a, b, [(x, y) for x, y in zip(*views, strict=True)] if views else [], progress=report)
     state = dataclasses.replace(state, notes=(*state.notes, *inputs.notes(base, tuned)))
     moved = moving.apply(state, tau)
+    chosen = None
+    if held_out is not None:
+        processor = load_processor(target)
+        whole = receiver.model.replace(params=inputs.float32(receiver.params))
+        head = zero_shot_model(whole, processor.tokens, held_out.class_names, prompts)
+        parts = held_out.parts(batch_size)
+        batches = [Batch({"pixels": processor.pixels(part)}, labels) for part, labels in parts]
+        chosen = choose_scale(head, moved, scales_of(moving), batches)
+        scale = chosen.scale
     save_pretrained(receiver.with_params(apply(receiver.params, moved, scale)), output)
     norms = {"source": float(tree.norm(tau)), "target": float(tree.norm(moved))}
-    about = {"method": method, "scale": scale, "source": source, "finetuned": finetuned, "target": target}
+    about: dict[str, object] = {"method": method, "scale": scale}
+    about |= {"source": source, "finetuned": finetuned, "target": target}
+    if chosen is not None:
+        about["validation"] = {"scales": chosen.scales.tolist(), "accuracy": chosen.curve.tolist()}
     write_report(output, state, {**about, "images": len(found.images), "norms": norms})
+    recipes.write(context, output)
     if save_maps is not None:
         save_state(save_maps, state)
     if quiet:
@@ -95,13 +120,23 @@ def transport(
     print(f"norm {norms['source']:.4g} in the source, {norms['target']:.4g} in the target; by leaf: leaf_report.txt")
 
 
-def make_transport(method: str) -> Transport:
+def scales_of(moving: Transport) -> tuple[float, ...]:
+    """The grid of scales: 0 to 5 where a task vector is rotated, else 0 to 1."""
+    rotated = any(link.space == "bridge" and not link.same_shapes for link in moving.links)
+    return tuple(round((0.25 if rotated else 0.05) * step, 2) for step in range(21))
+
+
+def make_transport(method: str, options: Mapping[str, Any] | None = None) -> Transport:
     """The transport of a name, or the chain of several joined by ``+``.
 
-    Raises:
-      ValueError: an unknown name, or links in an order that cannot be.
+    Args:
+      method: the names.
+      options: hyperparameters; those of one link of a chain by ``link.name``.
 
-    >>> make_transport("bico+gradfix").name
+    Raises:
+      ValueError: an unknown name or hyperparameter, or links in an order that cannot be.
+
+    >>> make_transport("bico+gradfix", {"bico.rank": 0.5}).name
     'bico+gradfix'
     """
     from tvjax import transport as methods
@@ -111,7 +146,19 @@ def make_transport(method: str) -> Transport:
     unknown = [name for name in method.split("+") if name not in known]
     if unknown:
         raise ValueError(f"there is no method {unknown[0]!r}: choose among {', '.join(NAMES)}, or join some by '+'")
-    return methods.chain(*(known[name]() for name in method.split("+")))
+    names = method.split("+")
+    settings: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for option, value in (options or {}).items():
+        link, dot, key = option.rpartition(".")
+        if dot and link not in settings:
+            raise ValueError(f"the option {option!r} is of {link!r}, which is not in {method!r}")
+        if not dot and len(names) > 1:
+            raise ValueError(f"say whose option {option!r} is: {' or '.join(f'{name}.{option}' for name in names)}")
+        settings[link or names[0]][key] = value
+    for name in ("naive", "orthogonal_shift"):
+        if settings.get(name):
+            raise ValueError(f"{name} has no options, found {', '.join(map(repr, settings[name]))}")
+    return methods.chain(*(known[name](**settings[name]) for name in names))
 
 
 def reads_images(moving: Transport) -> bool:

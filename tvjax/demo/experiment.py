@@ -15,9 +15,10 @@ from typing import NamedTuple
 import jax
 
 from tvjax.checkpoints.atomic import replacing
-from tvjax.demo.arithmetic import Edit, addition, analogies, negation
+from tvjax.demo.arithmetic import addition, analogies, negation
 from tvjax.demo.setup import BASE, SOURCE, TARGETS, TITLES, Settings, load, photographs, style_of
 from tvjax.demo.transports import EQUAL_SHAPES, METHODS, Bench, Result
+from tvjax.evaluate.protocols import Edit
 from tvjax.report.measurements import Comparison, Measurement, compare, in_order
 from tvjax.report.plots import Curve, plot_methods, plot_scales
 from tvjax.transport import State, summary

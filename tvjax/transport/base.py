@@ -13,9 +13,10 @@ through which maps) is static. So ``jit(rebase.apply)`` works, and so do `vmap` 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from tvjax.capture.views import View
 
 PyTree = Any
 Flat = dict[str, jax.Array]
+OptionsT = TypeVar("OptionsT", bound=tuple)
 
 
 class Piece(NamedTuple):
@@ -43,7 +45,8 @@ class Rule(NamedTuple):
     Attributes:
       target: path in the target model.
       source: path in the space that the link takes its task vectors from; "" where nothing corresponds.
-      action: ``rotated``, ``masked``, ``shifted``, ``scaled``, ``passed through``, ``zeroed by rule`` or ``unmatched``.
+      action: ``rotated``, ``permuted``, ``masked``, ``shifted``, ``scaled``, ``passed through``, ``zeroed by rule`` or
+        ``unmatched``.
       shape: of the target leaf.
       source_shape: of the source leaf.
       pieces: the uses of a rotated leaf.
@@ -229,6 +232,25 @@ def _nothing_to_fit(name: str, action: str, pair: Any) -> Part:
         else:
             rules.append(Rule(leaf.target, "", "unmatched", leaf.shape, (), why="the source has no such leaf"))
     return Part(name, {}, {}, tuple(rules))
+
+
+def make_options(name: str, kind: type[OptionsT], options: Mapping[str, Any]) -> OptionsT:
+    """The hyperparameters of a method.
+
+    Args:
+      name: of the method.
+      kind: its NamedTuple of hyperparameters.
+      options: those that are given.
+
+    Raises:
+      ValueError: a hyperparameter that the method does not have; the message names the nearest.
+    """
+    fields = kind._fields  # type: ignore[attr-defined]
+    for option in options:
+        if option not in fields:
+            near = difflib.get_close_matches(option, fields, n=1, cutoff=0.0)[0]
+            raise ValueError(f"{name} has no option {option!r}; the nearest of {', '.join(fields)} is {near!r}")
+    return kind(**options)
 
 
 def check_leaves(tau: PyTree, shapes: Mapping[str, tuple[int, ...]], also: Sequence[str] = ()) -> None:

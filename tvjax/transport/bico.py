@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from tvjax.transport.base import Transport
+from tvjax.transport.base import Transport, make_options
 from tvjax.transport.rotation import rotation
 from tvjax.transport.statistics import Options
 
@@ -24,7 +24,7 @@ def bico(*, input: Literal["activations", "gradients"] = "activations", **option
       The transport.
 
     Raises:
-      ValueError: an option out of range.
+      ValueError: an option that is unknown or out of range.
 
     >>> bico(rank=0.25, method="randomised").name
     'bico'
@@ -32,4 +32,4 @@ def bico(*, input: Literal["activations", "gradients"] = "activations", **option
     if input not in ("activations", "gradients"):
         raise ValueError(f"input must be 'activations' or 'gradients', found {input!r}")
     side = "input" if input == "activations" else "input gradient"
-    return rotation("bico", side, "gradient", Options(**options))
+    return rotation("bico", side, "gradient", make_options("bico", Options, options))

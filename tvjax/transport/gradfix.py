@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from tvjax.stages import owner_paths
-from tvjax.transport.base import Flat, Link, Part, Reads, Rule, Transport
+from tvjax.transport.base import Flat, Link, Part, Reads, Rule, Transport, make_options
 
 if TYPE_CHECKING:
     from tvjax.transport.fit import Pair
@@ -57,12 +57,12 @@ def gradfix(**options: Any) -> Transport:
       takes task vectors of a source of the same shape.
 
     Raises:
-      ValueError: an option out of range.
+      ValueError: an option that is unknown or out of range.
 
     >>> gradfix(vote="mean", mode="force").name
     'gradfix'
     """
-    masking = Masking(**options)
+    masking = make_options("gradfix", Masking, options)
     if masking.vote not in ("majority", "mean"):
         raise ValueError(f"vote must be 'majority' or 'mean', found {masking.vote!r}")
     if masking.mode not in get_args(Mode):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tvjax.transport.base import Transport
+from tvjax.transport.base import Transport, make_options
 from tvjax.transport.rotation import rotation
 from tvjax.transport.statistics import Options
 
@@ -23,9 +23,9 @@ def theseus(**options: Any) -> Transport:
       The transport.
 
     Raises:
-      ValueError: an option out of range.
+      ValueError: an option that is unknown or out of range.
 
     >>> theseus(center=True, whiten=0.4).name
     'theseus'
     """
-    return rotation("theseus", "input", "output", Options(**options))
+    return rotation("theseus", "input", "output", make_options("theseus", Options, options))

@@ -1,0 +1,158 @@
+"""``tvjax merge``: several task vectors of one model in one."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tvjax.cli import config as recipes
+from tvjax.cli.options import AnyBase, Options, Quiet
+
+if TYPE_CHECKING:
+    from tvjax.merge import MergedLeaf
+
+METHODS = (
+    *("average", "task_arithmetic", "slerp", "karcher_mean", "ties", "dare", "della", "breadcrumbs", "model_stock"),
+    *("sce", "tsv_m", "iso_c", "iso_cts", "knots", "wudi"),
+)
+WITH_DATA = ("regmean", "fisher")
+GIVEN = ("taus", "key", "base", "report")  # arguments that no option sets
+
+
+def merge(
+    context: typer.Context,
+    task_vectors: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Task vectors of one model.")],
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")],
+    output: Annotated[
+        Path, typer.Option(metavar="PATH", help="A task vector (.safetensors); or, with --model, a folder.")
+    ],
+    options: Options = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The pre-trained model, to add the merged task vector to.")
+    ] = None,
+    scale: Annotated[float, typer.Option(help="Factor of the merged task vector.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of methods that draw at random.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Of the task vector: float32, float16 or bfloat16.")] = "float32",
+    any_base: AnyBase = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge task vectors of one model into one, and write it or the model with it."""
+    import jax
+
+    from tvjax import arithmetic, tree
+    from tvjax import merge as methods
+    from tvjax.checkpoints import from_pretrained, map_tree, save_pretrained, save_tree
+    from tvjax.cli import inputs
+    from tvjax.cli.progress import progress
+
+    chosen = recipes.parse_options(options or ())
+    if method not in METHODS:
+        if method in WITH_DATA:
+            raise ValueError(f"{method} needs data of every task: call tvjax.merge.{method} from Python")
+        raise ValueError(f"there is no merge {method!r}: choose among {', '.join(METHODS)}")
+    function = getattr(methods, method)
+    check_options(method, function, chosen, GIVEN)
+    arguments = read_settings(chosen)
+    if "key" in inspect.signature(function).parameters:
+        arguments["key"] = jax.random.key(seed)
+    inputs.check_dtype(dtype)
+    as_file = output.suffix == ".safetensors"
+    if not as_file and model is None:
+        raise ValueError(f"the output {str(output)!r} is a folder of a model: give --model, or a name in .safetensors")
+    if as_file:
+        inputs.check_file(output)
+    else:
+        inputs.check_output(output)
+    loaded = [map_tree(file) for file in task_vectors]
+    metadata = inputs.common_base(task_vectors, [about for _, about in loaded], any_base)
+    base = None
+    if model is not None and not as_file:
+        inputs.read_clip_config(model)
+        base = from_pretrained(model)
+        inputs.check_base(metadata, base, task_vectors, any_base)
+
+    rows: list[MergedLeaf] = []
+    leaves = len(tree.flatten(loaded[0][0]))
+    with progress(method, quiet) as show:
+
+        def report(row: MergedLeaf) -> None:
+            rows.append(row)
+            show(len(rows), leaves, row.path)
+
+        tau = function([tau for tau, _ in loaded], report=report, **arguments)
+    if base is None:
+        save_tree(output, arithmetic.scale(tau, scale), metadata, dtype)
+    else:
+        save_pretrained(base.with_params(arithmetic.apply(base.params, tau, scale)), output)
+    write_report(output, rows, {"method": method, "scale": scale, "task_vectors": [str(file) for file in task_vectors]})
+    recipes.write(context, output)
+    if not quiet:
+        print(f"{output}: {len(loaded)} task vectors of {metadata.get('base_model', 'one model')} merged by {method}, ")
+        print(f"scale {scale:g}, norm {float(tree.norm(tau)):.4g}; by leaf: {report_name(output).name}")
+
+
+def check_options(name: str, method: Callable[..., Any], options: Mapping[str, Any], given: Collection[str]) -> None:
+    """Raises a ValueError for a hyperparameter that a method does not have.
+
+    Args:
+      name: of the method.
+      method: a function whose keyword arguments are its hyperparameters.
+      options: hyperparameters by name.
+      given: arguments that the command gives itself.
+
+    >>> def ties(taus, *, density=0.2): ...
+    >>> check_options("ties", ties, {"densty": 0.5}, given=["taus"])
+    Traceback (most recent call last):
+    ValueError: ties has no option 'densty'; the nearest of density is 'density'
+    """
+    known = [key for key in inspect.signature(method).parameters if key not in given]
+    for option in options:
+        if option not in known:
+            if not known:
+                raise ValueError(f"{name} has no options, found {option!r}")
+            near = difflib.get_close_matches(option, known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"{name} has no option {option!r}; the nearest of {', '.join(known)} is {near!r}")
+
+
+def read_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with what YAML cannot say: ``{by_depth: [0.2, 0.8], other: 0.5}``, and merges by their names.
+
+    >>> read_settings({"density": {"by_depth": [0.2, 0.8], "other": 0.5}})
+    {'density': ByDepth(values=(0.2, 0.8), other=0.5)}
+    """
+    from tvjax import merge as methods
+
+    def read(value: Any) -> Any:
+        if isinstance(value, Mapping) and "by_depth" in value:
+            if set(value) != {"by_depth", "other"}:
+                raise ValueError(f"a setting by depth has by_depth and other, found {sorted(value)}")
+            return methods.ByDepth(tuple(value["by_depth"]), value["other"])
+        return [read(item) for item in value] if isinstance(value, list) else value
+
+    settings = {name: read(value) for name, value in options.items()}
+    if "merge" in settings:  # the merge inside KnOTS
+        inner = settings["merge"]
+        if inner not in METHODS or inner == "knots":
+            raise ValueError(f"merge: found {inner!r}, expected one of {', '.join(METHODS)}")
+        settings["merge"] = getattr(methods, inner)
+    return settings
+
+
+def report_name(output: Path) -> Path:
+    """The report by leaf of an output: in its folder, or beside its file."""
+    return output / "leaf_report.json" if output.is_dir() else output.with_name(f"{output.stem}.leaf_report.json")
+
+
+def write_report(output: Path, rows: Sequence[MergedLeaf], about: Mapping[str, Any]) -> None:
+    """Writes the report by leaf."""
+    from tvjax.checkpoints.atomic import replacing
+
+    with replacing(report_name(output)) as temporary:
+        content = {**about, "leaves": [row._asdict() for row in rows]}
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
