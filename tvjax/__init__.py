@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tvjax.transport.gradfix import gradfix
     from tvjax.transport.leaf_report import leaf_report
     from tvjax.transport.orthogonal_shift import orthogonal_shift
+    from tvjax.transport.permutation import transfusion
     from tvjax.transport.theseus import theseus
 
 # Public names by module, imported on first use: the command line starts without JAX.
@@ -21,7 +22,7 @@ _NAMES = {
     "stages": ("Batch", "Model", "Rows", "Stage", "single_stage"),
     "transport": (
         *("State", "Transport", "bico", "chain", "fit", "gradfix", "identity", "leaf_report", "orthogonal_shift"),
-        *("scale_by", "theseus", "transport_stages"),
+        *("scale_by", "theseus", "transfusion", "transport_stages"),
     ),
 }
 _HOMES = {name: f"tvjax.{module}" for module, names in _NAMES.items() for name in names}
@@ -65,6 +66,7 @@ __all__ = [
     "single_stage",
     "task_vector",
     "theseus",
+    "transfusion",
     "transport",
     "transport_stages",
     "tree",

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tvjax import Batch, bico, chain, fit, gradfix, identity, orthogonal_shift, scale_by, theseus, tree
+from tvjax import Batch, bico, chain, fit, gradfix, identity, orthogonal_shift, scale_by, theseus, transfusion, tree
 from tvjax.models.clip import CLIPConfig, CLIPVisionConfig, clip, init
+from tvjax.models.symmetry import symmetry_of_config
 
 CLASSES = 5
 
@@ -203,6 +204,7 @@ TRANSPORTS = {
     "bico gradients": bico(input="gradients", rank_tolerance=1e-3),
     "gradfix": gradfix(),
     "orthogonal_shift": orthogonal_shift(),
+    "transfusion": transfusion(symmetry_of_config(make_config()), key=jax.random.key(0)),
     "identity": identity(),
     "scale_by": scale_by(1.5),
     "theseus+gradfix": chain(theseus(rank_tolerance=1e-3), gradfix(), scale_by(2.0)),

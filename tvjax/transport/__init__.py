@@ -6,6 +6,7 @@ from tvjax.transport.fit import fit, transport_stages
 from tvjax.transport.gradfix import gradfix
 from tvjax.transport.leaf_report import LeafReport, leaf_report, summary
 from tvjax.transport.orthogonal_shift import orthogonal_shift
+from tvjax.transport.permutation import transfusion
 from tvjax.transport.statistics import Options
 from tvjax.transport.theseus import theseus
 
@@ -24,5 +25,6 @@ __all__ = [
     "scale_by",
     "summary",
     "theseus",
+    "transfusion",
     "transport_stages",
 ]

@@ -17,8 +17,8 @@ class LeafReport(NamedTuple):
       link: name of the link.
       target: path in the target; "" for a source leaf that goes nowhere.
       source: path in the source; "" where nothing corresponds.
-      action: ``rotated``, ``masked``, ``shifted``, ``scaled``, ``passed through``, ``zeroed by rule``, ``unmatched`` or
-        ``dropped``.
+      action: ``rotated``, ``masked``, ``permuted``, ``shifted``, ``scaled``, ``passed through``, ``zeroed by rule``,
+        ``unmatched`` or ``dropped``.
       why: a phrase where the action is not the link's ordinary one.
       measures: rank and residual of the input and the output map, rows that they were fitted on, ties of votes.
     """

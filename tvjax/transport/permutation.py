@@ -5,8 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from tvjax import tree
@@ -34,7 +32,9 @@ def transfusion(symmetry: Symmetry, *, key: Array, progress: Progress | None = N
       The transport. Its report gives the cosine of each leaf with the target's, permuted (``cosine``) and not
       (``cosine_before``).
 
-    >>> from tvjax import apply, fit, single_stage
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from tvjax import fit, single_stage
     >>> from tvjax.align.permutations import Row
     >>> table = Symmetry((Row("up", (None, "hidden")), Row("down", ("hidden", None))))
     >>> def mlp(params, x):
@@ -63,7 +63,9 @@ def _fit(symmetry: Symmetry, key: Array, progress: Progress | None, pair: Pair) 
     if "match" not in pair.board:  # one match of the whole models serves all their stages
         pair.board["match"] = match_weights(symmetry, *(model.params for model in models), key=key, progress=progress)
     match: Match = pair.board["match"]
-    arrays, measures, rules = {}, {}, []
+    arrays: dict[str, Array] = {}
+    measures: dict[str, dict[str, Array]] = {}
+    rules = []
     for leaf in pair.leaves:
         before, target = pair.source_leaves[leaf.local], pair.target_leaves[leaf.local]
         names = permutation_names(axes(symmetry, leaf.target, len(leaf.shape)))
@@ -78,4 +80,5 @@ def _fit(symmetry: Symmetry, key: Array, progress: Progress | None, pair: Pair) 
 
 
 def _transform(symmetry: Symmetry, part: Part, flat: Flat) -> Flat:
-    return permute(symmetry, part.arrays, {rule.target: flat[rule.source] for rule in part.rules if rule.source in flat})
+    covered = {rule.target: flat[rule.source] for rule in part.rules if rule.source in flat}
+    return permute(symmetry, part.arrays, covered)

@@ -1,0 +1,159 @@
+"""The symmetry tables: complete on both sides, and true symmetries of what the models compute."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tvjax import tree
+from tvjax.align.permutations import axes, groups, match_weights, permute, random_permutations
+from tvjax.checkpoints import from_pretrained
+from tvjax.data.embedded import MODELS, model_folder
+from tvjax.models import clip, vit
+from tvjax.models.families import FAMILIES, family_of_config
+from tvjax.models.symmetry import symmetry_of_config
+
+VISION = clip.CLIPVisionConfig(16, 24, 2, 4, image_size=8, patch_size=4, projection_dim=6)
+TEXT = clip.CLIPTextConfig(20, 16, 24, 3, 2, max_position_embeddings=7, eos_token_id=19, projection_dim=6)
+CONFIGS = {
+    "clip": clip.CLIPConfig(VISION, TEXT),
+    "vision": clip.CLIPConfig(VISION, None),
+    "text without projection": clip.CLIPConfig(None, dataclasses.replace(TEXT, projection_dim=None)),
+    "vit": vit.ViTConfig(16, 24, 2, 4, image_size=8, patch_size=4, num_labels=5),
+    "vit without qkv bias": vit.ViTConfig(16, 24, 2, 4, image_size=8, patch_size=4, num_labels=5, qkv_bias=False),
+}
+
+
+def make_params(config, seed):
+    """No bias is zero and no scale one."""
+    random = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: family_of_config(config).init(config, jax.random.key(0)))
+    params = jax.tree.map(lambda leaf: jnp.asarray(0.4 * random.normal(size=leaf.shape), jnp.float32), shapes)
+    return tree.map_with_path(lambda path, leaf: 1 + leaf if path.endswith("scale") else leaf, params)
+
+
+def make_inputs(config):
+    random = np.random.default_rng(1)
+    inputs = {"pixels": jnp.asarray(random.normal(size=(3, 8, 8, 3)), jnp.float32)}
+    if isinstance(config, clip.CLIPConfig) and config.text:
+        tokens = jnp.asarray(random.integers(0, 19, (4, 7)), jnp.int32).at[:, 5].set(19)
+        inputs |= {"tokens": tokens, "mask": jnp.ones((4, 7), bool).at[:, 6].set(False)}
+    return inputs
+
+
+def embedded(name):
+    pretrained = from_pretrained(model_folder(name))
+    return pretrained.config, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), pretrained.params)
+
+
+def assert_function_unchanged(config, params, inputs):
+    symmetry, build = symmetry_of_config(config), family_of_config(config).build
+    expected = build(config, params)(inputs)
+    for seed in range(2):
+        moved = permute(symmetry, random_permutations(symmetry, params, jax.random.key(seed)), params)
+        for path, leaf in tree.flatten(params).items():
+            permuted = any(axes(symmetry, path, leaf.ndim)) and not np.all(leaf == leaf.reshape(-1)[0])
+            assert bool(np.any(leaf != tree.flatten(moved)[path])) == permuted, path
+        outputs = build(config, moved)(inputs)
+        assert outputs.keys() == expected.keys()
+        for name, value in expected.items():
+            if jnp.issubdtype(value.dtype, jnp.floating):
+                np.testing.assert_allclose(outputs[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_permuted_model_computes_the_same(name):
+    config = CONFIGS[name]
+    assert_function_unchanged(config, make_params(config, 0), make_inputs(config))
+
+
+def test_a_permuted_embedded_model_computes_the_same():
+    config, params = embedded("A")
+    random = np.random.default_rng(0)
+    tokens = jnp.asarray(random.integers(0, 584, (3, 12)), jnp.int32).at[:, 9].set(584)
+    inputs = {"pixels": jnp.asarray(random.normal(size=(3, 16, 16, 3)), jnp.float32), "tokens": tokens}
+    assert_function_unchanged(config, params, inputs)
+
+
+@pytest.mark.parametrize("tower", ["vision", "text"])
+def test_a_leaf_that_is_left_behind_changes_the_function(tower):
+    config = CONFIGS["clip"]
+    symmetry, params, inputs = symmetry_of_config(config), make_params(config, 0), make_inputs(config)
+    model = clip.clip(config, params)
+    expected = model(inputs)["logits_per_image"]
+    moved = tree.flatten(permute(symmetry, random_permutations(symmetry, params, jax.random.key(0)), params))
+    layers = ("attention/query", "attention/key", "attention/value", "attention/out", "mlp/up", "mlp/down")
+    for path in [f"{tower}/blocks/1/{layer}/kernel" for layer in layers] + [f"{tower}/blocks/0/norm2/scale"]:
+        broken = model.replace(params=tree.nest({**moved, path: tree.flatten(params)[path]}))(inputs)
+        assert np.abs(broken["logits_per_image"] - expected).max() > 1e-2, path
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_table_covers_every_leaf(name):
+    config = CONFIGS[name]
+    symmetry, params = symmetry_of_config(config), make_params(config, 0)
+    found = groups(symmetry, params)
+    for tower in {path.split("/")[0] for path in tree.flatten(params) if "/blocks/" in path}:
+        shape = config if isinstance(config, vit.ViTConfig) else getattr(config, tower)
+        layers = range(shape.num_hidden_layers)
+        names = {f"{tower}/blocks/{i}/{kind}" for i in layers for kind in ("hidden", "heads")}
+        if name != "text without projection":  # there the residual stream is what the tower returns
+            names.add(f"{tower}/residual")
+            assert found[f"{tower}/residual"].sizes == {"": shape.hidden_size}
+        assert {group for group in found if group.startswith(tower)} == names
+        assert found[f"{tower}/blocks/0/hidden"].sizes == {"": shape.intermediate_size}
+        heads = found[f"{tower}/blocks/0/heads"]
+        assert heads.heads == shape.num_attention_heads
+        assert heads.sizes == {"query_key": shape.hidden_size, "value_out": shape.hidden_size}
+
+
+@pytest.mark.parametrize("name", ["clip", "vit"])
+def test_every_row_of_the_table_covers_a_leaf(name):
+    symmetry, params = symmetry_of_config(CONFIGS[name]), make_params(CONFIGS[name], 0)
+    for row in symmetry.rows:
+        with pytest.raises(ValueError, match="it has no row for"):
+            groups(symmetry._replace(rows=tuple(other for other in symmetry.rows if other != row)), params)
+
+
+def test_outputs_that_have_a_meaning_are_fixed():
+    symmetry = symmetry_of_config(CONFIGS["clip"])
+    assert axes(symmetry, "vision/projection/kernel", 2) == ("vision/residual", None)
+    assert axes(symmetry, "text/projection/kernel", 2) == ("text/residual", None)
+    assert axes(symmetry, "text/embeddings/tokens", 2) == (None, "text/residual")
+    assert axes(symmetry, "logit_scale", 0) == ()
+    symmetry = symmetry_of_config(CONFIGS["vit"])
+    assert axes(symmetry, "head/kernel", 2) == ("vision/residual", None)
+    assert axes(symmetry, "head/bias", 1) == (None,)
+    assert axes(symmetry, "vision/embeddings/patch/kernel", 4) == (None, None, None, "vision/residual")
+
+
+def test_every_family_has_a_table():
+    for family in FAMILIES.values():
+        assert symmetry_of_config(family.config()).rows
+    with pytest.raises(ValueError, match="type dict"):
+        symmetry_of_config({})
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_permuted_copy_of_an_embedded_model_is_matched_back_exactly(name):
+    config, params = embedded(name)
+    symmetry = symmetry_of_config(config)
+    for seed in range(3):
+        true = random_permutations(symmetry, params, jax.random.key(seed))
+        found = match_weights(symmetry, params, permute(symmetry, true, params), key=jax.random.key(7))
+        assert found.permutations.keys() == true.keys()
+        for group, order in true.items():
+            np.testing.assert_array_equal(found.permutations[group], order, err_msg=group)
+
+
+def test_a_permuted_copy_of_a_fresh_model_is_matched_back_exactly():
+    config = CONFIGS["vit"]
+    symmetry = symmetry_of_config(config)
+    for seed in range(3):
+        params = family_of_config(config).init(config, jax.random.key(seed))  # biases zero, scales one
+        true = random_permutations(symmetry, params, jax.random.key(seed))
+        found = match_weights(symmetry, params, permute(symmetry, true, params), key=jax.random.key(7))
+        for group, order in true.items():
+            np.testing.assert_array_equal(found.permutations[group], order, err_msg=group)
