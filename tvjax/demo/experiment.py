@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -165,6 +166,7 @@ def results(findings: Findings) -> dict[str, object]:
         "settings": {**dataclasses.asdict(findings.settings), "photographs": findings.photographs},
         "versions": {**versions, "python": platform.python_version(), "backend": jax.default_backend()},
         "seconds": round(findings.seconds, 2),
+        "peak_memory_gib": round(_peak_memory_gib(), 3),
         "about": ABOUT,
         "comparisons": [
             {**c._asdict(), "over_pairs": c.over_pairs._asdict(), "over_tasks": c.over_tasks._asdict()}
@@ -173,6 +175,12 @@ def results(findings: Findings) -> dict[str, object]:
         "arithmetic": [edit._asdict() for edit in findings.edits],
         "curves": [curve._asdict() for curve in findings.curves],
     }
+
+
+def _peak_memory_gib() -> float:
+    """Peak resident memory of this process so far; the system counts in KiB, macOS in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if platform.system() == "Darwin" else peak / 2**20
 
 
 def _measurement(task: str, target: str, draw: int, result: Result) -> Measurement:

@@ -97,10 +97,9 @@ class Statistics:
 
     def solve(self) -> Rotation:
         """The map between the rows."""
-        settings = _settings(self.options)
         if self.moments is None:
             a, b, layers = self._kept_rows()
-            return per_layer(layers, lambda a, b: procrustes.polar_of_product(a.T, None, b.T, **settings))(a, b)
+            return per_layer(layers, partial(_solve_rows, self.options))(a, b)
         return per_layer(self.moments.count.ndim, partial(_solve, self.options))(self.moments)
 
     def solve_outputs(self, factor_a: jax.Array, factor_b: jax.Array) -> Rotation:
@@ -108,17 +107,14 @@ class Statistics:
         if self.moments is None:
             a, b, layers = self._kept_rows()
             ones = 0.0 if self.options.center else jnp.concatenate([chunk[2] for chunk in self.rows])
-            core = per_layer(layers, lambda a, b: matmul(_append(a, ones).T, _append(b, ones)))(a, b)
-        else:
-            layers = self.moments.count.ndim
-            core = per_layer(layers, lambda m: mm.augmented(m, self.options.center))(self.moments)
+            solve = partial(_solve_output_rows, self.options, jnp.asarray(ones, a.dtype))
+            return per_layer(layers, solve)(a, b, factor_a, factor_b)
+        layers = self.moments.count.ndim
+        core = per_layer(layers, lambda m: mm.augmented(m, self.options.center))(self.moments)
         if self.options.whiten:
             solve = partial(_solve_whitened_outputs, self.options)
             return per_layer(layers, solve)(self.moments, core, factor_a, factor_b)
-        settings = _settings(self.options)
-        return per_layer(layers, lambda p, c, q: procrustes.polar_of_product(p, c, q, **settings))(
-            factor_a, core, factor_b
-        )
+        return per_layer(layers, partial(_solve_outputs, self.options))(factor_a, core, factor_b)
 
     def residual(self, found: Rotation, factors: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
         """``||H_A R - H_B|| / ||H_B||`` on a sample of the rows (of the outputs, where factors are given)."""
@@ -150,6 +146,25 @@ def _solve(options: Options, moments: Any) -> Rotation:
     if options.whiten:
         cross = procrustes.whiten(cross, *mm.grams(moments, options.center), options.whiten)
     return procrustes.polar(cross, **_settings(options))
+
+
+@partial(jax.jit, static_argnums=0)
+def _solve_rows(options: Options, a: jax.Array, b: jax.Array) -> Rotation:
+    if a.shape[0] >= min(a.shape[1], b.shape[1]):
+        return procrustes.polar(matmul(a.T, b), **_settings(options))
+    return procrustes.polar_of_product(a.T, None, b.T, **_settings(options))
+
+
+@partial(jax.jit, static_argnums=0)
+def _solve_output_rows(
+    options: Options, ones: jax.Array, a: jax.Array, b: jax.Array, factor_a: jax.Array, factor_b: jax.Array
+) -> Rotation:
+    return _solve_rows(options, matmul(_append(a, ones), factor_a.T), matmul(_append(b, ones), factor_b.T))
+
+
+@partial(jax.jit, static_argnums=0)
+def _solve_outputs(options: Options, p: jax.Array, core: jax.Array, q: jax.Array) -> Rotation:
+    return procrustes.polar_of_product(p, core, q, **_settings(options))
 
 
 @partial(jax.jit, static_argnums=0)
