@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tvjax import capture, transport, tree
+    from tvjax import capture, compose, merge, transport, tree
     from tvjax.arithmetic import add, analogy, apply, interpolate, negate, scale, task_vector
     from tvjax.stages import Batch, Model, Rows, Stage, single_stage
     from tvjax.transport.base import State, Transport, chain, identity, scale_by
@@ -26,7 +26,7 @@ _NAMES = {
     ),
 }
 _HOMES = {name: f"tvjax.{module}" for module, names in _NAMES.items() for name in names}
-_MODULES = ("capture", "transport", "tree")
+_MODULES = ("capture", "compose", "merge", "transport", "tree")
 
 
 def __getattr__(name: str) -> Any:
@@ -54,11 +54,13 @@ __all__ = [
     "bico",
     "capture",
     "chain",
+    "compose",
     "fit",
     "gradfix",
     "identity",
     "interpolate",
     "leaf_report",
+    "merge",
     "negate",
     "orthogonal_shift",
     "scale",

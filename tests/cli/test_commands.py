@@ -110,6 +110,7 @@ def test_merge_into_a_file_and_into_a_model(models, task_vectors, tmp_path, caps
 
     folder = tmp_path / "model"
     arguments = ["merge", *task_vectors, "--method", "ties", "--options", "density={'**': 0.5, '**/bias': 1.0}"]
+    arguments += ["--options", "scope=leaf"]
     assert run([*arguments, "--model", models["source"], "--scale", "0.5", "--output", str(folder)]) == 0
     edited, base = (tree.flatten(from_pretrained(name).params) for name in (folder, models["source"]))
     moved = {path for path in base if not np.array_equal(edited[path], base[path])}
@@ -140,3 +141,59 @@ def test_what_cannot_be_merged(task_vectors, tmp_path, capsys, words, message):
 def test_a_folder_needs_a_model(task_vectors, tmp_path, capsys):
     assert run(["merge", *task_vectors, "--method", "average", "--output", str(tmp_path / "out")]) == 2
     assert "give --model" in capsys.readouterr().err
+
+
+def compose(models, task_vectors, images, output, *more):
+    fixed = ["--model", models["source"], "--images", str(images), "--output", str(output), "--batch-size", "3"]
+    return run(["compose", *task_vectors, *fixed, "--epochs", "1", *map(str, more)])
+
+
+@pytest.mark.parametrize("objective", ["few_shot", "entropy", "fix_match"])
+def test_compose_learns_coefficients_and_the_model_is_what_they_give(
+    models, images, task_vectors, tmp_path, capsys, objective
+):
+    from tvjax.checkpoints import load_coefficients
+    from tvjax.compose import combine
+
+    output = tmp_path / "composed"
+    assert compose(models, task_vectors, images, output, "--objective", objective, "--no-flip") == 0
+    assert "2 task vectors" in capsys.readouterr().out
+    coefficients, about = load_coefficients(output / "coefficients.safetensors")
+    assert np.any(np.asarray(coefficients.values)) and coefficients.layout.vectors == tuple(task_vectors)
+    base = from_pretrained(models["source"])
+    assert about["base_fingerprint"] == base.identity()["base_fingerprint"]
+    expected = tree.flatten(combine(base.params, [load_tree(file)[0] for file in task_vectors], coefficients))
+    for path, leaf in tree.flatten(from_pretrained(output).params).items():
+        np.testing.assert_array_equal(leaf, expected[path])
+    assert (output / "coefficients.png").stat().st_size > 1000 and (output / "tvjax.yaml").exists()
+
+
+def test_compose_chooses_by_validation_images_and_goes_on_from_its_state(
+    models, images, task_vectors, tmp_path, capsys
+):
+    rates = ("--learning-rate", 0.01, "--learning-rate", 1.0, "--validation", images, "--state", tmp_path / "state")
+    assert compose(models, task_vectors, images, tmp_path / "first", *rates) == 0
+    first = capsys.readouterr()
+    assert "% on" in first.out and "few_shot 2/2" in first.err
+    assert compose(models, task_vectors, images, tmp_path / "second", *rates) == 0
+    assert "few_shot" not in capsys.readouterr().err  # nothing was left to train
+    names = ("first", "second")
+    a, b = (tree.flatten(from_pretrained(tmp_path / name).params) for name in names)
+    for path, leaf in a.items():
+        np.testing.assert_array_equal(leaf, b[path])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--objective", "magic"], "magic|few_shot"),
+        (["--blocks", "row"], "'leaf'"),
+        (["--learning-rate", "1", "--learning-rate", "2"], "give --validation"),
+        (["--per-class", "99"], "99"),
+    ],
+)
+def test_what_cannot_be_composed(models, images, task_vectors, tmp_path, capsys, words, message):
+    assert compose(models, task_vectors, images, tmp_path / "out", *words, "--quiet") == 2
+    line = capsys.readouterr().err.strip()
+    assert len(line.splitlines()) == 1 and re.search(message, line), line
+    assert not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 """Models and trees of arrays on disk."""
 
+from tvjax.checkpoints.coefficients import TrainingStore, load_coefficients, save_coefficients
 from tvjax.checkpoints.huggingface import Pretrained, from_pretrained, save_pretrained
 from tvjax.checkpoints.maps import load_state, save_state
 from tvjax.checkpoints.processors import Processor, load_processor
@@ -8,12 +9,15 @@ from tvjax.checkpoints.safetensors import fingerprint, load_tree, map_tree, save
 __all__ = [
     "Pretrained",
     "Processor",
+    "TrainingStore",
     "fingerprint",
     "from_pretrained",
+    "load_coefficients",
     "load_processor",
     "load_state",
     "load_tree",
     "map_tree",
+    "save_coefficients",
     "save_pretrained",
     "save_state",
     "save_tree",

@@ -43,6 +43,13 @@ class Processor:
         batch = self.image_processor(list(images), return_tensors="np")["pixel_values"]
         return np.ascontiguousarray(np.asarray(batch, np.float32).transpose(0, 2, 3, 1))
 
+    @property
+    def normalisation(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        """Mean and deviation of each channel that the pixels are normalised with; 0 and 1 where they are not."""
+        if self.image_processor is None or not self.image_processor.do_normalize:
+            return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+        return tuple(self.image_processor.image_mean), tuple(self.image_processor.image_std)
+
     def tokens(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """Token ids and the padding mask, ``{"tokens": int32, "mask": bool}``, both ``[texts, length]``.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -11,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tvjax.checkpoints.atomic import replacing
+from tvjax.compose.coefficients import Coefficients, entries
 from tvjax.report.measurements import Measurement, accuracies, in_order
 
 # Okabe and Ito's colours, told apart by every kind of colour vision.
@@ -132,6 +134,53 @@ def plot_scales(curves: Sequence[Curve], file: str | os.PathLike[str], titles: d
         fontsize=STYLE["small"],
     )
     _save(figure, file)
+
+
+def plot_coefficients(coefficients: Coefficients, file: str | os.PathLike[str]) -> None:
+    """A heat map of learned coefficients, a panel for each task vector: kind of leaf by depth.
+
+    The depth of a leaf is the first whole number in its path; leaves that stand in no stack have a column of their own.
+    A leaf of several random parts shows their mean; one that takes no part, or that the vector does not cover, is grey.
+
+    Args:
+      coefficients: of `tvjax.compose.learn`.
+      file: the PNG.
+    """
+    found = entries(coefficients)
+    places = {entry.path: _kind_and_depth(entry.path) for entry in found}
+    kinds = in_order(kind for kind, _ in sorted(places.values(), key=lambda place: place[1] is None))
+    depths = sorted({depth for _, depth in places.values() if depth is not None})
+    columns = [*depths, *([None] if any(depth is None for _, depth in places.values()) else [])]
+    vectors = coefficients.layout.vectors
+    grid = np.full((len(vectors), len(kinds), len(columns)), np.nan)
+    for entry in found:
+        kind, depth = places[entry.path]
+        if entry.values:
+            grid[vectors.index(entry.vector), kinds.index(kind), columns.index(depth)] = np.mean(entry.values)
+    size = (2.2 + len(vectors) * (0.24 * len(columns) + 0.5), 0.17 * len(kinds) + 1.3)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(vectors), sharey=True, squeeze=False)[0]
+    largest = float(np.nanmax(np.abs(grid), initial=0)) or 1.0
+    for axis, vector, values in zip(axes, vectors, grid, strict=True):
+        axis.set_facecolor("#E4E4E4")
+        image = axis.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto", interpolation="nearest")
+        axis.set_title(vector.replace("_", " "), fontsize=STYLE["title"])
+        axis.set_xticks(range(len(columns)), ["rest" if depth is None else str(depth) for depth in columns])
+        axis.set_xlabel("depth", fontsize=STYLE["size"])
+        axis.tick_params(labelsize=STYLE["small"], length=2)
+    axes[0].set_yticks(range(len(kinds)), kinds)
+    bar = figure.colorbar(image, ax=list(axes), shrink=0.8)
+    bar.ax.tick_params(labelsize=STYLE["small"])
+    bar.set_label("coefficient", fontsize=STYLE["size"])
+    _save(figure, file)
+
+
+def _kind_and_depth(path: str) -> tuple[str, int | None]:
+    """A leaf's path without its layer, and the layer."""
+    found = re.search(r"(?:^|/)(\d+)(?:/|$)", path)
+    if found is None:
+        return path, None
+    return "/".join(filter(None, (path[: found.start()], path[found.end() :]))), int(found[1])
 
 
 def _method_colour(method: str) -> str:

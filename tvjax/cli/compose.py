@@ -1,0 +1,143 @@
+"""``tvjax compose``: learned coefficients of task vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from tvjax.cli import config as recipes
+from tvjax.cli.options import AnyBase, Classes, Images, Quiet, Templates
+
+if TYPE_CHECKING:
+    from tvjax.stages import PyTree
+
+Objective = Literal["few_shot", "entropy", "fix_match"]
+RATE = {"few_shot": (0.1,), "entropy": (1e-3,), "fix_match": (1e-3,)}  # as published
+RATES = {"few_shot": (0.03, 0.1, 0.3), "entropy": (1e-3, 1e-2), "fix_match": (1e-3, 1e-2)}  # where one can choose
+
+
+def compose(
+    context: typer.Context,
+    task_vectors: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Task vectors of the model.")],
+    model: Annotated[str, typer.Option(metavar="MODEL", help="The pre-trained model: folder or hub id.")],
+    images: Images,
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the edited model goes.")],
+    objective: Annotated[
+        Objective, typer.Option(help="few_shot learns from labelled images, entropy and fix_match need no labels.")
+    ] = "few_shot",
+    blocks: Annotated[
+        Literal["leaf", "vector"], typer.Option(help="One coefficient for each leaf, or for each vector.")
+    ] = "leaf",
+    partitions: Annotated[int, typer.Option(min=1, help="Random parts of each block, a coefficient each.")] = 1,
+    validation: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Labelled images by which learning rate and epoch are chosen."),
+    ] = None,
+    learning_rates: Annotated[
+        list[float] | None, typer.Option("--learning-rate", help="One, or several to choose from.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the images, at most.")] = 10,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of each step.")] = 128,
+    micro_batches: Annotated[int, typer.Option(min=1, help="Pieces of a batch, to save memory.")] = 1,
+    per_class: Annotated[int, typer.Option(min=0, help="Images of each class to draw; 0: all.")] = 0,
+    classes: Classes = None,
+    templates: Templates = None,
+    flip: Annotated[bool, typer.Option(help="Whether a mirrored image is of the same class (fix_match).")] = True,
+    seed: Annotated[int, typer.Option(help="Of every draw.")] = 0,
+    state: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Keep the training's state here; a later run goes on.")
+    ] = None,
+    any_base: AnyBase = False,
+    quiet: Quiet = False,
+) -> None:
+    """Learn coefficients of task vectors on a few images, and save the model that they give."""
+    import jax
+
+    from tvjax import compose as learned
+    from tvjax.checkpoints import (
+        TrainingStore,
+        from_pretrained,
+        load_processor,
+        map_tree,
+        save_coefficients,
+        save_pretrained,
+    )
+    from tvjax.cli import inputs
+    from tvjax.cli.progress import progress
+    from tvjax.data.augment import StrongView, WeakView
+    from tvjax.evaluate.accuracy import accuracy, class_scores
+    from tvjax.evaluate.zero_shot import zero_shot_model
+    from tvjax.report.plots import plot_coefficients
+    from tvjax.stages import Batch
+
+    rates = tuple(learning_rates or (RATES if validation is not None else RATE)[objective])
+    if len(rates) > 1 and validation is None:
+        raise ValueError(f"{len(rates)} learning rates need labelled images to choose by: give --validation")
+    inputs.check_output(output)
+    if inputs.read_clip_config(model).text is None:
+        raise ValueError(f"{model!r} has no text tower to make a zero-shot head from: give a full CLIP")
+    found = inputs.read_images(images, classes, objective if objective == "few_shot" else "")
+    if objective == "few_shot":
+        found = inputs.draw_images(found, per_class, seed)
+    if found.class_names:
+        names = found.class_names
+    elif classes is not None:
+        names = inputs.read_lines(classes, "class names")
+    else:
+        raise ValueError(f"{objective} needs the names of the classes: give --classes, or images in one folder a class")
+    prompts = inputs.read_templates(templates)
+    held_out = None if validation is None else inputs.read_images(validation, classes, "choosing a learning rate")
+    loaded = [map_tree(file) for file in task_vectors]
+    base = from_pretrained(model)
+    metadata = inputs.common_base(task_vectors, [about for _, about in loaded], any_base)
+    inputs.check_base(metadata, base, task_vectors, any_base)
+
+    processor = load_processor(model)
+    head = zero_shot_model(base.model.replace(params=inputs.float32(base.params)), processor.tokens, names, prompts)
+    pixels = {"pixels": processor.pixels(found.images)}
+    if objective == "few_shot":
+        goal = learned.few_shot(head, Batch(pixels, found.labels))
+    elif objective == "entropy":
+        goal = learned.entropy(head, pixels, scores=class_scores)
+    else:
+        weak = WeakView(flip=flip)
+        mean, std = processor.normalisation
+        strong = StrongView(mean, std, weak=weak)
+        goal = learned.fix_match(head, pixels, weak=weak, strong=strong, scores=class_scores)
+    score: Callable[[PyTree], float] | None = None
+    if held_out is not None:
+        seen = [Batch({"pixels": processor.pixels(part)}, labels) for part, labels in held_out.parts(batch_size)]
+
+        def score(params: PyTree) -> float:
+            return accuracy(head.replace(params=params), seen).fraction
+
+    taus = [tau for tau, _ in loaded]
+    files = [str(file) for file in task_vectors]
+    key, part_key = jax.random.split(jax.random.key(seed))
+    with progress(objective, quiet) as report:
+        trained = learned.learn(
+            head.params,
+            taus,
+            goal,
+            key=key,
+            coefficients=learned.init(taus, blocks=blocks, partitions=partitions, key=part_key, names=files),
+            learning_rates=rates,
+            epochs=epochs,
+            batch_size=batch_size,
+            micro_batches=micro_batches,
+            score=score,
+            progress=report,
+            store=None if state is None else TrainingStore(state),
+        )
+    coefficients = trained.trainable
+    save_pretrained(base.with_params(learned.combine(base.params, taus, coefficients)), output)
+    save_coefficients(output / "coefficients.safetensors", coefficients, metadata)
+    plot_coefficients(coefficients, output / "coefficients.png")
+    recipes.write(context, output)
+    if not quiet:
+        print(f"{output}: {model} with {len(taus)} task vectors, {coefficients.values.size} coefficients,")
+        chosen = "" if trained.score is None else f", accuracy {100 * trained.score:.1f} % on {validation}"
+        print(f"learning rate {trained.learning_rate:g}, {trained.epochs} epochs{chosen}")

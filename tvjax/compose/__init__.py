@@ -1,0 +1,63 @@
+"""Learned coefficients of task vectors: layouts, objectives, training, and the linearised model."""
+
+from tvjax.compose.ada_merging import ada_merging
+from tvjax.compose.coefficients import Coefficients, Entry, Layout, Place, combine, entries, init, weighted_sum
+from tvjax.compose.edited import Edited
+from tvjax.compose.linearised import Linearised, linearise
+from tvjax.compose.objectives import (
+    Objective,
+    Term,
+    Trusted,
+    addition,
+    average,
+    entropy,
+    few_shot,
+    fix_match,
+    negation,
+    of_loss,
+    scaled,
+    sharpen,
+    trusted_examples,
+    value,
+)
+from tvjax.compose.select import Kept, select_informative
+from tvjax.compose.train import Store, Trained, clipped_adamw, constant, cosine, learn, patience, train
+
+__all__ = [
+    "Coefficients",
+    "Edited",
+    "Entry",
+    "Kept",
+    "Layout",
+    "Linearised",
+    "Objective",
+    "Place",
+    "Store",
+    "Term",
+    "Trained",
+    "Trusted",
+    "ada_merging",
+    "addition",
+    "average",
+    "clipped_adamw",
+    "combine",
+    "constant",
+    "cosine",
+    "entries",
+    "entropy",
+    "few_shot",
+    "fix_match",
+    "init",
+    "learn",
+    "linearise",
+    "negation",
+    "of_loss",
+    "patience",
+    "scaled",
+    "select_informative",
+    "sharpen",
+    "train",
+    "trusted_examples",
+    "value",
+    "weighted_sum",
+]

@@ -1,0 +1,383 @@
+"""Coefficients of task vectors: how they are laid out, and the parameters that they give.
+
+``theta = theta_0 + sum_i Lambda_i tau_i`` (aTLAS, Zhang et al., NeurIPS 2024, arXiv 2407.02880, equation 3): Lambda_i
+holds one coefficient for each parameter block of task vector i. A block is a leaf, a group of leaves, a whole vector,
+or one of K random parts of each of these. The gradient of a coefficient is the inner product of the gradient of its
+block with the task vector's block, so that learning keeps one model, one gradient, and the vectors as they are stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from tvjax import tree
+from tvjax.arithmetic import apply
+
+PyTree = Any
+Blocks = Literal["leaf", "vector"] | Mapping[str, str] | Callable[[str], str]
+
+
+class Place(NamedTuple):
+    """Where the coefficients of one leaf stand.
+
+    Attributes:
+      path: of the leaf.
+      block: index of its block; None for a leaf that takes no part, and stays as in the base model.
+      vectors: indices of the task vectors that cover it.
+    """
+
+    path: str
+    block: int | None
+    vectors: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which coefficient belongs to which entries of which task vector.
+
+    Attributes:
+      vectors: names of the task vectors.
+      blocks: names of the blocks.
+      places: one for each leaf that a task vector covers.
+      partitions: K; 1: a block has one coefficient for each vector.
+      seed: of the random parts.
+    """
+
+    vectors: tuple[str, ...]
+    blocks: tuple[str, ...]
+    places: tuple[Place, ...]
+    partitions: int = 1
+    seed: tuple[int, ...] = ()
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("values",), meta_fields=("layout",))
+@dataclasses.dataclass(frozen=True)
+class Coefficients:
+    """Coefficients with their layout; a pytree whose only leaf is the array.
+
+    Attributes:
+      values: ``[vectors, blocks, partitions]``, float32; those of blocks that a vector does not cover are not read.
+      layout: static.
+    """
+
+    values: Float[Array, "vectors blocks partitions"]
+    layout: Layout
+
+
+class Entry(NamedTuple):
+    """The coefficients of one leaf of one task vector.
+
+    Attributes:
+      vector: name of the task vector.
+      path: of the leaf.
+      block: name of its block; None for a leaf that takes no part.
+      values: one for each partition; none for a leaf that takes no part.
+    """
+
+    vector: str
+    path: str
+    block: str | None
+    values: tuple[float, ...]
+
+
+def init(
+    taus: Sequence[PyTree],
+    *,
+    blocks: Blocks = "leaf",
+    partitions: int = 1,
+    matrices_only: bool = False,
+    key: Array | None = None,
+    value: float = 0.0,
+    names: Sequence[str] | None = None,
+) -> Coefficients:
+    """Coefficients for some task vectors, all of one value.
+
+    Args:
+      taus: task vectors of one model; each may cover a part of the leaves (None elsewhere, or no such paths).
+      blocks: ``"leaf"`` (one block a leaf), ``"vector"`` (one coefficient a task vector), a mapping from path patterns
+        (those of `tvjax.tree.select`, a later one winning) to names of groups, or a function from path to group.
+      partitions: K; the entries of every leaf are split at random into K parts with a coefficient each (aTLAS x K).
+        The parts of a leaf are the same for all task vectors and depend on the key and the leaf's path alone.
+      matrices_only: leaves of fewer than two axes take no part, as published for K parts; by default all do.
+      key: a random key, for K > 1.
+      value: of every coefficient; at 0 the model is the base model.
+      names: of the task vectors; their numbers by default.
+
+    Returns:
+      The coefficients.
+
+    Raises:
+      ValueError: no task vectors, vectors of different shapes, leaves that are not floating, leaves without a group,
+        names that are not one each, or parts without a key.
+
+    >>> import jax.numpy as jnp
+    >>> tau = {"up": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+    >>> coefficients = init([tau, tau], names=["thick", "mirrored"])
+    >>> coefficients.layout.blocks, coefficients.values.shape
+    (('up/bias', 'up/kernel'), (2, 2, 1))
+    """
+    flat = _checked(taus)
+    names = tuple(map(str, range(len(flat)))) if names is None else tuple(names)
+    if len(names) != len(flat) or len(set(names)) < len(names):
+        raise ValueError(f"names: found {list(names)} for {len(flat)} task vectors, expected a different one for each")
+    if partitions < 1 or (partitions > 1 and key is None):
+        raise ValueError(
+            f"partitions: found {partitions} and {'no key' if key is None else 'a key'}, expected 1 or more, and for "
+            "more than 1 a key, jax.random.key(0)"
+        )
+    shapes = {path: np.shape(leaf) for vector in flat for path, leaf in vector.items()}
+    chosen = [path for path, shape in shapes.items() if len(shape) >= 2 or not matrices_only]
+    if not chosen:
+        raise ValueError("the task vectors cover no leaf that may take part: give them leaves, or matrices_only=False")
+    groups = _groups(blocks, chosen)
+    order = {group: index for index, group in enumerate(dict.fromkeys(groups.values()))}
+    places = tuple(
+        Place(
+            path,
+            order[groups[path]] if path in groups else None,
+            tuple(index for index, vector in enumerate(flat) if path in vector),
+        )
+        for path in shapes
+    )
+    seed: tuple[int, ...] = ()
+    if partitions > 1 and key is not None:
+        seed = tuple(int(word) for word in np.asarray(_key_words(key)).reshape(-1))
+    layout = Layout(names, tuple(order), places, partitions, seed)
+    return Coefficients(jnp.full((len(flat), len(order), partitions), value, jnp.float32), layout)
+
+
+def combine(params: PyTree, taus: Sequence[PyTree], coefficients: Coefficients) -> PyTree:
+    """``theta_0 + sum_i Lambda_i tau_i`` in the stored dtypes of the parameters.
+
+    The sum of a leaf is taken in float32 in one pass, whatever the vectors are stored in, and rounded once. Pure,
+    jittable, and differentiable in everything.
+
+    Args:
+      params: theta_0, any pytree.
+      taus: the task vectors that the coefficients were made for, in that order.
+      coefficients: of `init`.
+
+    Returns:
+      theta, of the structure of `params`; a leaf that no vector covers is passed through as it is.
+
+    Raises:
+      ValueError: task vectors that the coefficients were not made for, or that do not fit the parameters.
+
+    >>> import jax.numpy as jnp
+    >>> taus = [{"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([0.0, 10.0], jnp.bfloat16)}]
+    >>> coefficients = init(taus, value=0.5)
+    >>> combine({"w": jnp.ones(2)}, taus, coefficients)["w"].tolist()
+    [1.5, 7.0]
+    """
+    return apply(params, weighted_sum(taus, coefficients))
+
+
+def weighted_sum(taus: Sequence[PyTree], coefficients: Coefficients) -> PyTree:
+    """``sum_i Lambda_i tau_i``: the composition as one task vector, to be saved, scaled or transported.
+
+    Args:
+      taus: the task vectors that the coefficients were made for, in that order.
+      coefficients: of `init`.
+
+    Returns:
+      A float32 task vector over the leaves that take part: in the structure of the first vector where that covers them
+      all and no others, else as nested dicts.
+
+    Raises:
+      ValueError: task vectors that the coefficients were not made for.
+
+    >>> import jax.numpy as jnp
+    >>> taus = [{"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([0.0, 10.0])}]
+    >>> weighted_sum(taus, init(taus, value=0.5))["w"].tolist()
+    [0.5, 6.0]
+    """
+    total = {path: _weighted(share) for path, share in shares(taus, coefficients).items()}
+    first = tree.flatten(taus[0])
+    if total.keys() == first.keys():
+        return jax.tree.unflatten(jax.tree.structure(taus[0]), [total[path] for path in first])
+    return tree.nest(total)
+
+
+class Share(NamedTuple):
+    """What the change of one leaf is made of; a pytree.
+
+    Attributes:
+      leaves: that leaf of each task vector that covers it, as stored.
+      rows: their coefficients, ``[partitions]`` each.
+      seed: of the partition of this leaf, uint32; None where it has one part.
+    """
+
+    leaves: list[Any]
+    rows: list[Float[Array, " partitions"]]
+    seed: Int[Array, " words"] | None
+
+
+def shares(taus: Sequence[PyTree], coefficients: Coefficients) -> dict[str, Share]:
+    """What the change of each leaf that takes part is made of, by path.
+
+    Raises:
+      ValueError: task vectors that the coefficients were not made for.
+    """
+    layout = coefficients.layout
+    flat = [tree.flatten(tau) for tau in taus]
+    _check_made_for(layout, flat)
+    columns = jax.lax.split(coefficients.values, [1] * len(layout.blocks), axis=1)
+    found = {}
+    for place in layout.places:
+        if place.block is None:
+            continue
+        rows = [columns[place.block][index, 0] for index in place.vectors]
+        seed = None
+        if layout.partitions > 1:
+            seed = jnp.array([*layout.seed, zlib.crc32(place.path.encode())], jnp.uint32)
+        found[place.path] = Share([flat[index][place.path] for index in place.vectors], rows, seed)
+    return found
+
+
+def change(parts: Mapping[str, Share]) -> PyTree:
+    """The task vector, as nested dicts, of some leaves given by path."""
+    return tree.nest({path: _weighted(share) for path, share in parts.items()})
+
+
+def entries(coefficients: Coefficients) -> list[Entry]:
+    """The coefficients leaf by leaf, for reports and plots.
+
+    >>> import jax.numpy as jnp
+    >>> entries(init([{"w": jnp.ones((2, 2)), "b": jnp.ones(2)}], value=0.5, matrices_only=True))
+    [Entry(vector='0', path='b', block=None, values=()), Entry(vector='0', path='w', block='w', values=(0.5,))]
+    """
+    layout, values = coefficients.layout, np.asarray(coefficients.values)
+    return [
+        Entry(layout.vectors[index], place.path, None, ())
+        if place.block is None
+        else Entry(
+            layout.vectors[index],
+            place.path,
+            layout.blocks[place.block],
+            tuple(values[index, place.block].tolist()),
+        )
+        for index in range(len(layout.vectors))
+        for place in layout.places
+        if index in place.vectors
+    ]
+
+
+def partition_ids(shape: Sequence[int], partitions: int, seed: Int[Array, " words"]) -> Int[Array, "*shape"]:
+    """The part of every entry of a leaf, from 0 to K - 1: a hash of the entry's number, so that nothing is stored.
+
+    Args:
+      shape: of the leaf.
+      partitions: K.
+      seed: words of 32 bits, uint32.
+
+    Returns:
+      int32 of that shape; computed entry by entry, so the same on any number of devices.
+
+    >>> ids = partition_ids((1000,), 4, jnp.array([1, 2], jnp.uint32))
+    >>> int(ids.min()), int(ids.max()), bool((jnp.bincount(ids) > 200).all())
+    (0, 3, True)
+    """
+    number = jnp.zeros(shape, jnp.uint32)
+    stride = 1
+    for axis in reversed(range(len(shape))):
+        number += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= shape[axis]
+    for word in range(seed.shape[0]):
+        number = _mixed(number ^ seed[word])
+    return (number % jnp.uint32(partitions)).astype(jnp.int32)
+
+
+def _mixed(x: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
+    """A bijection of 32 bits in which every bit of the input flips every bit of the output with probability a half."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+# Its backward pass reads the vectors as they are stored and computes the parts again: what it would keep otherwise, the
+# vectors in float32 and the parts, is larger than the model.
+@jax.checkpoint
+def _weighted(share: Share) -> Float[Array, "*shape"]:
+    """``sum_i row_i[part] * leaf_i`` in float32; without a seed there is one part."""
+    total = jnp.zeros(np.shape(share.leaves[0]), jnp.float32)
+    ids = None if share.seed is None else partition_ids(total.shape, len(share.rows[0]), share.seed)
+    for leaf, row in zip(share.leaves, share.rows, strict=True):
+        factor = row[0] if ids is None else row.at[ids].get(mode="promise_in_bounds")
+        total += factor * jnp.asarray(leaf).astype(jnp.float32)
+    return total
+
+
+def _key_words(key: Array) -> Array:
+    return jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+
+
+def _groups(blocks: Blocks, paths: Sequence[str]) -> dict[str, str]:
+    """The name of the block of each leaf."""
+    if isinstance(blocks, Mapping):
+        groups = {path: group for pattern, group in blocks.items() for path in tree.match(paths, pattern)}
+        left = [path for path in paths if path not in groups]
+        if left:
+            raise ValueError(
+                f"blocks: no pattern of {list(blocks)} matches {len(left)} leaves:\n{tree.list_some(left)}\n"
+                "put one for all leaves first: {'**': 'rest', ...}"
+            )
+        return {path: groups[path] for path in paths}
+    if callable(blocks):
+        return {path: blocks(path) for path in paths}
+    if blocks == "leaf":
+        return {path: path for path in paths}
+    if blocks == "vector":
+        return dict.fromkeys(paths, "all")
+    raise ValueError(f"blocks: found {blocks!r}, expected 'leaf', 'vector', a mapping from patterns, or a function")
+
+
+def _checked(taus: Sequence[PyTree]) -> list[dict[str, Any]]:
+    """The leaves of task vectors of one model, by path."""
+    if not isinstance(taus, Sequence) or not taus:
+        raise ValueError(
+            f"taus: expected a list of task vectors, one at least, found {type(taus).__name__} {taus!r:.40}"
+        )
+    flat = [tree.flatten(tau) for tau in taus]
+    shapes: dict[str, tuple[int, ...]] = {}
+    problems = []
+    for index, vector in enumerate(flat):
+        for path, leaf in vector.items():
+            kind = tree.leaf_type(leaf)
+            if shapes.setdefault(path, kind.shape) != kind.shape:
+                problems.append(f"{path}: {shapes[path]}, in task vector {index} {kind.shape}")
+            if not jnp.issubdtype(kind.dtype, jnp.floating):
+                problems.append(f"{path}: {kind.dtype} in task vector {index}")
+    if problems:
+        raise ValueError(
+            f"task vectors that are composed belong to one model, {len(problems)} leaves do not fit:\n"
+            f"{tree.list_some(problems)}\nof different models? transport them first (tvjax.fit)"
+        )
+    return flat
+
+
+def _check_made_for(layout: Layout, flat: Sequence[dict[str, Any]]) -> None:
+    if len(flat) != len(layout.vectors):
+        raise ValueError(
+            f"found {len(flat)} task vectors, but the coefficients were made for {len(layout.vectors)}: "
+            f"{', '.join(layout.vectors)}"
+        )
+    problems = []
+    for index, vector in enumerate(flat):
+        expected = {place.path for place in layout.places if index in place.vectors}
+        name = layout.vectors[index]
+        problems += [f"{path}: {name} lacks it" for path in sorted(expected - vector.keys())]
+        problems += [f"{path}: {name} had no such leaf" for path in sorted(vector.keys() - expected)]
+    if problems:
+        raise ValueError(
+            f"the coefficients were made for other task vectors, {len(problems)} leaves differ:\n"
+            f"{tree.list_some(problems)}\nmake coefficients for these with tvjax.compose.init"
+        )

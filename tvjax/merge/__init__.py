@@ -1,0 +1,50 @@
+"""Merging task vectors of one base into one."""
+
+from tvjax.merge.adapters import Adapter, merge_adapters, to_task_vector
+from tvjax.merge.average import average
+from tvjax.merge.breadcrumbs import breadcrumbs
+from tvjax.merge.dare import dare
+from tvjax.merge.della import della
+from tvjax.merge.fisher import diagonal_fisher, fisher
+from tvjax.merge.isotropic import iso_c, iso_cts
+from tvjax.merge.karcher_mean import karcher_mean
+from tvjax.merge.knots import knots, knots_adapters
+from tvjax.merge.leaf_report import MergedLeaf, summary
+from tvjax.merge.model_stock import model_stock
+from tvjax.merge.regmean import input_grams, regmean
+from tvjax.merge.sce import sce
+from tvjax.merge.settings import ByDepth
+from tvjax.merge.slerp import slerp
+from tvjax.merge.task_arithmetic import task_arithmetic
+from tvjax.merge.ties import ties
+from tvjax.merge.tsv import tsv_m
+from tvjax.merge.wudi import wudi
+
+__all__ = [
+    "Adapter",
+    "ByDepth",
+    "MergedLeaf",
+    "average",
+    "breadcrumbs",
+    "dare",
+    "della",
+    "diagonal_fisher",
+    "fisher",
+    "input_grams",
+    "iso_c",
+    "iso_cts",
+    "karcher_mean",
+    "knots",
+    "knots_adapters",
+    "merge_adapters",
+    "model_stock",
+    "regmean",
+    "sce",
+    "slerp",
+    "summary",
+    "task_arithmetic",
+    "ties",
+    "to_task_vector",
+    "tsv_m",
+    "wudi",
+]

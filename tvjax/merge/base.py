@@ -1,0 +1,256 @@
+"""What every merge is built on: task vectors of one base, leaf by leaf, and matrices seen as matrices.
+
+A merge is a plain function of a sequence of task vectors that returns one task vector. The leaves may be JAX arrays,
+NumPy arrays or memory maps, in 16 or 32 bits: each leaf goes to the device when its turn comes, is merged there in
+float32 by one compiled program per shape, and is let go, so that all vectors are never there at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from tvjax import tree
+from tvjax.merge.leaf_report import Report, tell
+
+PyTree = Any
+Leaf = Any  # of a JAX or a NumPy array
+Scope = Literal["vector", "leaf"]  # what is measured: the whole task vector, or each leaf by itself
+
+_IN_FLIGHT = 2  # leaves whose programs run at once
+
+
+class Vectors:
+    """Task vectors of one base, checked to be so; iterate over `paths` and take the `leaves` of each.
+
+    Attributes:
+      flat: the leaves of each vector by path, as they are stored.
+      paths: of the leaves that the vectors cover.
+    """
+
+    def __init__(self, taus: Sequence[PyTree], least: int = 1):
+        """Checks the vectors.
+
+        Args:
+          taus: task vectors; all cover the same leaves (None elsewhere).
+          least: how many the method needs.
+
+        Raises:
+          ValueError: too few vectors, other paths or shapes, or leaves that are no floating-point arrays.
+        """
+        if not isinstance(taus, Sequence):
+            raise ValueError(f"a merge takes a list of task vectors, found {type(taus).__name__}")
+        if len(taus) < least:
+            raise ValueError(f"this merge needs at least {least} task vectors, found {len(taus)}")
+        self.flat = [tree.flatten(tau) for tau in taus]
+        self._structure = jax.tree.structure(taus[0])
+        shapes = [{path: tuple(np.shape(leaf)) for path, leaf in flat.items()} for flat in self.flat]
+        problems = [
+            f"{path}: " + " and ".join(str(found.get(path, "missing")) for found in shapes)
+            for path in dict.fromkeys(itertools.chain(*shapes))
+            if len({found.get(path) for found in shapes}) > 1
+        ]
+        if problems:
+            raise ValueError(
+                f"task vectors that are merged must have the same paths and shapes, {len(problems)} leaves differ:\n"
+                f"{tree.list_some(problems)}\nwere they made for one model? select the common leaves first "
+                "(tvjax.tree.select), or transport them first (tvjax.fit)"
+            )
+        self.paths = list(shapes[0])
+        if not self.paths:
+            raise ValueError("the task vectors have no leaves")
+        wrong = [
+            f"{path}: {tree.leaf_type(flat[path]).dtype}"
+            for flat in self.flat
+            for path in self.paths
+            if not jnp.issubdtype(tree.leaf_type(flat[path]).dtype, jnp.floating)
+        ]
+        if wrong:
+            raise ValueError(f"the leaves of a task vector are floating-point arrays, found\n{tree.list_some(wrong)}")
+
+    def __len__(self) -> int:
+        return len(self.flat)
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        """Shape of a leaf."""
+        return tuple(np.shape(self.flat[0][path]))
+
+    def leaves(self, path: str) -> list[Leaf]:
+        """That leaf of every vector, as stored."""
+        return [flat[path] for flat in self.flat]
+
+    def tree(self, merged: dict[str, Array]) -> PyTree:
+        """The merged leaves in the structure of the first vector."""
+        return jax.tree.unflatten(self._structure, [merged[path] for path in self.paths])
+
+
+def check_scope(scope: str) -> None:
+    """Raises a ValueError unless it is a scope.
+
+    >>> check_scope("leaf")
+    """
+    if scope not in get_args(Scope):
+        raise ValueError(f"scope must be one of {get_args(Scope)}, found {scope!r}")
+
+
+def over_leaves(
+    vectors: Vectors, rule: Callable[..., Any], *arguments: Mapping[str, Any], options: tuple[tuple[str, Any], ...] = ()
+) -> Iterator[tuple[str, Any]]:
+    """A rule on one leaf after the other: ``rule(leaves, *arguments, **options)``, compiled once per shape.
+
+    The next leaf is under way while one is looked at, and no more: what is on the device does not grow with the model.
+    Leaves on host are read in place where the platform can do so; nothing reads them any more when the walk has ended.
+
+    Args:
+      vectors: the task vectors.
+      rule: pure; gets that leaf of every vector as stored. A module-level function, so that it is compiled once.
+      *arguments: pytrees of arrays by path.
+      options: static keywords of the rule.
+
+    Yields:
+      Path and result, in order.
+    """
+    under_way: deque[tuple[str, Any]] = deque()
+    for path in vectors.paths:
+        result = _run(rule, options, vectors.leaves(path), *(argument[path] for argument in arguments))
+        under_way.append((path, result))
+        if len(under_way) == _IN_FLIGHT:
+            yield jax.block_until_ready(under_way.popleft())
+    while under_way:
+        yield jax.block_until_ready(under_way.popleft())
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _run(rule: Callable[..., Any], options: tuple[tuple[str, Any], ...], leaves: list[Leaf], *arguments: Any) -> Any:
+    return rule(leaves, *arguments, **dict(options))
+
+
+def merge_leaves(
+    vectors: Vectors,
+    name: str,
+    rule: Callable[..., tuple[Float[Array, "*shape"], dict[str, Any]]],
+    *arguments: Mapping[str, Any],
+    options: tuple[tuple[str, Any], ...] = (),
+    report: Report | None = None,
+) -> PyTree:
+    """The merged task vector of a rule that acts leaf by leaf.
+
+    Args:
+      vectors: the task vectors.
+      name: of the rule, for the report.
+      rule: as in `over_leaves`; returns the merged leaf, float32, and numbers for the report.
+      *arguments: pytrees of arrays by path.
+      options: static keywords of the rule.
+      report: called for each merged leaf.
+
+    Returns:
+      A task vector in the structure of the first one.
+    """
+    merged = {}
+    for path, (leaf, measures) in over_leaves(vectors, rule, *arguments, options=options):
+        merged[path] = leaf
+        tell(report, path, vectors.shape(path), name, measures)
+    return vectors.tree(merged)
+
+
+def wide(leaves: Sequence[Leaf]) -> list[Float[Array, "*shape"]]:
+    """Each leaf in float32; call it inside `jit`.
+
+    >>> wide([np.ones(2, np.float16)])[0].dtype.name
+    'float32'
+    """
+    return [jnp.asarray(leaf).astype(jnp.float32) for leaf in leaves]
+
+
+def weighted_sum(leaves: Sequence[Float[Array, "*shape"]], weights: Float[Array, " vectors"]) -> Float[Array, "*shape"]:
+    """``sum_i w_i tau_i`` as one elementwise loop; call it inside `jit`.
+
+    (A product with a stacked array, summed over its first axis, becomes a matrix product that takes XLA a thousand
+    times as long on CPU.)
+
+    >>> weighted_sum([jnp.ones(2), jnp.ones(2)], jnp.array([1.0, 2.0])).tolist()
+    [3.0, 3.0]
+    """
+    total = leaves[0] * weights[0]
+    for number, leaf in enumerate(leaves[1:], start=1):
+        total = total + leaf * weights[number]
+    return total
+
+
+def stack(leaves: Sequence[Leaf]) -> Float[Array, "vectors ..."]:
+    """The leaves of all vectors in one float32 array; call it inside `jit`.
+
+    >>> stack([jnp.ones(2, jnp.bfloat16), jnp.zeros(2)]).dtype.name
+    'float32'
+    """
+    return jnp.stack([jnp.asarray(leaf).astype(jnp.float32) for leaf in leaves])
+
+
+def as_matrix(leaf: Float[Array, "*shape"]) -> Float[Array, "inputs outputs"]:
+    """A kernel as the matrix ``[inputs, outputs]``: every axis but the last is an input, as in Flax.
+
+    >>> as_matrix(jnp.zeros((3, 3, 16, 32))).shape
+    (144, 32)
+    """
+    return leaf.reshape(-1, leaf.shape[-1])
+
+
+def matrix_paths(vectors: Vectors, matrices: str | Sequence[str] | None) -> list[str]:
+    """The leaves that a method of matrices sees as matrices.
+
+    Args:
+      vectors: the task vectors.
+      matrices: path patterns of them; None: every leaf of two axes or more.
+
+    Raises:
+      ValueError: a pattern that matches no leaf, or a leaf of fewer than two axes.
+    """
+    if matrices is None:
+        return [path for path in vectors.paths if len(vectors.shape(path)) >= 2]
+    patterns = [matrices] if isinstance(matrices, str) else matrices
+    chosen = {path for pattern in patterns for path in tree.match(vectors.paths, pattern)}
+    flat = [
+        f"{path}: {vectors.shape(path)}" for path in vectors.paths if path in chosen and len(vectors.shape(path)) < 2
+    ]
+    if flat:
+        raise ValueError(f"a matrix has two axes or more, found\n{tree.list_some(flat)}\nchange `matrices`")
+    return [path for path in vectors.paths if path in chosen]
+
+
+def by_shape(vectors: Vectors, paths: Sequence[str], batch_bytes: int) -> Iterator[list[str]]:
+    """The paths in batches of one matrix shape, each batch of at most `batch_bytes` in float32 (one leaf at least)."""
+    groups: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    for path in paths:
+        shape = vectors.shape(path)
+        groups[(int(np.prod(shape[:-1])), shape[-1])].append(path)
+    for (rows, columns), members in groups.items():
+        size = max(1, batch_bytes // max(1, 4 * rows * columns * len(vectors)))
+        yield from (members[start : start + size] for start in range(0, len(members), size))
+
+
+@partial(jax.jit, static_argnums=0)
+def run_matrices(
+    rule: Callable[..., Float[Array, "inputs outputs"]], leaves: list[list[Leaf]], *extra: Any
+) -> list[Float[Array, "*shape"]]:
+    """A rule on a batch of leaves of one matrix shape.
+
+    Args:
+      rule: ``([vectors, inputs, outputs], *extra) -> [inputs, outputs]``; pure, and the SAME object for every call (a
+        module-level function, or a `jax.tree_util.Partial` made once).
+      leaves: for each leaf of the batch, that leaf of every vector.
+      *extra: pytrees whose arrays have the batch first (weights by leaf and the like).
+
+    Returns:
+      The merged leaves, in their own shapes.
+    """
+    matrices = jnp.stack([jax.vmap(as_matrix)(stack(each)) for each in leaves])
+    merged = jax.vmap(rule)(matrices, *extra)
+    return [merged[number].reshape(jnp.shape(each[0])) for number, each in enumerate(leaves)]

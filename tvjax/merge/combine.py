@@ -1,0 +1,58 @@
+"""How sparse task vectors are put together: their weighted sum, or the mean of those that agree on the sign."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from tvjax.merge.base import weighted_sum
+
+Combine = Literal["linear", "ties"]
+
+
+def check_combine(combine: str) -> None:
+    """Raises a ValueError unless it is a way to combine.
+
+    >>> check_combine("ties")
+    """
+    if combine not in get_args(Combine):
+        raise ValueError(f"combine must be one of {get_args(Combine)}, found {combine!r}")
+
+
+def combined(
+    leaves: Sequence[Float[Array, "*shape"]], weights: Float[Array, " vectors"], combine: Combine
+) -> Float[Array, "*shape"]:
+    """``sum_i w_i tau_i``, or `elected_mean`; call it inside `jit`."""
+    return weighted_sum(leaves, weights) if combine == "linear" else elected_mean(leaves, weights)
+
+
+def elected_mean(
+    leaves: Sequence[Float[Array, "*shape"]],
+    weights: Float[Array, " vectors"],
+    mass: Float[Array, "*shape"] | None = None,
+) -> Float[Array, "*shape"]:
+    """The weighted mean, entry by entry, of the vectors that have the elected sign; call it inside `jit`.
+
+    The sign of an entry is that of its mass ``sum_i w_i tau_i``. The mean is over the vectors whose entry has that
+    sign, ``sum w_i tau_i / sum w_i``: zeros do not count. Where the mass is zero, so is the result.
+
+    Args:
+      leaves: a leaf of each vector, float32.
+      weights: not negative.
+      mass: another mass to elect by.
+
+    >>> x = [jnp.array([3.0, 1.0, 0.0]), jnp.array([1.0, -2.0, 5.0])]
+    >>> elected_mean(x, jnp.ones(2)).tolist()
+    [2.0, -2.0, 5.0]
+    """
+    mass = weighted_sum(leaves, weights) if mass is None else mass
+    total, count = jnp.zeros_like(mass), jnp.zeros_like(mass)
+    for number, leaf in enumerate(leaves):
+        # Written so that a NaN agrees with everything and is seen in the result.
+        agrees = ~(leaf * jnp.sign(mass) <= 0)
+        total = total + jnp.where(agrees, leaf * weights[number], 0)
+        count = count + jnp.where(agrees, weights[number], 0)
+    return total / jnp.where(count > 0, count, 1)

@@ -1,0 +1,192 @@
+"""KnOTS: merging in the coordinates of a shared basis (Stoica et al., ICLR 2025, arXiv 2410.19735)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from tvjax import tree
+from tvjax.align.procrustes import Method, default_rank_tolerance
+from tvjax.align.products import product
+from tvjax.merge.adapters import Adapter, Adapters, check_adapters
+from tvjax.merge.base import PyTree, Vectors, as_matrix, matrix_paths, stack
+from tvjax.merge.leaf_report import Report, tell
+from tvjax.merge.spectral import check_method, leading
+
+Merge = Callable[[Sequence[PyTree]], PyTree]
+Side = Literal["input", "output"]
+
+
+def knots(
+    taus: Sequence[PyTree],
+    merge: Merge,
+    *,
+    side: Side = "output",
+    rank: int | None = None,
+    matrices: str | Sequence[str] | None = None,
+    method: Method = "gram",
+    report: Report | None = None,
+) -> PyTree:
+    """Merges the coordinates of the task vectors in a basis that all of them share.
+
+    The updates one above the other are ``[tau_1; ..; tau_T] = [C_1; ..; C_T] V^T``, V the right singular vectors, so
+    that ``tau_i = C_i V^T`` in ONE basis V of the outputs; the result is ``merge([C_1 .. C_T]) V^T``. Low-rank updates
+    (adapters) hardly overlap entry by entry in the coordinates of the model; in these they do.
+
+    The paper's kernels are ``[out, in]``: it concatenates them side by side, ``U S [V_1 .. V_T]^T``, and merges what
+    its code calls ``S V_i``. In Flax orientation that is ``C_i = V_i S``, and its U, the shared basis, our V: outputs.
+
+    Args:
+      taus: task vectors of one base, of adapters as a rule (`tvjax.merge.adapters.to_task_vector`).
+      merge: any merge of task vectors, such as ``partial(ties, density=0.2)``. It gets trees of the structure of
+        `taus` whose matrices are the coordinates, ``[in, r]`` (or ``[r, out]``), the other leaves as they are.
+      side: the basis is of the ``"output"`` (as published) or of the ``"input"`` space.
+      rank: directions of the basis, at most; None: all that the vectors have.
+      matrices: path patterns of the leaves that are matrices; None: those of two axes or more, seen as ``[in, out]``.
+      method: ``"gram"``, ``"svd"`` or ``"randomised"`` (needs `rank`).
+      report: called for each leaf (`tvjax.merge.leaf_report.MergedLeaf`).
+
+    Returns:
+      The merged task vector, float32.
+
+    Raises:
+      ValueError: vectors that do not fit together, or an unknown option.
+
+    A merge that treats entries one by one depends on the singular vectors themselves, up to sign: where two singular
+    values are equal, the basis is one of several.
+
+    >>> one, two = ({"kernel": jnp.array(x)} for x in ([[1.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [3.0, 0.0]]))
+    >>> total = lambda parts: jax.tree.map(lambda *leaves: sum(leaves), *parts)
+    >>> jnp.round(knots([one, two], total)["kernel"], 4).tolist()
+    [[1.0, 0.0], [3.0, 0.0]]
+    """
+    check_method(method)
+    _check(side, rank)
+    if method == "randomised" and rank is None:
+        raise ValueError('method="randomised" needs rank: a number of directions')
+    vectors = Vectors(taus)
+    chosen = [path for path in matrix_paths(vectors, matrices) if 0 not in vectors.shape(path)]
+    found = _determined({path: _coordinates(vectors.leaves(path), side, rank, method) for path in chosen})
+    parts = []
+    for number, flat in enumerate(vectors.flat):
+        pieces = {path: shared.coordinates[number] for path, shared in found.items()}
+        parts.append(vectors.tree({**flat, **_on_side(pieces, side)}))
+    merged = tree.flatten(merge(parts))
+    for path in vectors.paths:
+        if path not in found:
+            tell(report, path, vectors.shape(path), "merged as it is")
+            continue
+        basis = found[path].basis
+        whole = product(merged[path], basis) if side == "output" else product(basis.T, merged[path])
+        merged[path] = whole.reshape(vectors.shape(path))
+        tell(report, path, vectors.shape(path), "merged in a shared basis", {"rank": basis.shape[0]})
+    return vectors.tree(merged)
+
+
+def knots_adapters(
+    adapters: Sequence[Adapters], merge: Merge, *, side: Side = "output", rank: int | None = None
+) -> dict[str, Adapter]:
+    """`knots` of adapters, without ever forming their products: by a QR of the factors and an SVD of the small core.
+
+    Args:
+      adapters: for each task the adapters by the path of their kernel, the same paths for all.
+      merge: as in `knots`; its trees are nested dicts of the coordinates.
+      side: as in `knots`.
+      rank: of the result, at most; None: the sum of the ranks.
+
+    Returns:
+      Adapters of scale 1 by path: the merged coordinates and the shared basis.
+
+    Raises:
+      ValueError: adapters that do not fit together, or an unknown option.
+
+    >>> one = {"up/kernel": Adapter(jnp.array([[1.0], [0.0]]), jnp.array([[2.0, 0.0]]), 0.5)}
+    >>> merged = knots_adapters([one, one], lambda parts: parts[0])["up/kernel"]
+    >>> jnp.abs(merged.a @ merged.b).round(4).tolist()
+    [[1.0, 0.0], [0.0, 0.0]]
+    """
+    shapes = check_adapters(adapters)
+    _check(side, rank)
+    missing = [f"{path} of task {task}" for task, each in enumerate(adapters) for path in shapes if path not in each]
+    if missing:
+        raise ValueError(
+            f"knots needs an adapter of every task at every kernel, missing are\n{tree.list_some(missing)}\n"
+            "merge the common paths only, or give a zero adapter"
+        )
+    found = _determined({path: _factored([each[path] for each in adapters], side) for path in shapes}, rank)
+    parts = []
+    for number in range(len(adapters)):
+        pieces = {path: shared.coordinates[number] for path, shared in found.items()}
+        parts.append(tree.nest(_on_side(pieces, side)))
+    merged = tree.flatten(merge(parts))
+    return {
+        path: Adapter(*((merged[path], shared.basis) if side == "output" else (shared.basis.T, merged[path])))
+        for path, shared in found.items()
+    }
+
+
+class _Shared(NamedTuple):
+    """Updates in a shared basis, largest direction first: ``coordinates @ basis``, the first `rank` not rounding."""
+
+    coordinates: Float[Array, "vectors rows r"]
+    basis: Float[Array, "r columns"]
+    rank: Int[Array, ""]
+
+
+def _determined(found: dict[str, _Shared], most: int | None = None) -> dict[str, _Shared]:
+    """The directions that are not rounding, one at least; their number is fetched once for all leaves."""
+    ranks = jax.device_get({path: shared.rank for path, shared in found.items()})
+    cut = {}
+    for path, (coordinates, basis, rank) in found.items():
+        kept = max(1, int(ranks[path])) if most is None else max(1, min(most, int(ranks[path])))
+        cut[path] = _Shared(coordinates[..., :kept], basis[:kept], rank)
+    return cut
+
+
+def _on_side(pieces: dict[str, Array], side: Side) -> dict[str, Array]:
+    """Coordinates as ``[in, r]``, or as ``[r, out]`` in a basis of the inputs."""
+    return pieces if side == "output" else {path: piece.T for path, piece in pieces.items()}
+
+
+def _check(side: str, rank: int | None) -> None:
+    if side not in get_args(Side):
+        raise ValueError(f"side must be one of {get_args(Side)}, found {side!r}")
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank must be 1 or more, found {rank}")
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _coordinates(leaves: Sequence[Any], side: Side, rank: int | None, method: Method) -> _Shared:
+    """The updates (for the input side their transposes) in a basis of their columns."""
+    matrices = jax.vmap(as_matrix)(stack(leaves))
+    matrices = matrices if side == "output" else matrices.mT
+    tall = matrices.reshape(-1, matrices.shape[-1])
+    count = min(tall.shape) if rank is None else min(rank, *tall.shape)
+    basis = leading(tall, count, method)[1]
+    last = jnp.max(jnp.where(jnp.any(basis != 0, axis=1), jnp.arange(1, count + 1), 0))
+    return _Shared(product(matrices, basis.T), basis, last)
+
+
+@partial(jax.jit, static_argnums=1)
+def _factored(adapters: Sequence[Adapter], side: Side) -> _Shared:
+    """`_coordinates` of products, from their factors."""
+    pairs = [
+        (adapter.scale * jnp.asarray(adapter.a, jnp.float32), jnp.asarray(adapter.b, jnp.float32))
+        for adapter in adapters
+    ]
+    pairs = pairs if side == "output" else [(b.T, a.T) for a, b in pairs]
+    # [A_1 B_1; ..] = blockdiag(A_i) B: a QR of each A_i and of all B leaves a core of the sum of the ranks.
+    outer, small = jnp.linalg.qr(jnp.concatenate([b for _, b in pairs], axis=0).T)
+    cuts = [sum(b.shape[0] for _, b in pairs[:number]) for number in range(1, len(pairs))]
+    blocks = jnp.split(small.T, cuts, axis=0)
+    core = jnp.concatenate([product(jnp.linalg.qr(a)[1], block) for (a, _), block in zip(pairs, blocks, strict=True)])
+    _, values, turn = jnp.linalg.svd(core, full_matrices=False)
+    coordinates = [product(a, product(block, turn.T)) for (a, _), block in zip(pairs, blocks, strict=True)]
+    tolerance = default_rank_tolerance((sum(a.shape[0] for a, _ in pairs), outer.shape[0]))
+    rank = jnp.sum(values > tolerance * jnp.max(values), dtype=jnp.int32)
+    return _Shared(jnp.stack(coordinates), product(turn, outer.T), rank)

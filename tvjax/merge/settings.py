@@ -1,0 +1,156 @@
+"""Weights, densities and the like: one number for all leaves, one by path pattern, or one by depth."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tvjax import tree
+
+
+@dataclasses.dataclass(frozen=True)
+class ByDepth:
+    """A number for each layer: `values` spread evenly over the layers of a stack and interpolated between.
+
+    The depth of a leaf is the first whole number among the keys of its path (``vision/blocks/3/mlp/up/kernel``: 3); the
+    layers of ``vision/blocks`` and of ``text/blocks`` are two stacks, each spread over by itself.
+
+    Attributes:
+      values: from the first layer to the last, one at least.
+      other: for leaves that stand in no stack (embeddings, final norms).
+
+    >>> setting = ByDepth((0.0, 1.0), other=0.5)
+    >>> resolve(setting, ["blocks/0/w", "blocks/1/w", "blocks/2/w", "head/w"])
+    {'blocks/0/w': 0.0, 'blocks/1/w': 0.5, 'blocks/2/w': 1.0, 'head/w': 0.5}
+    """
+
+    values: tuple[float, ...]
+    other: float
+
+    def __post_init__(self) -> None:
+        if not self.values:
+            raise ValueError("ByDepth needs at least one value")
+
+
+Setting = float | Mapping[str, float] | ByDepth
+Settings = Setting | Sequence[Setting]  # one for all task vectors, or one for each
+
+
+def resolve(setting: Setting, paths: Sequence[str]) -> dict[str, float]:
+    """The number of each leaf.
+
+    Args:
+      setting: a number for all leaves; a mapping from path patterns (those of `tvjax.tree.select`) to numbers, a later
+        pattern winning over an earlier one, which must cover every leaf (``"**"`` is all); or `ByDepth`.
+      paths: of the leaves.
+
+    Returns:
+      A number by path.
+
+    Raises:
+      ValueError: a pattern that matches no leaf, leaves that no pattern matches, or what is no finite number.
+
+    >>> resolve({"**": 1, "**/bias": 0.5}, ["up/kernel", "up/bias"])
+    {'up/kernel': 1.0, 'up/bias': 0.5}
+    """
+    if isinstance(setting, ByDepth):
+        found = _by_depth(setting, paths)
+    elif isinstance(setting, Mapping):
+        found = {path: value for pattern, value in setting.items() for path in tree.match(paths, pattern)}
+        left = [path for path in paths if path not in found]
+        if left:
+            raise ValueError(
+                f"no pattern of {list(setting)} matches {len(left)} leaves:\n{tree.list_some(left)}\n"
+                "put a number for all leaves first: {'**': 1.0, ...}"
+            )
+    else:
+        found = dict.fromkeys(paths, setting)
+    numbers = {}
+    for path in paths:
+        try:
+            numbers[path] = float(found[path])
+        except (TypeError, ValueError):
+            raise ValueError(f"a setting must be a number, found {found[path]!r} for {path}") from None
+        if not np.isfinite(numbers[path]):
+            raise ValueError(f"a setting must be finite, found {found[path]} for {path}")
+    return numbers
+
+
+def resolve_each(
+    settings: Settings, paths: Sequence[str], count: int, name: str, dtype: type[np.floating] = np.float32
+) -> dict[str, np.ndarray]:
+    """The numbers of each leaf, one for each task vector.
+
+    Args:
+      settings: one setting for all task vectors, or a list or tuple with one for each.
+      paths: of the leaves.
+      count: how many task vectors there are.
+      name: of the setting, for the message.
+      dtype: of the numbers: float64 for shares that are multiplied by numbers of entries.
+
+    Returns:
+      ``[count]`` by path.
+
+    Raises:
+      ValueError: as `resolve`, or a list of another length.
+
+    >>> resolve_each([1.0, {"**": 2.0}], ["w"], 2, "weights")["w"].tolist()
+    [1.0, 2.0]
+    """
+    each: list[Any] = list(settings) if isinstance(settings, list | tuple) else [settings] * count
+    if len(each) != count:
+        raise ValueError(f"{name}: {len(each)} given for {count} task vectors; give one each, or one for all")
+    columns = [resolve(setting, paths) for setting in each]
+    return {path: np.array([column[path] for column in columns], dtype) for path in paths}
+
+
+def check_votes(weights: Mapping[str, np.ndarray]) -> None:
+    """Raises a ValueError unless weights can be votes and members of a mean.
+
+    >>> check_votes({"w": np.array([1.0, 0.0])})
+    """
+    require(weights, "weights", lambda w: (w >= 0).all() and w.sum() > 0, "0 or more, and of positive sum")
+
+
+def require(
+    numbers: Mapping[str, float | np.ndarray], name: str, holds: Callable[[np.ndarray], Any], expected: str
+) -> None:
+    """Raises a ValueError that names the first leaf whose numbers are not as they must be.
+
+    Args:
+      numbers: by path.
+      name: of the setting.
+      holds: whether the numbers of one leaf are as they must be; elementwise, or one answer for all.
+      expected: what they must be.
+
+    >>> require({"w": np.ones(2)}, "weights", lambda w: w.sum() > 0, "of positive sum")
+    """
+    for path, found in numbers.items():
+        if not np.all(holds(np.asarray(found))):
+            raise ValueError(f"{name} must be {expected}, found {np.asarray(found).tolist()} for {path}")
+
+
+def _by_depth(setting: ByDepth, paths: Sequence[str]) -> dict[str, float]:
+    layers: dict[str, set[int]] = defaultdict(set)
+    place: dict[str, tuple[str, int]] = {}
+    for path in paths:
+        found = re.search(r"(?:^|/)(\d+)(?:/|$)", path)
+        if found:
+            place[path] = path[: found.start(1)], int(found[1])
+            layers[place[path][0]].add(place[path][1])
+    values = np.asarray(setting.values, np.float64)
+    numbers = {}
+    for path in paths:
+        if path not in place:
+            numbers[path] = setting.other
+            continue
+        stack, layer = place[path]
+        last = max(layers[stack])
+        at = layer / last * (len(values) - 1) if last else 0.0
+        numbers[path] = float(np.interp(at, np.arange(len(values)), values))
+    return numbers
