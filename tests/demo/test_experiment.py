@@ -33,7 +33,16 @@ def test_files(findings, tmp_path):
     files = experiment.write(findings, tmp_path / "results" / "demo")
     assert sorted(file.name for file in files) == sorted(file.name for file in files[0].parent.iterdir())
     content = json.loads((tmp_path / "results" / "demo" / "results.json").read_text())
-    assert {"records", "settings", "versions", "seconds", "peak_memory_gib", "comparisons", "arithmetic", "curves"} <= set(content)
+    assert {
+        "records",
+        "settings",
+        "versions",
+        "seconds",
+        "peak_memory_gib",
+        "comparisons",
+        "arithmetic",
+        "curves",
+    } <= set(content)
     keys = ["task", "target", "method", "labels_per_class", "draw", "alpha", "accuracy"]
     assert all(list(record) == keys and 0 <= record["accuracy"] <= 1 for record in content["records"])
     assert content["seconds"] == 1.5 and content["settings"]["photographs"]["validation"] == 200

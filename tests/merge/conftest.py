@@ -129,19 +129,22 @@ METHODS = {
 }  # fmt: skip
 SHAPES = {
     "blocks": [{"kernel": (24, 40), "bias": (40,)}, {"kernel": (24, 40), "bias": (40,)}],
-    "patch": {"kernel": (2, 2, 3, 16), "frozen": None},
+    "patch": {"kernel": (2, 3, 4, 40), "frozen": None},
     "norm": (40,),
     "logit_scale": (),
 }
 
 
 def random_taus(count, seed=0):
+    """Task vectors with something in common."""
     random = np.random.default_rng(seed)
 
-    def leaf(shape):
-        return jnp.asarray(1e-2 * random.standard_t(4, shape), jnp.float32)
+    def noise():
+        draw = lambda shape: 1e-2 * random.standard_t(4, shape)  # noqa: E731
+        return jax.tree.map(draw, SHAPES, is_leaf=lambda x: isinstance(x, tuple))
 
-    return [jax.tree.map(leaf, SHAPES, is_leaf=lambda x: isinstance(x, tuple)) for _ in range(count)]
+    common = noise()
+    return [jax.tree.map(lambda x, y: jnp.asarray(x + y, jnp.float32), common, noise()) for _ in range(count)]
 
 
 def pytest_generate_tests(metafunc):

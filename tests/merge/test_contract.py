@@ -12,6 +12,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tvjax import merge, tree
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Hundreds of tiny programs are compiled here; test_elementwise.py and test_matrices.py run them optimised."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def scaled(taus, factor):
     return jax.tree.map(lambda leaf: factor * leaf, taus)
 

@@ -50,9 +50,8 @@ def sce(taus: Sequence[PyTree], *, density: Setting = 0.1, report: Report | None
     vectors = Vectors(taus)
     shares = resolve(density, vectors.paths)
     require(shares, "density", lambda share: (share > 0) & (share <= 1), "in (0, 1]")
-    ranks = {
-        path: np.array([[kept(share, math.prod(vectors.shape(path)))]], np.uint32) for path, share in shares.items()
-    }
+    sizes = {path: math.prod(vectors.shape(path)) for path in vectors.paths}
+    ranks = {path: np.array([[kept(share, sizes[path])]], np.uint32) for path, share in shares.items()}
     return merge_leaves(vectors, "selected, elected mean", _selected, ranks, report=report)
 
 
