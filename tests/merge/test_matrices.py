@@ -125,7 +125,7 @@ def test_ranks_far_below_the_size(name, shape):
     method, reference = METHODS[name]
     leaves = draw(3, shape, rank=2)
     found = merged(method, leaves)
-    basis_in, basis_out = (np.linalg.qr(np.hstack(x))[0] for x in (leaves, [leaf.T for leaf in leaves]))
+    basis_in, basis_out = (np.linalg.svd(np.hstack(x))[0][:, :6] for x in (leaves, [leaf.T for leaf in leaves]))
     assert_near(basis_in @ (basis_in.T @ found @ basis_out) @ basis_out.T, found)
     inner = [flat64(basis_in.T @ leaf @ basis_out) for leaf in leaves]
     options = {"share": 1 / 3} if name == "tsv_m" else {}
@@ -157,7 +157,7 @@ def test_how_leaves_are_batched_changes_nothing(name):
     taus[0]["0"] = taus[0]["0"] * np.logspace(0, -7, 32, dtype=np.float32)  # takes another branch than its neighbours
     at_once, one_by_one = (METHODS[name][0](taus, batch_bytes=size) for size in (2**30, 1))
     for path, leaf in at_once.items():
-        np.testing.assert_allclose(leaf, one_by_one[path], rtol=0, atol=2e-6 * np.abs(leaf).max(), err_msg=path)
+        np.testing.assert_array_equal(leaf, one_by_one[path], err_msg=path)
 
 
 def test_equal_options_compile_once():
@@ -248,7 +248,7 @@ def test_a_vector_of_weight_zero_takes_no_part():
 
 
 def test_randomised_tsv_on_spectra_that_fall():
-    spectrum = np.float32(0.5) ** np.arange(64, dtype=np.float32)
+    spectrum = np.float32(0.8) ** np.arange(64, dtype=np.float32)
     leaves = [orthogonal(64, i) * spectrum @ orthogonal(64, i + 9) for i in range(3)]
     assert_near(merged(merge.tsv_m, leaves, method="randomised"), merged(merge.tsv_m, leaves, method="svd"))
 

@@ -93,7 +93,7 @@ def merge(
     write_report(output, rows, {"method": method, "scale": scale, "task_vectors": [str(file) for file in task_vectors]})
     recipes.write(context, output)
     if not quiet:
-        print(f"{output}: {len(loaded)} task vectors of {metadata.get('base_model', 'one model')} merged by {method}, ")
+        print(f"{output}: {len(loaded)} task vectors of {metadata.get('base_model', 'one model')} merged by {method}")
         print(f"scale {scale:g}, norm {float(tree.norm(tau)):.4g}; by leaf: {report_name(output).name}")
 
 

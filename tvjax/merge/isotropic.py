@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Literal, get_args
 
 import jax
@@ -15,7 +16,7 @@ from tvjax.merge.base import PyTree
 from tvjax.merge.leaf_report import Report
 from tvjax.merge.matrices import BATCH_BYTES, Others, merge_matrices, total
 from tvjax.merge.settings import Settings
-from tvjax.merge.spectral import check_method, leading, polar
+from tvjax.merge.spectral import check_method, leading, one_by_one, polar
 
 Method = Literal["gram", "svd"]
 Side = Literal["input", "output"]
@@ -129,8 +130,7 @@ class _Flat:
 
     def __call__(self, matrices: Float[Array, "vectors inputs outputs"]) -> Float[Array, "inputs outputs"]:
         added = total(matrices)
-        factor = polar(added, self.method)
-        return _mean(jnp.sum(factor * added), jnp.sum(factor**2)) * factor
+        return _flattened(added, polar(added, self.method))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,17 +147,48 @@ class _CommonAndOwn:
             own = (limit - 1) // tasks
         if own == 0:
             return _Flat(self.method)(matrices)
-        left, right = leading(added, limit - own * tasks, self.method)
-        if self.side == "output":
-            rest = matrices - product(product(matrices, right.T), right)
-        else:
-            rest = matrices - product(left, product(left.T, matrices))
-        lefts, rights = jax.vmap(lambda matrix: leading(matrix, own, self.method))(rest)
-        values = _trace(left, added, right) + jnp.sum(jax.vmap(_trace)(lefts, rest, rights))
-        count = jnp.sum(left**2) + jnp.sum(lefts**2)
-        left = polar(jnp.concatenate([*lefts, left], axis=1), self.method)
-        right = polar(jnp.concatenate([*rights, right], axis=0), self.method)
-        return _mean(values, count) * product(left, right)
+        common = leading(added, limit - own * tasks, self.method)
+        rest = _outside(self.side)(matrices, *common)
+        bases = jax.vmap(lambda matrix: leading(matrix, own, self.method))(rest)
+        value, left, right = _side_by_side(added, common, rest, bases)
+        return _scaled(value, polar(left, self.method), polar(right, self.method))
+
+
+@one_by_one
+def _flattened(matrix: Float[Array, "m n"], factor: Float[Array, "m n"]) -> Float[Array, "m n"]:
+    """A polar factor, times the mean singular value of its matrix."""
+    return _mean(jnp.sum(factor * matrix), jnp.sum(factor**2)) * factor
+
+
+@cache
+def _outside(side: Side) -> Callable[..., Float[Array, "vectors m n"]]:
+    """What of each matrix lies outside a common subspace on one side."""
+
+    @one_by_one
+    def rest(matrices: Array, left: Array, right: Array) -> Array:
+        if side == "output":
+            return matrices - product(product(matrices, right.T), right)
+        return matrices - product(left, product(left.T, matrices))
+
+    return rest
+
+
+@one_by_one
+def _side_by_side(
+    added: Float[Array, "m n"],
+    common: tuple[Float[Array, "m k"], Float[Array, "k n"]],
+    rest: Float[Array, "vectors m n"],
+    own: tuple[Float[Array, "vectors m j"], Float[Array, "vectors j n"]],
+) -> tuple[Float[Array, ""], Float[Array, "m r"], Float[Array, "r n"]]:
+    """The mean of the singular values over all bases, all left bases, and all right bases."""
+    values = _trace(common[0], added, common[1]) + jnp.sum(jax.vmap(_trace)(own[0], rest, own[1]))
+    mean = _mean(values, jnp.sum(common[0] ** 2) + jnp.sum(own[0] ** 2))
+    return mean, jnp.concatenate([*own[0], common[0]], axis=1), jnp.concatenate([*own[1], common[1]], axis=0)
+
+
+@one_by_one
+def _scaled(value: Float[Array, ""], left: Float[Array, "m r"], right: Float[Array, "r n"]) -> Float[Array, "m n"]:
+    return value * product(left, right)
 
 
 def _trace(left: Float[Array, "m k"], matrix: Float[Array, "m n"], right: Float[Array, "k n"]) -> Float[Array, ""]:

@@ -14,7 +14,8 @@ Three ways to decompose, by the names of `tvjax.align.procrustes`:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import get_args
 
 import jax
@@ -28,6 +29,11 @@ from tvjax.align.products import product
 _ACCURACY = 1e-4  # relative error, in the Frobenius norm, above which "gram" falls back on "svd"
 _EPS = float(jnp.finfo(jnp.float32).eps)
 _EDGE = 8  # directions on either side of a cut that are looked at
+
+
+# A function of one matrix that `vmap` runs on one matrix after another: a branch is taken only where it must be, and
+# the bytes do not depend on the batch. What is not so marked (LAPACK's decompositions) is spread over the cores.
+one_by_one = jax.custom_batching.sequential_vmap
 
 
 def check_method(method: str, allowed: Sequence[str] = get_args(Method)) -> None:
@@ -55,10 +61,8 @@ def polar(matrix: Float[Array, "m n"], method: Method = "gram") -> Float[Array, 
     check_method(method, ("gram", "svd"))
     matrix = _unit(matrix)
     if method == "svd":
-        return _polar_svd(matrix)
-    tall = matrix.shape[0] > matrix.shape[1]
-    gram = product(matrix.T, matrix) if tall else product(matrix, matrix.T)
-    return _polar_by_eigenvectors(matrix, *jnp.linalg.eigh(gram))
+        return _between(*_leading_svd(matrix, min(matrix.shape), "svd"))
+    return _polar_by_eigenvectors(matrix, *jnp.linalg.eigh(_gram(matrix)))
 
 
 def leading(
@@ -85,19 +89,7 @@ def leading(
     matrix = _unit(matrix)
     if method != "gram":
         return _leading_svd(matrix, count, method)
-    if matrix.shape[0] > matrix.shape[1]:
-        right, left = leading(matrix.T, count, method)
-        return left.T, right.T
-    values, vectors = jnp.linalg.eigh(product(matrix, matrix.T))
-    values, vectors = values[::-1], vectors[:, ::-1]
-    images = product(vectors[:, : count + _EDGE].T, matrix)
-    coefficients, rows, accurate = _orthonormal_rows(images[:count])
-    determined = jnp.any(rows != 0, axis=1)
-    if count < matrix.shape[0]:
-        accurate &= _is_separated(values, images, count, jnp.linalg.norm(matrix)) | ~determined[-1]
-    left = jnp.where(determined, vectors[:, :count], 0)
-    right = jnp.where(determined[:, None], product(coefficients, rows), 0)
-    return _leading_or_svd(matrix, left, right, accurate)
+    return _leading_by_eigenvectors(count)(matrix, *jnp.linalg.eigh(_gram(matrix)))
 
 
 def solve(matrix: Float[Array, "n n"], right: Float[Array, "n k"]) -> Float[Array, "n k"]:
@@ -136,40 +128,65 @@ def _unit(matrix: Float[Array, "m n"]) -> Float[Array, "m n"]:
     return matrix / jnp.where(largest > 0, largest, 1)
 
 
-# Under `vmap` the eigenvectors of a batch are found side by side; what follows them takes one matrix after another, so
-# that a branch is taken only where it must be.
+@one_by_one
+def _gram(matrix: Float[Array, "m n"]) -> Float[Array, "r r"]:
+    """The smaller of the two Gram matrices."""
+    return product(matrix.T, matrix) if matrix.shape[0] > matrix.shape[1] else product(matrix, matrix.T)
 
 
-@jax.custom_batching.sequential_vmap
+@one_by_one
+def _between(left: Float[Array, "m k"], right: Float[Array, "k n"]) -> Float[Array, "m n"]:
+    return product(left, right)
+
+
+@one_by_one
 def _polar_by_eigenvectors(
     matrix: Float[Array, "m n"], values: Float[Array, " r"], basis: Float[Array, "r r"]
 ) -> Float[Array, "m n"]:
+    tall = matrix.shape[0] > matrix.shape[1]
     inverse = jax.lax.rsqrt(jnp.maximum(values, _EPS * values[-1]))
     lost = _EPS * values[-1] * jnp.sqrt(jnp.mean(inverse**4))
 
     def directly() -> Float[Array, "m n"]:
         root = product(basis * inverse, basis.T)
-        return product(matrix, root) if matrix.shape[0] > matrix.shape[1] else product(root, matrix)
+        return product(matrix, root) if tall else product(root, matrix)
 
     def corrected() -> Float[Array, "m n"]:
-        wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+        wide = matrix.T if tall else matrix
         sharp, images = _sharpened(basis, product(basis.T, wide))
         coefficients, rows, accurate = _orthonormal_rows(images)
-        found = jax.lax.cond(accurate, lambda: product(product(sharp, coefficients), rows), lambda: _polar_svd(wide))
-        return found.T if matrix.shape[0] > matrix.shape[1] else found
+        found = jax.lax.cond(
+            accurate,
+            lambda: product(product(sharp, coefficients), rows),
+            lambda: product(*_leading_svd(wide, wide.shape[0], "svd")),
+        )
+        return found.T if tall else found
 
     return jax.lax.cond(lost <= _ACCURACY / 10, directly, corrected)
 
 
-@jax.custom_batching.sequential_vmap
-def _leading_or_svd(
-    matrix: Float[Array, "m n"], left: Float[Array, "m k"], right: Float[Array, "k n"], accurate: Bool[Array, ""]
-) -> tuple[Float[Array, "m k"], Float[Array, "k n"]]:
-    return jax.lax.cond(accurate, lambda: (left, right), lambda: _leading_svd(matrix, left.shape[1], "svd"))
+@cache
+def _leading_by_eigenvectors(count: int) -> Callable[..., tuple[Array, Array]]:
+    @one_by_one
+    def find(
+        matrix: Float[Array, "m n"], values: Float[Array, " r"], basis: Float[Array, "r r"]
+    ) -> tuple[Float[Array, "m k"], Float[Array, "k n"]]:
+        tall = matrix.shape[0] > matrix.shape[1]
+        values, vectors = values[::-1], basis[:, ::-1][:, : count + _EDGE]
+        images = product(matrix, vectors).T if tall else product(vectors.T, matrix)
+        coefficients, rows, accurate = _orthonormal_rows(images[:count])
+        determined = jnp.any(rows != 0, axis=1)
+        if count < len(values):
+            accurate &= _is_separated(values, images, count, jnp.linalg.norm(matrix)) | ~determined[-1]
 
+        def found() -> tuple[Array, Array]:
+            own = jnp.where(determined, vectors[:, :count], 0)
+            other = jnp.where(determined[:, None], product(coefficients, rows), 0)
+            return (other.T, own.T) if tall else (own, other)
 
-def _polar_svd(matrix: Float[Array, "m n"]) -> Float[Array, "m n"]:
-    return procrustes.matrix(procrustes.polar(matrix))
+        return jax.lax.cond(accurate, found, lambda: _leading_svd(matrix, count, "svd"))
+
+    return find
 
 
 def _leading_svd(

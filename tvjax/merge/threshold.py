@@ -137,7 +137,7 @@ def _count(vectors: Vectors, levels: np.ndarray) -> np.ndarray:
     total = np.zeros(levels.shape, np.int64)
     for path, counts in over_leaves(vectors, count_at_least, dict.fromkeys(vectors.paths, levels)):
         found = np.asarray(counts, np.int64)
-        infinite = np.where(levels == _INFINITY, found, 0).sum(axis=1)
+        infinite = np.where(levels == _INFINITY, found, 0).max(axis=1)
         if infinite.any():
             number = int(np.argmax(infinite > 0))
             raise ValueError(f"task vector {number} has {infinite[number]} entries that are not finite in {path}")

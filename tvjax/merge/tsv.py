@@ -15,7 +15,7 @@ from tvjax.merge.base import PyTree
 from tvjax.merge.leaf_report import Report
 from tvjax.merge.matrices import BATCH_BYTES, Others, merge_matrices
 from tvjax.merge.settings import Settings
-from tvjax.merge.spectral import check_method, leading, polar
+from tvjax.merge.spectral import check_method, leading, one_by_one, polar
 
 
 def tsv_m(
@@ -80,9 +80,24 @@ class _TaskSingularVectors:
         if tasks == 1 and count == limit:
             return matrices[0]
         lefts, rights = jax.vmap(lambda matrix: leading(matrix, count, self.method))(matrices)
-        cores = product(product(lefts.mT, matrices), rights.mT)
+        left, cores, right = _side_by_side(matrices, lefts, rights)
         method: Method = "svd" if self.method == "svd" else "gram"
-        left = polar(jnp.concatenate(list(lefts), axis=1), method)
-        right = polar(jnp.concatenate(list(rights), axis=0), method)
-        scaled = [product(part, core) for part, core in zip(jnp.split(left, tasks, axis=1), cores, strict=True)]
-        return product(jnp.concatenate(scaled, axis=1), right)
+        return _put_together(polar(left, method), cores, polar(right, method))
+
+
+@one_by_one
+def _side_by_side(
+    matrices: Float[Array, "vectors m n"], lefts: Float[Array, "vectors m k"], rights: Float[Array, "vectors k n"]
+) -> tuple[Float[Array, "m vectors*k"], Float[Array, "vectors k k"], Float[Array, "vectors*k n"]]:
+    """All left bases, each task's matrix between its bases, and all right bases."""
+    cores = product(product(lefts.mT, matrices), rights.mT)
+    return jnp.concatenate(list(lefts), axis=1), cores, jnp.concatenate(list(rights), axis=0)
+
+
+@one_by_one
+def _put_together(
+    left: Float[Array, "m vectors*k"], cores: Float[Array, "vectors k k"], right: Float[Array, "vectors*k n"]
+) -> Float[Array, "m n"]:
+    parts = jnp.split(left, len(cores), axis=1)
+    scaled = [product(part, core) for part, core in zip(parts, cores, strict=True)]
+    return product(jnp.concatenate(scaled, axis=1), right)

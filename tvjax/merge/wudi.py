@@ -16,7 +16,7 @@ from tvjax.merge.base import PyTree
 from tvjax.merge.leaf_report import Report
 from tvjax.merge.matrices import BATCH_BYTES, Others, merge_matrices, total
 from tvjax.merge.settings import Settings
-from tvjax.merge.spectral import solve
+from tvjax.merge.spectral import one_by_one, solve
 
 Solver = Literal["closed", "adam"]
 
@@ -85,6 +85,9 @@ class _Closed:
     ridge: float
 
     def __call__(self, matrices: Float[Array, "vectors inputs outputs"]) -> Float[Array, "inputs outputs"]:
+        return one_by_one(self._solve)(matrices)
+
+    def _solve(self, matrices: Float[Array, "vectors inputs outputs"]) -> Float[Array, "inputs outputs"]:
         tasks, inputs, outputs = matrices.shape
         start, units = total(matrices), _units(matrices)
         pulls = product(units.mT, matrices - start)
@@ -106,6 +109,9 @@ class _Adam:
     learning_rate: float
 
     def __call__(self, matrices: Float[Array, "vectors inputs outputs"]) -> Float[Array, "inputs outputs"]:
+        return one_by_one(self._descend)(matrices)
+
+    def _descend(self, matrices: Float[Array, "vectors inputs outputs"]) -> Float[Array, "inputs outputs"]:
         units = _units(matrices)
         targets = product(units.mT, matrices)
         optimiser = optax.adam(self.learning_rate)
