@@ -126,11 +126,12 @@ def test_ranks_far_below_the_size(name, shape):
     leaves = draw(3, shape, rank=2)
     found = merged(method, leaves)
     basis_in, basis_out = (np.linalg.svd(np.hstack(x))[0][:, :6] for x in (leaves, [leaf.T for leaf in leaves]))
-    assert_near(basis_in @ (basis_in.T @ found @ basis_out) @ basis_out.T, found)
+    tolerance = 5e-3 if name == "wudi" else 1e-4  # a ridge of 1e-5 lets through rounding of 6e-8 / 1e-5
+    assert_near(basis_in @ (basis_in.T @ found @ basis_out) @ basis_out.T, found, tolerance)
     inner = [flat64(basis_in.T @ leaf @ basis_out) for leaf in leaves]
     options = {"share": 1 / 3} if name == "tsv_m" else {}
     if name != "iso_cts":  # the common space is a fraction of the whole rank
-        assert_near(found, basis_in @ reference(inner, **options) @ basis_out.T, 5e-4)
+        assert_near(found, basis_in @ reference(inner, **options) @ basis_out.T, 5 * tolerance)
     assert np.linalg.norm(found) > 0.1 * np.linalg.norm(leaves[0])
 
 
@@ -144,20 +145,41 @@ def test_tiny_and_huge_vectors(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_seen(name, value):
+    leaves = draw(2, (9, 14))
+    leaves[1][3, 4] = value
+    assert np.isnan(merged(METHODS[name][0], leaves)).any()
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_more_vectors_than_directions(name):
     found = merged(METHODS[name][0], draw(11, (4, 6)))
     assert np.isfinite(found).all() and np.linalg.norm(found) > 0
 
 
+def assert_batches_are_alike(method, taus):
+    at_once, one_by_one = (method(taus, batch_bytes=size) for size in (2**30, 1))
+    for path, leaf in at_once.items():
+        np.testing.assert_allclose(leaf, one_by_one[path], rtol=0, atol=1e-5 * np.abs(leaf).max(), err_msg=path)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_how_leaves_are_batched_changes_nothing(name):
-    random = np.random.default_rng(3)
-    shapes = [(20, 32), (32, 20), (20, 32), (5, 4, 32), (20, 32), (24, 24)]
-    taus = [{str(i): random.normal(size=shape).astype(np.float32) for i, shape in enumerate(shapes)} for _ in range(2)]
-    taus[0]["0"] = taus[0]["0"] * np.logspace(0, -7, 32, dtype=np.float32)  # takes another branch than its neighbours
-    at_once, one_by_one = (METHODS[name][0](taus, batch_bytes=size) for size in (2**30, 1))
-    for path, leaf in at_once.items():
-        np.testing.assert_array_equal(leaf, one_by_one[path], err_msg=path)
+    leaves = draw(6, (10, 16))
+    shapes = [(10, 16), (16, 10), (2, 5, 16)]
+    taus = [{str(i): leaves[3 * t + i].reshape(shape) for i, shape in enumerate(shapes)} for t in range(2)]
+    assert_batches_are_alike(METHODS[name][0], taus)
+
+
+def test_a_bad_spectrum_among_good_ones():
+    """It takes another branch; its neighbours do not."""
+    good, bad = draw(2, (130, 140)), orthogonal(130, 0) * np.logspace(0, -4, 130, dtype=np.float32)
+    taus = [{"0": good[0], "1": bad @ orthogonal(140, 1)[:130], "2": good[1]}]
+    assert_batches_are_alike(merge.iso_c, taus)
+    found = merge.iso_c(taus)
+    for path, leaf in taus[0].items():
+        assert_near(found[path], np_iso_c([flat64(leaf)]))
 
 
 def test_equal_options_compile_once():
@@ -303,7 +325,7 @@ def spectra(size):
 
 
 @pytest.mark.parametrize("spectrum", spectra(4))
-@pytest.mark.parametrize("shape", [(96, 96), (96, 160), (160, 96)])
+@pytest.mark.parametrize("shape", [(128, 128), (128, 200), (200, 128)])
 def test_gram_is_as_good_as_svd(spectrum, shape):
     size = min(shape)
     left, right = orthogonal(shape[0], 1)[:, :size], orthogonal(shape[1], 2)[:size]

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from tvjax.align.procrustes import default_rank_tolerance
 from tvjax.align.products import product
 from tvjax.merge.base import PyTree
 from tvjax.merge.leaf_report import Report
@@ -150,7 +151,7 @@ class _CommonAndOwn:
         common = leading(added, limit - own * tasks, self.method)
         rest = _outside(self.side)(matrices, *common)
         bases = jax.vmap(lambda matrix: leading(matrix, own, self.method))(rest)
-        value, left, right = _side_by_side(added, common, rest, bases)
+        value, left, right = _side_by_side(added, common, rest, _above_rounding(matrices, rest, *bases))
         return _scaled(value, polar(left, self.method), polar(right, self.method))
 
 
@@ -171,6 +172,20 @@ def _outside(side: Side) -> Callable[..., Float[Array, "vectors m n"]]:
         return matrices - product(left, product(left.T, matrices))
 
     return rest
+
+
+@one_by_one
+def _above_rounding(
+    matrices: Float[Array, "vectors m n"],
+    rest: Float[Array, "vectors m n"],
+    lefts: Float[Array, "vectors m j"],
+    rights: Float[Array, "vectors j n"],
+) -> tuple[Float[Array, "vectors m j"], Float[Array, "vectors j n"]]:
+    """Bases without the directions in which what is left of a matrix is the rounding of the whole."""
+    sizes = jnp.linalg.norm(product(lefts.mT, rest), axis=2)
+    wholes = jnp.linalg.norm(matrices, axis=(1, 2))
+    real = sizes > default_rank_tolerance(matrices.shape[1:]) * wholes[:, None]
+    return jnp.where(real[:, None, :], lefts, 0), jnp.where(real[:, :, None], rights, 0)
 
 
 @one_by_one

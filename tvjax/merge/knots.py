@@ -175,10 +175,7 @@ def _coordinates(leaves: Sequence[Any], side: Side, rank: int | None, method: Me
 @partial(jax.jit, static_argnums=1)
 def _factored(adapters: Sequence[Adapter], side: Side) -> _Shared:
     """`_coordinates` of products, from their factors."""
-    pairs = [
-        (adapter.scale * jnp.asarray(adapter.a, jnp.float32), jnp.asarray(adapter.b, jnp.float32))
-        for adapter in adapters
-    ]
+    pairs = [(scale * a, b) for a, b, scale in ((jnp.asarray(part, jnp.float32) for part in each) for each in adapters)]
     pairs = pairs if side == "output" else [(b.T, a.T) for a, b in pairs]
     # [A_1 B_1; ..] = blockdiag(A_i) B: a QR of each A_i and of all B leaves a core of the sum of the ranks.
     outer, small = jnp.linalg.qr(jnp.concatenate([b for _, b in pairs], axis=0).T)

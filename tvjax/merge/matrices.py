@@ -34,8 +34,8 @@ def merge_matrices(
     """A rule for matrices on the leaves that are matrices, the mean on the others.
 
     Args:
-      rule: ``([vectors, inputs, outputs], key of the batch) -> [inputs, outputs]`` on one matrix, its task vectors
-        multiplied by their weights; hashable, and equal for equal options, so that XLA compiles once.
+      rule: ``[vectors, inputs, outputs] -> [inputs, outputs]`` on one matrix, its task vectors multiplied by their
+        weights; hashable, and equal for equal options, so that XLA compiles once.
       taus: task vectors of one base.
       weights: the task vectors are multiplied by these.
       matrices: path patterns of the leaves that are matrices; None: those of two axes or more.

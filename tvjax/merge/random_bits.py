@@ -1,14 +1,14 @@
 """Random bits by entry: cheap, and the same on any device count and sharding.
 
-Threefry costs some fifty integer operations a draw, too many for hundreds of millions of them. Here the bits of an
+Threefry costs some sixty integer operations a draw, too many for hundreds of millions of them. Here the bits of an
 entry are a hash of its number in the leaf, ``mix(mix(i + a) ^ b)``: `a` comes from the key and the leaf's path, `b`
 also from the number of the vector, both by threefry. An entry's bits depend on nothing else, so a mask needs no
 communication, and is what it is however the leaf is split.
 
-`mix` is the bijection of 32 bits with two multiplications that Wellons' search found to be nearest to the ideal
-avalanche (hash-prospector, 2018, "lowbias32": flipping an input bit flips each output bit with probability 1/2 within
-0.2 %). The second round matters: with one, the streams of two leaves would be one stream, shifted. The tests look at
-means, at correlations between neighbours, vectors, leaves and keys, and at the distribution of the bytes. That is what
+`mix` is a bijection of 32 bits with two multiplications, found by Wellons' search for the least avalanche bias
+(hash-prospector, 2018, "lowbias32"): flip any bit that goes in, and every bit that comes out flips in almost exactly
+half of the cases. The second round matters: with one, the streams of two leaves would be one stream, shifted. The
+tests look at single bits and bytes, and at correlations between neighbours, vectors, leaves and keys. That is what
 masks need; it is no generator for cryptography, and a leaf repeats itself after 2^32 entries.
 """
 

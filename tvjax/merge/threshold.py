@@ -3,7 +3,7 @@
 The bit pattern of a float's magnitude, read as an integer, is ordered as the magnitudes are. So the k-th largest is
 found by counting how many entries are at or above some patterns, and counting again between the two that it lies
 between: integers only, the same on any device and however the arrays are sharded. Entries that are equal to it stay
-on its side: more than k entries can be at or above it.
+on its side: more than k entries can be at or above it. Leaves may have up to 2^32 - 1 entries.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Shaped, UInt32
 
+from tvjax import tree
 from tvjax.merge.base import Vectors, over_leaves
 from tvjax.merge.entries import sum_entries
 
@@ -128,7 +129,7 @@ def kept(density: float, entries: int) -> int:
 
 def _spare_bits(leaf: Any) -> int:
     """How many low bits of the float32 pattern are always zero."""
-    return {jnp.dtype("bfloat16"): 16, jnp.dtype("float16"): 13}.get(jnp.dtype(leaf.dtype), 0)
+    return {jnp.dtype("bfloat16"): 16, jnp.dtype("float16"): 13}.get(tree.leaf_type(leaf).dtype, 0)
 
 
 def _count(vectors: Vectors, levels: np.ndarray) -> np.ndarray:
