@@ -148,11 +148,14 @@ class _CommonAndOwn:
             own = (limit - 1) // tasks
         if own == 0:
             return _Flat(self.method)(matrices)
+        largest = jnp.max(jnp.abs(matrices))
+        size = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)  # squares of tiny entries would underflow
+        matrices, added = matrices / size, added / size
         common = leading(added, limit - own * tasks, self.method)
         rest = _outside(self.side)(matrices, *common)
         bases = jax.vmap(lambda matrix: leading(matrix, own, self.method))(rest)
         value, left, right = _side_by_side(added, common, rest, _above_rounding(matrices, rest, *bases))
-        return _scaled(value, polar(left, self.method), polar(right, self.method))
+        return size * _scaled(value, polar(left, self.method), polar(right, self.method))
 
 
 @one_by_one
