@@ -230,6 +230,8 @@ def shares(taus: Sequence[PyTree], coefficients: Coefficients) -> dict[str, Shar
     layout = coefficients.layout
     flat = [tree.flatten(tau) for tau in taus]
     _check_made_for(layout, flat)
+    # A seed that the compiler knows would have it compute all parts while compiling, and keep them.
+    unknown = zero_after(coefficients.values).astype(jnp.uint32)
     columns = jax.lax.split(coefficients.values, [1] * len(layout.blocks), axis=1)
     found = {}
     for place in layout.places:
@@ -238,9 +240,22 @@ def shares(taus: Sequence[PyTree], coefficients: Coefficients) -> dict[str, Shar
         rows = [columns[place.block][index, 0] for index in place.vectors]
         seed = None
         if layout.partitions > 1:
-            seed = jnp.array([*layout.seed, zlib.crc32(place.path.encode())], jnp.uint32)
+            seed = unknown + jnp.array([*layout.seed, zlib.crc32(place.path.encode())], jnp.uint32)
         found[place.path] = Share([flat[index][place.path] for index in place.vectors], rows, seed)
     return found
+
+
+def zero_after(values: PyTree) -> Float[Array, ""]:
+    """A zero that the compiler does not know to be one, and that is there when the values are.
+
+    >>> float(zero_after({"w": jnp.array([jnp.inf])}))
+    0.0
+    """
+    floating = [leaf for leaf in jax.tree.leaves(values) if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.size]
+    if not floating:
+        return jnp.float32(0)
+    entry = jax.lax.stop_gradient(floating[0][(0,) * floating[0].ndim]).astype(jnp.float32)
+    return 0 * jnp.where(jnp.isfinite(entry), entry, 1)
 
 
 def change(parts: Mapping[str, Share]) -> PyTree:

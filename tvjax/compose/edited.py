@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tvjax.arithmetic import apply
-from tvjax.compose.coefficients import Coefficients, Share, change, combine, shares
+from tvjax.compose.coefficients import Coefficients, Share, change, combine, shares, zero_after
 from tvjax.stages import Model, local_params, owner_paths
 
 PyTree = Any
@@ -106,7 +106,7 @@ def _backward(function: Function, residuals: PyTree, cotangent: PyTree) -> tuple
     kept, local, parts, carry, static = residuals
     structure, slots = static.content
     theta, pull_edit = jax.vjp(lambda local, parts: _edit(local, parts, cotangent), local, parts)
-    inputs = jax.tree.leaves((theta, jax.tree.map(lambda leaf: _add(leaf, _zero_after(cotangent)), carry)))
+    inputs = jax.tree.leaves((theta, jax.tree.map(lambda leaf: _add(leaf, zero_after(cotangent)), carry)))
     rest = iter(kept)
     pull_back = jax.tree.unflatten(structure, [next(rest) if slot is None else inputs[slot] for slot in slots])
     of_theta, of_carry = pull_back(cotangent)
@@ -118,23 +118,14 @@ _run_compiled = jax.jit(_run, static_argnums=0)
 
 
 def _edit(local: PyTree, parts: dict[str, Share], after: PyTree) -> PyTree:
-    """The edited parameters of a stage, computed when `after` is there, and not before."""
-    nothing = _zero_after(after)
-    late = {path: share._replace(rows=[_add(row, nothing) for row in share.rows]) for path, share in parts.items()}
-    return apply(local, change(late))
+    """The edited parameters of a stage, computed when `after` is there, and not before.
 
-
-def _zero_after(values: PyTree) -> Float[Array, ""]:
-    """A zero that the compiler does not know to be one, and that is there when the values are.
-
-    It orders the work: without it XLA computes all parameters first, and on a CPU, which drops optimisation barriers,
+    Without this order XLA computes the parameters of all stages first, and on a CPU, which drops optimisation barriers,
     takes those of the backward pass for the same as those of the forward pass, and keeps them.
     """
-    floating = [leaf for leaf in jax.tree.leaves(values) if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.size]
-    if not floating:
-        return jnp.float32(0)
-    entry = jax.lax.stop_gradient(floating[0][(0,) * floating[0].ndim]).astype(jnp.float32)
-    return 0 * jnp.where(jnp.isfinite(entry), entry, 1)
+    nothing = zero_after(after)
+    late = {path: share._replace(rows=[_add(row, nothing) for row in share.rows]) for path, share in parts.items()}
+    return apply(local, change(late))
 
 
 def _add(leaf: Array, zero: Float[Array, ""]) -> Array:
