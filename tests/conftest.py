@@ -2,8 +2,10 @@
 
 import os
 
+# Thousands of small programs are compiled here, and most of them run once: machine code is not optimised.
 # A busy machine may keep one of two devices waiting for the other far longer than XLA's forty seconds.
 FLAGS = (
+    "--xla_backend_optimization_level=0 "
     "--xla_force_host_platform_device_count=2 --xla_cpu_collective_timeout_seconds=600 "
     "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 )

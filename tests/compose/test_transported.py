@@ -18,8 +18,13 @@ def test_coefficients_over_transports_of_one_task_vector_gain_accuracy():
     examples = draw_examples(images.pool, task, 0, settings)
     both, tau, model = chain(bico(), gradfix()), source.taus[task], target.model
     state = fit(both, source.model, model, [examples])
-    alone = (dataclasses.replace(state, parts=(part,)) for part in state.parts)
-    taus = [tau, both.apply(state, tau), *(t.apply(s, tau) for t, s in zip((bico(), gradfix()), alone, strict=True))]
+
+    @jax.jit
+    def moved(state):
+        alone = (dataclasses.replace(state, parts=(part,)) for part in state.parts)
+        return [both.apply(state, tau), *(t.apply(s, tau) for t, s in zip((bico(), gradfix()), alone, strict=True))]
+
+    taus = [tau, *moved(state)]
     start = init(taus, names=["naive", "masked", "bico", "gradfix"])
     found = learn(
         model.params, taus, few_shot(model, examples), key=jax.random.key(0), coefficients=start, batch_size=None,

@@ -133,7 +133,7 @@ def compose(
             store=None if state is None else TrainingStore(state),
         )
     coefficients = trained.trainable
-    save_pretrained(base.with_params(learned.combine(base.params, taus, coefficients)), output)
+    save_pretrained(base.with_params(jax.jit(learned.combine)(base.params, taus, coefficients)), output)
     save_coefficients(output / "coefficients.safetensors", coefficients, metadata)
     plot_coefficients(coefficients, output / "coefficients.png")
     recipes.write(context, output)
