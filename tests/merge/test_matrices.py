@@ -1,5 +1,6 @@
 """Merges of matrices, each against a few lines of numpy in float64."""
 
+import re
 from functools import partial
 
 import jax
@@ -170,6 +171,15 @@ def test_how_leaves_are_batched_changes_nothing(name):
     shapes = [(10, 16), (16, 10), (2, 5, 16)]
     taus = [{str(i): leaves[3 * t + i].reshape(shape) for i, shape in enumerate(shapes)} for t in range(2)]
     assert_batches_are_alike(METHODS[name][0], taus)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_lapack_is_never_given_a_batch(name):
+    """Batches of two programs at once can wait for each other for ever on a CPU (`tvjax.align.decompositions`)."""
+    sizes = (12, 150)  # on either side of the size from which Gram matrices are decomposed
+    taus = [{f"{n}-{i}": x for n in sizes for i, x in enumerate(draw(2, (n, n)))} for _ in range(2)]
+    calls = re.findall(r"custom_call @lapack_.*", jax.jit(METHODS[name][0]).lower(taus).as_text())
+    assert calls and not [call for call in calls if re.search(r"tensor<\d+x\d+x\d+xf32>", call)]
 
 
 def test_a_bad_spectrum_among_good_ones():

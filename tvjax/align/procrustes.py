@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from tvjax.align.decompositions import eigh, qr, singular_values, svd
 from tvjax.align.products import product, wide
 
 Completion = Literal["zero", "thin", "eye"]
@@ -152,7 +153,7 @@ def polar(
     if rank_tolerance is None:
         rank_tolerance = default_rank_tolerance(moment.shape, moment.dtype, method)
     if complete == "eye":
-        values = jnp.linalg.svd(moment, compute_uv=False)
+        values = singular_values(moment)
         shifted = moment + rank_tolerance * values[0] * jnp.eye(moment.shape[0], moment.shape[1], dtype=moment.dtype)
         left, _, right = _decompose(shifted, k, method, key)
     else:
@@ -221,8 +222,8 @@ def polar_of_product(
     k = _directions(rank, min(p.shape[0], q.shape[0]))
     if rank_tolerance is None:
         rank_tolerance = default_rank_tolerance((p.shape[0], q.shape[0]), p.dtype, method)
-    basis_p, p = jnp.linalg.qr(p) if tall_p else (None, p)
-    basis_q, q = jnp.linalg.qr(q) if tall_q else (None, q)
+    basis_p, p = qr(p) if tall_p else (None, p)
+    basis_q, q = qr(q) if tall_q else (None, q)
     small = product(p if core is None else product(p, core), q.T)
     rotation = polar(
         small, complete=complete, rank_tolerance=rank_tolerance, rank=min(k, *small.shape), method=method, key=key
@@ -271,7 +272,7 @@ def whiten(moment: Array, gram_a: Array, gram_b: Array, power: float, floor: flo
 
 
 def _inverse_power(gram: Array, power: float, floor: float) -> Array:
-    values, vectors = jnp.linalg.eigh(wide(gram))
+    values, vectors = eigh(wide(gram))
     largest = values[-1]
     moves = values > default_rank_tolerance(gram.shape, values.dtype) * largest
     raised = jnp.where(moves, jnp.maximum(values, floor * largest), 1)
@@ -281,7 +282,7 @@ def _inverse_power(gram: Array, power: float, floor: float) -> Array:
 def _decompose(moment: Array, k: int, method: Method, key: Array | None) -> tuple[Array, Array, Array]:
     """The k leading singular triplets: ``[d_a, k]``, ``[k]`` descending, ``[k, d_b]``."""
     if method == "svd":
-        left, values, right = jnp.linalg.svd(moment, full_matrices=False)
+        left, values, right = svd(moment)
     elif method == "gram":
         left, values, right = _gram_svd(moment)
     else:
@@ -293,7 +294,7 @@ def _gram_svd(moment: Array) -> tuple[Array, Array, Array]:
     if moment.shape[0] > moment.shape[1]:
         left, values, right = _gram_svd(moment.T)
         return right.T, values, left.T
-    left = jnp.linalg.eigh(product(moment, moment.T))[1][:, ::-1]
+    left = eigh(product(moment, moment.T))[1][:, ::-1]
     right = product(left.T, moment)
     values = jnp.linalg.norm(right, axis=1)
     return left, values, right / jnp.where(values > 0, values, 1)[:, None]
@@ -302,11 +303,11 @@ def _gram_svd(moment: Array) -> tuple[Array, Array, Array]:
 def _randomised_svd(moment: Array, k: int, key: Array) -> tuple[Array, Array, Array]:
     width = min(k + _OVERSAMPLING, *moment.shape)
     sketch = jax.random.normal(key, (moment.shape[1], width), moment.dtype)
-    basis = jnp.linalg.qr(product(moment, sketch))[0]
+    basis = qr(product(moment, sketch))[0]
     for _ in range(_POWER_ITERATIONS):
-        basis = jnp.linalg.qr(product(moment.T, basis))[0]
-        basis = jnp.linalg.qr(product(moment, basis))[0]
-    left, values, right = jnp.linalg.svd(product(basis.T, moment), full_matrices=False)
+        basis = qr(product(moment.T, basis))[0]
+        basis = qr(product(moment, basis))[0]
+    left, values, right = svd(product(basis.T, moment))
     return product(basis, left), values, right
 
 

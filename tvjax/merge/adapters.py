@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tvjax import tree
+from tvjax.align.decompositions import qr, svd
 from tvjax.align.products import product
 from tvjax.merge.base import PyTree
 from tvjax.merge.settings import Settings, resolve_each
@@ -175,9 +176,9 @@ def _join(parts: Sequence[Adapter], weights: Float[Array, " tasks"]) -> Adapter:
 @jax.jit
 def _core(adapter: Adapter) -> tuple[Array, Array, Array, Array, Array]:
     """``A B = Q_A U S V Q_B``: the bases and the singular value decomposition of what is between them."""
-    basis_a, small_a = jnp.linalg.qr(adapter.a)
-    basis_b, small_b = jnp.linalg.qr(adapter.b.T)
-    left, values, right = jnp.linalg.svd(adapter.scale * product(small_a, small_b.T), full_matrices=False)
+    basis_a, small_a = qr(adapter.a)
+    basis_b, small_b = qr(adapter.b.T)
+    left, values, right = svd(adapter.scale * product(small_a, small_b.T))
     return basis_a, left, values, right, basis_b.T
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tvjax import tree
+from tvjax.align.decompositions import qr, svd
 from tvjax.align.procrustes import Method, default_rank_tolerance
 from tvjax.align.products import product
 from tvjax.merge.adapters import Adapter, Adapters, check_adapters
@@ -178,11 +179,11 @@ def _factored(adapters: Sequence[Adapter], side: Side) -> _Shared:
     pairs = [(scale * a, b) for a, b, scale in ((jnp.asarray(part, jnp.float32) for part in each) for each in adapters)]
     pairs = pairs if side == "output" else [(b.T, a.T) for a, b in pairs]
     # [A_1 B_1; ..] = blockdiag(A_i) B: a QR of each A_i and of all B leaves a core of the sum of the ranks.
-    outer, small = jnp.linalg.qr(jnp.concatenate([b for _, b in pairs], axis=0).T)
+    outer, small = qr(jnp.concatenate([b for _, b in pairs], axis=0).T)
     cuts = [sum(b.shape[0] for _, b in pairs[:number]) for number in range(1, len(pairs))]
     blocks = jnp.split(small.T, cuts, axis=0)
-    core = jnp.concatenate([product(jnp.linalg.qr(a)[1], block) for (a, _), block in zip(pairs, blocks, strict=True)])
-    _, values, turn = jnp.linalg.svd(core, full_matrices=False)
+    core = jnp.concatenate([product(qr(a)[1], block) for (a, _), block in zip(pairs, blocks, strict=True)])
+    _, values, turn = svd(core)
     coordinates = [product(a, product(block, turn.T)) for (a, _), block in zip(pairs, blocks, strict=True)]
     tolerance = default_rank_tolerance((sum(a.shape[0] for a, _ in pairs), outer.shape[0]))
     rank = jnp.sum(values > tolerance * jnp.max(values), dtype=jnp.int32)

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from tvjax.align import procrustes
+from tvjax.align.decompositions import eigh
 from tvjax.align.procrustes import Method
 from tvjax.align.products import product
 
@@ -34,7 +35,7 @@ _EDGE = 8  # directions on either side of a cut that are looked at
 
 
 # A function of one matrix that `vmap` runs on one matrix after another: a branch is taken only where it must be, and
-# the bytes do not depend on the batch. What is not so marked (LAPACK's decompositions) is spread over the cores.
+# the bytes do not depend on the batch.
 one_by_one = jax.custom_batching.sequential_vmap
 
 
@@ -64,7 +65,7 @@ def polar(matrix: Float[Array, "m n"], method: Method = "gram") -> Float[Array, 
     matrix, sound = _unit(matrix)
     if method == "svd" or min(matrix.shape) < _SMALL:
         return _between(*_leading_svd(matrix, min(matrix.shape), "svd")) * sound
-    return _polar_by_eigenvectors(matrix, *jnp.linalg.eigh(_gram(matrix))) * sound
+    return _polar_by_eigenvectors(matrix, *eigh(_gram(matrix))) * sound
 
 
 def leading(
@@ -92,10 +93,11 @@ def leading(
     if method != "gram" or min(matrix.shape) < _SMALL:
         left, right = _leading_svd(matrix, count, "svd" if method == "gram" else method)
     else:
-        left, right = _leading_by_eigenvectors(count)(matrix, *jnp.linalg.eigh(_gram(matrix)))
+        left, right = _leading_by_eigenvectors(count)(matrix, *eigh(_gram(matrix)))
     return left * sound, right * sound
 
 
+@one_by_one
 def solve(matrix: Float[Array, "n n"], right: Float[Array, "n k"]) -> Float[Array, "n k"]:
     """``matrix^-1 right`` for a symmetric positive matrix: Cholesky, or the pseudo-inverse where it breaks down.
 
@@ -118,7 +120,7 @@ def solve(matrix: Float[Array, "n n"], right: Float[Array, "n k"]) -> Float[Arra
         return jax.scipy.linalg.cho_solve((factor, True), target)
 
     def by_eigenvectors() -> Float[Array, "n k"]:
-        values, vectors = jnp.linalg.eigh(scaled)
+        values, vectors = eigh(scaled)
         kept = values > 8 * _EPS * matrix.shape[0] ** 0.5 * values[-1]
         inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
         return product(vectors * inverse, product(vectors.T, target))
@@ -211,7 +213,7 @@ def _sharpened(
     """
     small = images.shape[0] // 3
     if small > 1:
-        turn = jnp.linalg.eigh(product(images[:small], images[:small].T))[1]
+        turn = eigh(product(images[:small], images[:small].T))[1]
         basis = basis.at[:, :small].set(product(basis[:, :small], turn))
         images = images.at[:small].set(product(turn.T, images[:small]))
     return basis, images
