@@ -157,7 +157,8 @@ def test_compose_learns_coefficients_and_the_model_is_what_they_give(
     from tvjax.compose import combine
 
     output = tmp_path / "composed"
-    assert compose(models, task_vectors, images, output, "--objective", objective, "--no-flip") == 0
+    words = ("--objective", objective, "--no-flip", "--no-tune")
+    assert compose(models, task_vectors, images, output, *words) == 0
     assert "2 task vectors" in capsys.readouterr().out
     coefficients, about = load_coefficients(output / "coefficients.safetensors")
     assert np.any(np.asarray(coefficients.values)) and coefficients.layout.vectors == tuple(task_vectors)
@@ -167,6 +168,22 @@ def test_compose_learns_coefficients_and_the_model_is_what_they_give(
     for path, leaf in tree.flatten(from_pretrained(output).params).items():
         np.testing.assert_array_equal(leaf, expected[path])
     assert (output / "coefficients.png").stat().st_size > 1000 and (output / "tvjax.yaml").exists()
+
+
+def test_compose_tunes_the_leaves_too_unless_it_is_told_not_to(models, images, task_vectors, tmp_path, capsys):
+    from tvjax.checkpoints import load_coefficients
+    from tvjax.compose import combine
+
+    output = tmp_path / "tuned"
+    assert compose(models, task_vectors, images, output) == 0
+    covered = {path for path, leaf in tree.flatten(load_tree(task_vectors[0])[0]).items() if np.any(leaf)}
+    assert f"coefficients and {len(covered)} leaves" in capsys.readouterr().out.replace("\n", " ")
+    coefficients, _ = load_coefficients(output / "coefficients.safetensors")
+    base = from_pretrained(models["source"]).params
+    moved = jax.jit(combine)(base, [load_tree(file)[0] for file in task_vectors], coefficients)
+    for path, leaf in tree.flatten(from_pretrained(output).params).items():
+        same = np.array_equal(leaf, tree.flatten(moved)[path])
+        assert same == (path not in covered), path
 
 
 def test_compose_chooses_by_validation_images_and_goes_on_from_its_state(

@@ -32,6 +32,16 @@ def compose(
         Literal["leaf", "vector"], typer.Option(help="One coefficient for each leaf, or for each vector.")
     ] = "leaf",
     partitions: Annotated[int, typer.Option(min=1, help="Random parts of each block, a coefficient each.")] = 1,
+    start: Annotated[
+        Literal["best", "zero"] | None,
+        typer.Option(
+            help="best: from the one vector and scale of the least loss on the images. Default: best for few_shot."
+        ),
+    ] = None,
+    tune: Annotated[
+        bool | None,
+        typer.Option(help="Train the leaves that the vectors move too, at 1 % of the rate. Default: for few_shot."),
+    ] = None,
     validation: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Labelled images by which learning rate and epoch are chosen."),
@@ -53,7 +63,11 @@ def compose(
     any_base: AnyBase = False,
     quiet: Quiet = False,
 ) -> None:
-    """Learn coefficients of task vectors on a few images, and save the model that they give."""
+    """Learn coefficients of task vectors on a few images, and save the model that they give.
+
+    By default, with labels, what did best with one and two of them a class: start from the best vector, and fine-tune
+    the model's leaves along with the coefficients (--start best --tune). aTLAS as published is --start zero --no-tune.
+    """
     import jax
 
     from tvjax import compose as learned
@@ -79,8 +93,9 @@ def compose(
     inputs.check_output(output)
     if inputs.read_clip_config(model).text is None:
         raise ValueError(f"{model!r} has no text tower to make a zero-shot head from: give a full CLIP")
-    found = inputs.read_images(images, classes, objective if objective == "few_shot" else "")
-    if objective == "few_shot":
+    labelled = objective == "few_shot"
+    found = inputs.read_images(images, classes, objective if labelled else "")
+    if labelled:
         found = inputs.draw_images(found, per_class, seed)
     if found.class_names:
         names = found.class_names
@@ -98,7 +113,7 @@ def compose(
     processor = load_processor(model)
     head = zero_shot_model(base.model.replace(params=inputs.float32(base.params)), processor.tokens, names, prompts)
     pixels = {"pixels": processor.pixels(found.images)}
-    if objective == "few_shot":
+    if labelled:
         goal = learned.few_shot(head, Batch(pixels, found.labels))
     elif objective == "entropy":
         goal = learned.entropy(head, pixels, scores=class_scores)
@@ -117,13 +132,17 @@ def compose(
     taus = [tau for tau, _ in loaded]
     files = [str(file) for file in task_vectors]
     key, part_key = jax.random.split(jax.random.key(seed))
+    coefficients = learned.init(taus, blocks=blocks, partitions=partitions, key=part_key, names=files)
+    if (start or ("best" if labelled else "zero")) == "best":
+        coefficients = learned.best_start(head.params, taus, goal, key=key, coefficients=coefficients)
+    tuned = labelled if tune is None else tune
     with progress(objective, quiet) as report:
-        trained = learned.learn(
+        trained = (learned.tune if tuned else learned.learn)(
             head.params,
             taus,
             goal,
             key=key,
-            coefficients=learned.init(taus, blocks=blocks, partitions=partitions, key=part_key, names=files),
+            coefficients=coefficients,
             learning_rates=rates,
             epochs=epochs,
             batch_size=batch_size,
@@ -132,12 +151,18 @@ def compose(
             progress=report,
             store=None if state is None else TrainingStore(state),
         )
-    coefficients = trained.trainable
-    save_pretrained(base.with_params(jax.jit(learned.combine)(base.params, taus, coefficients)), output)
+    if tuned:
+        coefficients = trained.trainable.coefficients
+        params = jax.jit(learned.Tuned.combine)(trained.trainable, base.params, taus)
+    else:
+        coefficients = trained.trainable
+        params = jax.jit(learned.combine)(base.params, taus, coefficients)
+    save_pretrained(base.with_params(params), output)
     save_coefficients(output / "coefficients.safetensors", coefficients, metadata)
     plot_coefficients(coefficients, output / "coefficients.png")
     recipes.write(context, output)
     if not quiet:
-        print(f"{output}: {model} with {len(taus)} task vectors, {coefficients.values.size} coefficients,")
+        also = f" and {len(trained.trainable.leaves)} leaves" if tuned else ""
+        print(f"{output}: {model} with {len(taus)} task vectors, {coefficients.values.size} coefficients{also},")
         chosen = "" if trained.score is None else f", accuracy {100 * trained.score:.1f} % on {validation}"
         print(f"learning rate {trained.learning_rate:g}, {trained.epochs} epochs{chosen}")

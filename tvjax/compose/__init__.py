@@ -22,6 +22,7 @@ from tvjax.compose.objectives import (
 )
 from tvjax.compose.select import Kept, select_informative
 from tvjax.compose.train import Store, Trained, clipped_adamw, constant, cosine, learn, patience, train
+from tvjax.compose.tuned import Tuned, best_start, tune
 
 __all__ = [
     "Coefficients",
@@ -36,9 +37,11 @@ __all__ = [
     "Term",
     "Trained",
     "Trusted",
+    "Tuned",
     "ada_merging",
     "addition",
     "average",
+    "best_start",
     "clipped_adamw",
     "combine",
     "constant",
@@ -58,6 +61,7 @@ __all__ = [
     "sharpen",
     "train",
     "trusted_examples",
+    "tune",
     "value",
     "weighted_sum",
 ]

@@ -172,6 +172,9 @@ def _check(vectors: Vectors, grams: Sequence[Mapping[str, Any]], shrink: float, 
     if not isinstance(grams, Sequence) or len(grams) != len(vectors):
         found = len(grams) if isinstance(grams, Sequence) else type(grams).__name__
         raise ValueError(f"expected Gram matrices of each of the {len(vectors)} task vectors, found {found}")
+    wrong = [type(each).__name__ for each in grams if not isinstance(each, Mapping)]
+    if wrong:
+        raise ValueError(f"Gram matrices are given by path, input_grams(...).matrices, found {wrong[0]}")
     if not 0 <= shrink <= 1 or ridge < 0:
         raise ValueError(f"shrink must lie in [0, 1] and ridge be 0 or more, found {shrink} and {ridge}")
     problems = []
