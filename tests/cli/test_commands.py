@@ -44,12 +44,19 @@ def test_transport_and_evaluate(models, images, tmp_path, capsys, method):
     assert f"{rows[1]['correct']} of 6" in capsys.readouterr().out
 
 
-def test_transport_is_quiet_and_deterministic(models, images, tmp_path, capsys):
+def test_transport_is_quiet_and_deterministic_and_its_vector_makes_the_same_model(models, images, tmp_path, capsys):
     more = ("--images", images, "--per-class", 2, "--seed", 3, "--quiet")
-    first, second = (transport(models, "same", "theseus", tmp_path / name, *more) for name in ("a", "b"))
+    first = transport(models, "same", "theseus", tmp_path / "a", *more)
+    capsys.readouterr()  # transformers complains once of the tiny vocabulary
+    tau = tmp_path / "moved.safetensors"
+    second = transport(models, "same", "theseus", tmp_path / "b", *more, "--save-task-vector", tau)
     assert capsys.readouterr() == ("", "")
+    words = ["--model", models["same"], "--scale", "0.5", "--output", str(tmp_path / "c"), "--quiet"]
+    assert run(["apply", str(tau), *words]) == 0
+    third = from_pretrained(tmp_path / "c").params
     for path, leaf in tree.flatten(first).items():
         np.testing.assert_array_equal(leaf, tree.flatten(second)[path])
+        np.testing.assert_allclose(leaf, tree.flatten(third)[path], rtol=1e-6, atol=1e-7)
 
 
 def test_extract_apply_is_the_fine_tuned_model_and_naive_transport_to_itself(models, tmp_path):

@@ -43,12 +43,15 @@ def transport(
     seed: Annotated[int, typer.Option(help="Of that draw.")] = 0,
     batch_size: BatchSize = 32,
     save_maps: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the fitted maps.")] = None,
+    save_task_vector: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the moved task vector, unscaled, for the target.")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Move what a fine-tuning learned into another CLIP, and save the edited model with a report by leaf."""
     from tvjax import tree
     from tvjax.arithmetic import apply
-    from tvjax.checkpoints import from_pretrained, load_processor, save_pretrained, save_state
+    from tvjax.checkpoints import from_pretrained, load_processor, save_pretrained, save_state, save_tree
     from tvjax.cli import inputs
     from tvjax.cli.progress import progress
     from tvjax.evaluate.scale import choose_scale
@@ -59,8 +62,9 @@ def transport(
 
     moving = make_transport(method, recipes.parse_options(options or ()))
     inputs.check_output(output)
-    if save_maps is not None:
-        inputs.check_file(save_maps)
+    for file in (save_maps, save_task_vector):
+        if file is not None:
+            inputs.check_file(file)
     check_configs(moving, inputs.read_clip_config(source), inputs.read_clip_config(target), source, target)
     if validation is not None and inputs.read_clip_config(target).text is None:
         raise ValueError(f"--validation needs a zero-shot head, but {target!r} has no text tower: give the full CLIP")
@@ -112,6 +116,8 @@ def transport(
     recipes.write(context, output)
     if save_maps is not None:
         save_state(save_maps, state)
+    if save_task_vector is not None:
+        save_tree(save_task_vector, moved, receiver.identity())
     if quiet:
         return
     for note in state.notes:
