@@ -51,7 +51,7 @@ def test_transport_is_quiet_and_deterministic_and_its_vector_makes_the_same_mode
     tau = tmp_path / "moved.safetensors"
     second = transport(models, "same", "theseus", tmp_path / "b", *more, "--save-task-vector", tau)
     assert capsys.readouterr() == ("", "")
-    words = ["--model", models["same"], "--scale", "0.5", "--output", str(tmp_path / "c"), "--quiet"]
+    words = ["--model", models["same"], "--output", str(tmp_path / "c"), "--quiet"]
     assert run(["apply", str(tau), *words]) == 0
     third = from_pretrained(tmp_path / "c").params
     for path, leaf in tree.flatten(first).items():
