@@ -43,7 +43,7 @@ from tvjax.transport import bico, chain, fit, gradfix
 
 Merge = Callable[[Sequence[PyTree]], PyTree]
 KEY = jax.random.key(0)
-SCALES = tuple(np.linspace(0, 2, 21).round(2).tolist())
+SCALES = (*np.linspace(0, 2, 21).round(2).tolist(), 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 20.0)
 EXAMPLES = 200  # photographs of each task for the merges that look at data
 MERGES: dict[str, Merge] = {
     "average": merge.average,
@@ -164,7 +164,7 @@ def compared(records: list[dict[str, Any]], by: str, baseline: str, pairing: Seq
     """Mean accuracy of each kind of record, and minus a baseline with its interval."""
 
     def place(record: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(record[field] for field in pairing)
+        return tuple(str(record[field]) for field in pairing)
 
     against = {place(record): record["accuracy"] for record in records if record[by] == baseline}
     rows = []
@@ -192,28 +192,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("results/compare_merges.json"))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument("--parts", nargs="+", default=["merges", "orders"], choices=("merges", "orders"))
     parser.add_argument("--labels", type=int, default=5, help="calibration examples of each class and task")
     arguments = parser.parse_args()
     names = tuple(arguments.tasks)
     source = load(SOURCE, names)
     images = {task: photographs(task, style_of(task), QUICK) for task in names}
-    found: dict[str, Any] = {"merges": merges(source, images)}
-    pairs = [record for record in found["merges"] if len(record["tasks"]) == 2]
-    whole = [record for record in found["merges"] if len(record["tasks"]) > 2]
+    found: dict[str, Any] = {}
+    if arguments.output.exists():  # a part that is not measured again stays
+        found = json.loads(arguments.output.read_text())["records"]
+    if "merges" in arguments.parts:
+        found["merges"] = merges(source, images)
+    if "orders" in arguments.parts:
+        targets = {name: load(name, names) for name in TARGETS}
+        found["orders"] = orders(source, targets, images, arguments.labels)
+    found = json.loads(json.dumps(found))
+    report(arguments.output, found, arguments.labels)
+
+
+def report(path: Path, found: dict[str, Any], labels: int) -> None:
+    """Writes records and comparisons, and prints the comparisons."""
+    measured = found.get("merges", [])
+    pairs = [record for record in measured if len(record["tasks"]) == 2]
+    whole = [record for record in measured if len(record["tasks"]) > 2]
     comparisons = {"pairs": compared(pairs, "merge", BASELINE, ("tasks",))}
-    if whole:
-        comparisons["all tasks"] = compared(whole, "merge", BASELINE, ("tasks",))
-    found["orders"] = orders(source, {name: load(name, names) for name in TARGETS}, images, arguments.labels)
+    comparisons["all tasks"] = compared(whole, "merge", BASELINE, ("tasks",))
     pairing = ("target", "tasks", "merge")
-    comparisons["orders"] = compared(found["orders"], "order", "merge, transport", pairing)
+    comparisons["orders"] = compared(found.get("orders", []), "order", "merge, transport", pairing)
     for rule in BEFORE_TRANSPORT:
-        mine = [record for record in found["orders"] if record["merge"] == rule]
+        mine = [record for record in found.get("orders", []) if record["merge"] == rule]
         comparisons[f"orders, {rule}"] = compared(mine, "order", "merge, transport", pairing)
-    settings = {"scales": SCALES, "rotation_scales": QUICK.rotation_scales, "labels_per_class": arguments.labels}
+    settings = {"scales": SCALES, "rotation_scales": QUICK.rotation_scales, "labels_per_class": labels}
     versions = {name: importlib.metadata.version(name) for name in ("tvjax", "jax", "jaxlib", "numpy")}
     content = {"records": found, "comparisons": comparisons, "settings": settings, "versions": versions}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(arguments.output) as temporary:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
     for title, rows in comparisons.items():
         table(title, rows)

@@ -1,8 +1,8 @@
 """Few-shot fine-tuning that leans on task vectors: their coefficients and the leaves themselves, trained at once.
 
 ``theta = theta_0 + delta + sum_i Lambda_i tau_i``: a coefficient moves a whole block along what an earlier fine-tuning
-learned, delta is free. With one or two labels a class it is the coefficients that the labels can tell; with more,
-delta takes over (scripts/compare_few_shot.py).
+learned, delta is free. From the best vector it did best, over one and two labels a class, of what was compared on the
+embedded models (scripts/compare_few_shot.py).
 """
 
 from __future__ import annotations
