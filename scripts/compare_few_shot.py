@@ -77,6 +77,7 @@ METHODS = {
 }
 BASELINES = ("fine_tune", "bico, fine_tune")
 RATES = {"coefficients": (0.03, 0.1, 0.3), "fine_tune": (3e-4, 1e-3, 3e-3), "both": (0.03, 0.1, 0.3)}
+SHARE = 0.01  # learning rate of the leaves in terms of that of the coefficients, where both are trained
 ABOUT = {
     "labels_per_class": "labelled training photographs of each class; zero-shot reads none of them",
     "rule": "how the candidate was chosen, see the top of scripts/compare_few_shot.py",
@@ -170,10 +171,6 @@ def edited(params: PyTree, tau: PyTree, scale: float) -> PyTree:
     return apply(params, tau, scale)
 
 
-def fine_tuned(params: PyTree, leaves: dict[str, jax.Array]) -> PyTree:
-    return tree.map_with_path(lambda path, leaf: leaves.get(path, leaf), params)
-
-
 def transports(bench: Bench, examples: Batch) -> dict[str, PyTree]:
     """Every transport of the task vector, BiCo's first."""
     source, target = bench.source.model, bench.target.model
@@ -216,7 +213,7 @@ def run_cell(bench: Bench, cell: Cell, epochs: int) -> dict[str, list[Candidate]
 
     def fine_tuning(start: PyTree) -> list[Candidate]:
         leaves = leaves_of(start, settings)
-        training = partial(train, fine_tuned, start, leaves, optimiser=adam)
+        training = partial(train, tree.replace, start, leaves, optimiser=adam)
         return bench.trained("fine_tune", training, examples, epochs, key)[0]
 
     def coefficients(taus: dict[str, PyTree], scale: float) -> tuple[list[Candidate], PyTree]:
@@ -230,9 +227,8 @@ def run_cell(bench: Bench, cell: Cell, epochs: int) -> dict[str, list[Candidate]
     found["coefficients of all"], _ = coefficients(vectors, 0.0)
     found["bico, coefficients of all"], learned = coefficients(vectors, scale)
     found["bico, coefficients of all, fine_tune"] = fine_tuning(learned)
-    both = partial(
-        tune, params, list(vectors.values()), coefficients=beginning(vectors, scale), leaves=settings.trainable
-    )
+    begin, leaves = beginning(vectors, scale), settings.trainable
+    both = partial(tune, params, list(vectors.values()), coefficients=begin, leaves=leaves, share=SHARE)
     found["bico, coefficients and fine_tune"], _ = bench.trained("both", both, examples, epochs, key)
     assert found.keys() == METHODS.keys()
     return found
@@ -369,7 +365,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.targets, arguments.labels, arguments.draws, arguments.epochs = ["B"], [1, 2], 1, 3
-    settings = {"epochs": arguments.epochs, "rates": RATES, "scales": QUICK.rotation_scales}
+    settings = {"epochs": arguments.epochs, "rates": RATES, "share": SHARE, "scales": QUICK.rotation_scales}
     results = read(arguments.output)
     if results and not arguments.report:
         kept = json.loads(arguments.output.read_text())["settings"]

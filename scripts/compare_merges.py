@@ -134,18 +134,19 @@ def orders(
         rotate, mask = (jax.jit(partial(moved, number)) for number in (0, 1))
         rotated = [rotate(shared, tau) for tau in taus]
         own_votes = [mask(states[task], tau) for task, tau in zip(pair, rotated, strict=True)]
+        measured = {task: as_task(target, images[task]) for task in pair}
+        own = {task: target.taus[task] for task in pair}
         for rule in BEFORE_TRANSPORT:
             merged = MERGES[rule]
+            first, last = rotate(shared, merged(taus)), merged(rotated)
             edits = {
-                "merge, transport": rotate(shared, merged(taus)),
-                "transport, merge": merged(rotated),
-                "merge, transport, mask": mask(shared, rotate(shared, merged(taus))),
-                "transport, merge, mask": mask(shared, merged(rotated)),
+                "merge, transport": first,
+                "transport, merge": last,
+                "merge, transport, mask": mask(shared, first),
+                "transport, merge, mask": mask(shared, last),
                 "transport, mask, merge": merged(own_votes),
             }
             for order, tau in edits.items():
-                measured = {task: as_task(target, images[task]) for task in pair}
-                own = {task: target.taus[task] for task in pair}
                 mean = addition(measured, own, QUICK.rotation_scales, merge=lambda _, tau=tau: tau)[-1]
                 record = {"target": name, "tasks": pair, "merge": rule, "order": order, "alpha": mean.alpha}
                 records.append({**record, "zero_shot": mean.before, "accuracy": mean.after})
@@ -164,7 +165,7 @@ def compared(records: list[dict[str, Any]], by: str, baseline: str, pairing: Seq
     """Mean accuracy of each kind of record, and minus a baseline with its interval."""
 
     def place(record: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(str(record[field]) for field in pairing)
+        return tuple(str(record[field]) for field in pairing)  # tasks are a list where they were read from the file
 
     against = {place(record): record["accuracy"] for record in records if record[by] == baseline}
     rows = []
@@ -199,18 +200,21 @@ def main() -> None:
     source = load(SOURCE, names)
     images = {task: photographs(task, style_of(task), QUICK) for task in names}
     found: dict[str, Any] = {}
-    if arguments.output.exists():  # a part that is not measured again stays
-        found = json.loads(arguments.output.read_text())["records"]
+    settings: dict[str, Any] = {}
+    if arguments.output.exists():  # a part that is not measured again stays, with its settings
+        content = json.loads(arguments.output.read_text())
+        found, settings = content["records"], content["settings"]
     if "merges" in arguments.parts:
         found["merges"] = merges(source, images)
+        settings["scales"] = SCALES
     if "orders" in arguments.parts:
         targets = {name: load(name, names) for name in TARGETS}
         found["orders"] = orders(source, targets, images, arguments.labels)
-    found = json.loads(json.dumps(found))
-    report(arguments.output, found, arguments.labels)
+        settings |= {"rotation_scales": QUICK.rotation_scales, "labels_per_class": arguments.labels}
+    report(arguments.output, found, settings)
 
 
-def report(path: Path, found: dict[str, Any], labels: int) -> None:
+def report(path: Path, found: dict[str, Any], settings: dict[str, Any]) -> None:
     """Writes records and comparisons, and prints the comparisons."""
     measured = found.get("merges", [])
     pairs = [record for record in measured if len(record["tasks"]) == 2]
@@ -222,7 +226,6 @@ def report(path: Path, found: dict[str, Any], labels: int) -> None:
     for rule in BEFORE_TRANSPORT:
         mine = [record for record in found.get("orders", []) if record["merge"] == rule]
         comparisons[f"orders, {rule}"] = compared(mine, "order", "merge, transport", pairing)
-    settings = {"scales": SCALES, "rotation_scales": QUICK.rotation_scales, "labels_per_class": labels}
     versions = {name: importlib.metadata.version(name) for name in ("tvjax", "jax", "jaxlib", "numpy")}
     content = {"records": found, "comparisons": comparisons, "settings": settings, "versions": versions}
     path.parent.mkdir(parents=True, exist_ok=True)

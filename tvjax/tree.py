@@ -125,6 +125,15 @@ def select(tree: PyTree, include: str | Sequence[str], exclude: str | Sequence[s
     return map_with_path(lambda path, leaf: leaf if path in kept - dropped else None, tree)
 
 
+def replace(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
+    """The tree with other leaves at some paths; paths that it does not have are passed over.
+
+    >>> replace({"up": {"kernel": 1, "bias": 2}}, {"up/bias": 5})
+    {'up': {'bias': 5, 'kernel': 1}}
+    """
+    return map_with_path(lambda path, leaf: leaves.get(path, leaf), tree)
+
+
 def match(paths: Sequence[str], pattern: str) -> list[str]:
     """The paths that a pattern selects, in their order; the rules are those of `select`.
 

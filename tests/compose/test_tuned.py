@@ -27,14 +27,11 @@ def test_the_loss_falls_below_that_of_coefficients_and_of_leaves_alone(tiny, obj
     options = {**SHORT, "epochs": 5}
     both = tune(params, taus, objective, share=0.1, **options)
 
-    def leaves_alone(fixed, leaves):
-        return tree.map_with_path(lambda path, leaf: leaves.get(path, leaf), fixed)
-
     start = {path: leaf for path, leaf in tree.flatten(params).items() if leaf.dtype == jnp.float32}
     adam = {"optimiser": optax.adam, "learning_rates": (0.01,)}
     alone = [
         learn(params, taus, objective, **options),
-        train(leaves_alone, params, start, objective, **adam, **options),
+        train(tree.replace, params, start, objective, **adam, **options),
     ]
     assert all(both.losses[-1, -1] < one.losses[-1, -1] for one in alone)
     assert both.trainable.leaves.keys() == start.keys()
@@ -47,7 +44,7 @@ def test_the_parameters_are_the_trained_leaves_and_the_vectors_in_the_stored_dty
     tuned = tune(half, tiny.taus, objective, **SHORT).trainable
     found = jax.jit(Tuned.combine)(tuned, half, tiny.taus)
     assert jax.tree.map(lambda leaf: leaf.dtype, found) == jax.tree.map(lambda leaf: leaf.dtype, half)
-    wide = tree.map_with_path(lambda path, leaf: tuned.leaves.get(path, leaf), half)
+    wide = tree.replace(half, tuned.leaves)
     expected = combine(wide, tiny.taus, tuned.coefficients)
     for path, leaf in tree.flatten(expected).items():
         assert not np.array_equal(wide["dense"]["kernel"], half["dense"]["kernel"])

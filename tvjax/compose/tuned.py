@@ -46,7 +46,7 @@ class Tuned(NamedTuple):
         def stored(leaf: Array, new: Array) -> Array:
             return leaf if new is leaf else jnp.asarray(new).astype(jnp.asarray(leaf).dtype)
 
-        return jax.tree.map(stored, params, combine(_replaced(params, self.leaves), taus, self.coefficients))
+        return jax.tree.map(stored, params, combine(tree.replace(params, self.leaves), taus, self.coefficients))
 
 
 def tune(
@@ -162,11 +162,7 @@ def _objective_at(
 
 def _assemble(fixed: tuple[PyTree, list[PyTree]], tuned: Tuned) -> Edited:
     params, taus = fixed
-    return Edited(_replaced(params, tuned.leaves), taus, tuned.coefficients)
-
-
-def _replaced(params: PyTree, leaves: dict[str, Array]) -> PyTree:
-    return tree.map_with_path(lambda path, leaf: leaves.get(path, leaf), params)
+    return Edited(tree.replace(params, tuned.leaves), taus, tuned.coefficients)
 
 
 @cache  # one object for each share, so that nothing is compiled twice

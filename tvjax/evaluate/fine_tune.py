@@ -114,7 +114,7 @@ def fine_tune(
                 optimiser, steps // checkpoints, batch_size, model, params, state, rate, examples, checkpoint_key
             )
             losses = np.concatenate([losses, np.asarray(part)])
-            merged = _merge(model.params, params)
+            merged = tree.replace(model.params, params)
             score = accuracy(model.replace(params=merged), validation).fraction if validation else None
             if best is None or (score is not None and best.accuracy is not None and score > best.accuracy):
                 best = FineTuned(merged, float(learning_rate), checkpoint * (steps // checkpoints), score, losses)
@@ -138,7 +138,7 @@ def _train(
     count = examples.labels.shape[0]
 
     def loss(trained: dict[str, Array], batch: Batch) -> Float[Array, ""]:
-        outputs = model.replace(params=_merge(model.params, trained))(batch.inputs)
+        outputs = model.replace(params=tree.replace(model.params, trained))(batch.inputs)
         return model.loss(model.loss_params, outputs, batch.labels).mean()
 
     def step(carry: PyTree, step_key: Array) -> tuple[PyTree, Float[Array, ""]]:
@@ -154,7 +154,3 @@ def _train(
 
     (trained, state), losses = jax.lax.scan(step, (trained, state), jax.random.split(key, steps))
     return trained, state, losses
-
-
-def _merge(params: PyTree, trained: dict[str, Array]) -> PyTree:
-    return tree.map_with_path(lambda path, leaf: trained.get(path, leaf), params)
