@@ -271,6 +271,15 @@ def leaf_type(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.eval_shape(jnp.asarray, leaf)
 
 
+def is_traced(tree: PyTree) -> bool:
+    """Whether a leaf has no value yet, within `jax.jit` or `jax.eval_shape`.
+
+    >>> is_traced({"a": 1.0})
+    False
+    """
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
 def list_some(entries: Sequence[str], limit: int = 8) -> str:
     """The entries of a message, one a line, the rest counted.
 

@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from scipy.optimize import linear_sum_assignment
 
 from tvjax import tree
 from tvjax.align.products import product, wide
@@ -524,6 +523,8 @@ class _Weights:
 
 def _assign(scores: np.ndarray) -> tuple[np.ndarray, float]:
     """For each unit of the target its unit of the source, one to one, with the greatest total score; and that score."""
+    from scipy.optimize import linear_sum_assignment  # takes as long to import as the rest of tvjax
+
     targets, sources = linear_sum_assignment(scores.T, maximize=True)
     return sources.astype(np.int32), float(scores[sources, targets].sum(dtype=np.float64))
 

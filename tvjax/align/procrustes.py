@@ -14,21 +14,21 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tvjax.align.decompositions import eigh, qr, singular_values, svd
+from tvjax.align.decompositions import eigh, qr, range_basis, singular_values, svd
 from tvjax.align.products import product, wide
 
 Completion = Literal["zero", "thin", "eye"]
 Method = Literal["svd", "gram", "randomised"]
 
 _OVERSAMPLING = 16
-_POWER_ITERATIONS = 2
+_POWER_ITERATIONS = 1
 
 
 class Rotation(NamedTuple):
@@ -130,7 +130,8 @@ def polar(
       method: ``"svd"``: exact. ``"gram"``: eigenvectors of the smaller of ``C C^T`` and ``C^T C``; two to three times
         as fast, but it squares the condition number: a direction with singular value s is accurate to
         ``eps (s_max / s)^2``, and those under some ``sqrt(eps) s_max`` are lost. ``"randomised"``: randomised SVD with
-        two power iterations (Halko et al. 2011, algorithm 4.4); needs `rank`, accurate where the spectrum decays.
+        one power iteration (Halko et al. 2011, algorithm 4.4, with LU in between); needs `rank`, accurate
+        where the spectrum decays; exact where `rank` is nearly all.
       key: of the randomised sketch; None: ``jax.random.key(0)``.
 
     Returns:
@@ -156,13 +157,20 @@ def polar(
         values = singular_values(moment)
         shifted = moment + rank_tolerance * values[0] * jnp.eye(moment.shape[0], moment.shape[1], dtype=moment.dtype)
         left, _, right = _decompose(shifted, k, method, key)
+        values = values[:k]
     else:
         left, values, right = _decompose(moment, k, method, key)
-    determined = values[:k] > rank_tolerance * jnp.max(values)
-    if complete == "zero":
-        left = jnp.where(determined, left, 0)
-        right = jnp.where(determined[:, None], right, 0)
-    return Rotation(left, right, jnp.sum(determined, dtype=jnp.int32))
+    determined = values > rank_tolerance * jnp.max(values)
+    return _determined(left, right, determined) if complete == "zero" else Rotation(left, right, _count(determined))
+
+
+def _determined(left: Array, right: Array, determined: Array) -> Rotation:
+    """The rotation of those singular directions that are determined."""
+    return Rotation(jnp.where(determined, left, 0), jnp.where(determined[:, None], right, 0), _count(determined))
+
+
+def _count(determined: Array) -> Array:
+    return jnp.sum(determined, dtype=jnp.int32)
 
 
 @partial(jax.jit, static_argnames=("complete", "rank", "method"))
@@ -184,8 +192,8 @@ def polar_of_product(
     no core), and the outputs of linear layers, ``y = [x, 1] [K; b]``, whose moment is ``[K_A; b_A]^T M [K_B; b_B]``
     with M the moment of ``[x, 1]`` (`tvjax.align.moments.augmented`, `tvjax.align.moments.output_factor`).
 
-    A side that is not tall is left as it is, and ``"thin"`` and ``"eye"``, which speak of directions outside the
-    product, form C.
+    A side that is not tall is left as it is; a randomised decomposition multiplies its sketch with one factor after
+    another; and ``"thin"`` and ``"eye"``, which speak of directions outside the product, form C.
 
     Args:
       p: ``[d_a, a]``.
@@ -222,6 +230,9 @@ def polar_of_product(
     k = _directions(rank, min(p.shape[0], q.shape[0]))
     if rank_tolerance is None:
         rank_tolerance = default_rank_tolerance((p.shape[0], q.shape[0]), p.dtype, method)
+    if complete == "zero" and _is_sketched(method, k, *p.shape, *q.shape):
+        left, values, right = _randomised_svd([p, q.T] if core is None else [p, core, q.T], k, key)
+        return _determined(left, right, values > rank_tolerance * jnp.max(values))
     basis_p, p = qr(p) if tall_p else (None, p)
     basis_q, q = qr(q) if tall_q else (None, q)
     small = product(p if core is None else product(p, core), q.T)
@@ -281,12 +292,12 @@ def _inverse_power(gram: Array, power: float, floor: float) -> Array:
 
 def _decompose(moment: Array, k: int, method: Method, key: Array | None) -> tuple[Array, Array, Array]:
     """The k leading singular triplets: ``[d_a, k]``, ``[k]`` descending, ``[k, d_b]``."""
-    if method == "svd":
+    if method == "svd" or (method == "randomised" and not _is_sketched(method, k, *moment.shape)):
         left, values, right = svd(moment)
     elif method == "gram":
         left, values, right = _gram_svd(moment)
     else:
-        left, values, right = _randomised_svd(moment, k, jax.random.key(0) if key is None else key)
+        left, values, right = _randomised_svd([moment], k, key)
     return left[:, :k], values[:k], right[:k]
 
 
@@ -300,15 +311,29 @@ def _gram_svd(moment: Array) -> tuple[Array, Array, Array]:
     return left, values, right / jnp.where(values > 0, values, 1)[:, None]
 
 
-def _randomised_svd(moment: Array, k: int, key: Array) -> tuple[Array, Array, Array]:
-    width = min(k + _OVERSAMPLING, *moment.shape)
-    sketch = jax.random.normal(key, (moment.shape[1], width), moment.dtype)
-    basis = qr(product(moment, sketch))[0]
+def _randomised_svd(factors: Sequence[Array], k: int, key: Array | None) -> tuple[Array, Array, Array]:
+    """The k leading singular triplets of the product of the factors, which is never formed."""
+    key = jax.random.key(0) if key is None else key
+    transposed = [factor.T for factor in reversed(factors)]
+    sketch = jax.random.normal(key, (factors[-1].shape[1], k + _OVERSAMPLING), factors[0].dtype)
+    basis = _product(*factors, sketch)
     for _ in range(_POWER_ITERATIONS):
-        basis = qr(product(moment.T, basis))[0]
-        basis = qr(product(moment, basis))[0]
-    left, values, right = svd(product(basis.T, moment))
-    return product(basis, left), values, right
+        basis = _product(*transposed, range_basis(basis))
+        basis = _product(*factors, range_basis(basis))
+    basis = qr(basis)[0]
+    right, triangle = qr(_product(*transposed, basis))
+    left, values, core = svd(triangle.T)
+    return product(basis, left[:, :k]), values[:k], product(core[:k], right.T)
+
+
+def _product(*factors: Array) -> Array:
+    """The product of matrices, from the right."""
+    return reduce(lambda right, left: product(left, right), reversed(factors))
+
+
+def _is_sketched(method: Method, k: int, *dimensions: int) -> bool:
+    """Whether a sketch of k directions is smaller than the matrix; else an exact decomposition is no dearer."""
+    return method == "randomised" and k + _OVERSAMPLING < min(dimensions)
 
 
 def _directions(rank: int | float | None, limit: int) -> int:

@@ -2,7 +2,7 @@
 
 from tvjax.checkpoints.coefficients import TrainingStore, load_coefficients, save_coefficients
 from tvjax.checkpoints.huggingface import Pretrained, from_pretrained, save_pretrained
-from tvjax.checkpoints.maps import load_state, save_state
+from tvjax.checkpoints.maps import TransportStore, load_state, save_state
 from tvjax.checkpoints.processors import Processor, load_processor
 from tvjax.checkpoints.safetensors import fingerprint, load_tree, map_tree, save_tree
 
@@ -10,6 +10,7 @@ __all__ = [
     "Pretrained",
     "Processor",
     "TrainingStore",
+    "TransportStore",
     "fingerprint",
     "from_pretrained",
     "load_coefficients",

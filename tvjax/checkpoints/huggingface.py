@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from jax.typing import DTypeLike
 
 from tvjax import tree
 from tvjax.checkpoints.atomic import new_folder, replacing
+from tvjax.checkpoints.json_files import read_json, write_json
 from tvjax.checkpoints.safetensors import fingerprint, open_tensors, save_tensors
 from tvjax.models.families import Family, family_of_config, family_of_settings
 from tvjax.models.key_table import find_sources, to_checkpoint
@@ -109,7 +109,7 @@ def from_pretrained(
       ValueError: naming what is wrong and the way out.
     """
     folder, revision = fetch(source, revision)
-    settings = _read_json(folder / "config.json")
+    settings = read_json(folder / "config.json")
     try:
         family = family_of_settings(settings)
         config = family.config.from_dict(settings)
@@ -145,7 +145,7 @@ def save_pretrained(pretrained: Pretrained, folder: str | os.PathLike[str]) -> N
         _copy_processors(pretrained.folder, folder)
         return
     with new_folder(folder) as temporary:
-        _write_json(temporary / "config.json", settings)
+        write_json(temporary / "config.json", settings)
         _copy_processors(pretrained.folder, temporary)
         save_tensors(temporary / _WEIGHTS, tensors, {"format": "pt"})
 
@@ -198,7 +198,7 @@ def weight_files(folder: Path) -> list[Path]:
             + (f", only {', '.join(pickles)}: pickles can run code and are never opened" if pickles else "")
             + ". Load the model with transformers where you trust it, and save it with save_pretrained"
         )
-    shard_of = _read_json(folder / _INDEX).get("weight_map")
+    shard_of = read_json(folder / _INDEX).get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(name, str) for name in shard_of.values()):
         raise ValueError(f"{folder / _INDEX} has no weight_map from keys to files: download it again")
     names = sorted(set(shard_of.values()))
@@ -248,14 +248,14 @@ def _without_dtypes(settings: Settings) -> dict[str, Any]:
 
 def _replace_model(folder: Path, settings: Settings, tensors: Mapping[str, Any]) -> None:
     has_weights = (folder / _WEIGHTS).is_file() or (folder / _INDEX).is_file()
-    same = (folder / "config.json").is_file() and _read_json(folder / "config.json") == settings
+    same = (folder / "config.json").is_file() and read_json(folder / "config.json") == settings
     if has_weights and not same:
         raise ValueError(
             f"{folder} holds another model (its config.json differs), which one rename cannot replace: give "
             "a new folder, or remove the old one"
         )
     if not same:
-        _write_json(folder / "config.json", settings)
+        write_json(folder / "config.json", settings)
     shards = weight_files(folder) if (folder / _INDEX).is_file() and not (folder / _WEIGHTS).is_file() else []
     save_tensors(folder / _WEIGHTS, tensors, {"format": "pt"})
     for stale in ([folder / _INDEX, *shards]) if shards else ():
@@ -267,20 +267,3 @@ def _copy_processors(source: Path | None, target: Path) -> None:
         if source and (source / name).is_file() and not (target / name).exists():
             with replacing(target / name) as temporary:
                 shutil.copyfile(source / name, temporary)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path.parent} has no {path.name}: is it the folder of a Hugging Face model?") from error
-    except ValueError as error:  # malformed JSON or UTF-8
-        raise ValueError(f"{path} is no JSON ({error}): download it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object: download it again")
-    return content
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

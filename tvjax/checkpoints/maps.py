@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 import jax
 import jax.numpy as jnp
 
 from tvjax.align.procrustes import Rotation
+from tvjax.checkpoints.json_files import read_json, write_json
 from tvjax.checkpoints.safetensors import open_tensors, save_tensors
 from tvjax.stages import Rows
 from tvjax.transport.base import Part, Piece, Rule, State
 
 FORMAT = "tvjax transport 1"
+STAGE_FORMAT = "tvjax transport stage 1"
 
 
 def save_state(path: str | os.PathLike[str], state: State) -> None:
@@ -24,20 +29,7 @@ def save_state(path: str | os.PathLike[str], state: State) -> None:
       path: where to.
       state: what `fit` returned.
     """
-    tensors: dict[str, jax.Array] = {}
-    for number, part in enumerate(state.parts):
-        for name, value in part.arrays.items():
-            fields = value._asdict() if isinstance(value, Rotation) else {"array": value}
-            tensors |= {f"{number}|arrays|{name}|{field}": array for field, array in fields.items()}
-        for name, values in part.measures.items():
-            tensors |= {f"{number}|measures|{name}|{field}": jnp.asarray(array) for field, array in values.items()}
-    description = {
-        "parts": [{"link": part.link, "rules": part.rules} for part in state.parts],
-        "paths": state.paths,
-        "sources": state.sources,
-        "notes": state.notes,
-    }
-    save_tensors(path, tensors, {"format": FORMAT, "description": json.dumps(description)})
+    _save_parts(path, FORMAT, state.parts, {"paths": state.paths, "sources": state.sources, "notes": state.notes})
 
 
 def load_state(path: str | os.PathLike[str]) -> State:
@@ -46,8 +38,92 @@ def load_state(path: str | os.PathLike[str]) -> State:
     Raises:
       ValueError: a file that is absent, corrupt, or no fitted transport.
     """
+    loaded, description = _load_parts(path, FORMAT)
+    paths, sources, notes = (tuple(description[name]) for name in ("paths", "sources", "notes"))
+    return State(loaded, None, paths, sources, notes)
+
+
+class TransportStore:
+    """What `tvjax.fit` has fitted, a file for each stage, in a folder: ``fit(..., store=...)`` goes on from there.
+
+    The folder belongs to one fit: it keeps what that depends on, and refuses anything else. A fit that went on gives
+    the same maps; where it reads gradients, up to rounding.
+
+    >>> import tempfile
+    >>> from tvjax.stages import Batch, single_stage
+    >>> from tvjax.transport import fit, theseus
+    >>> model = single_stage(lambda p, x: x @ p["w"], {"w": jnp.eye(3)})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for _ in range(2):  # the second time nothing is computed
+    ...         store = TransportStore(f"{folder}/maps", {"source": "a fingerprint"})
+    ...         state = fit(theseus(), model, model, [Batch(jnp.eye(3))], store=store)
+    ...     store.stages
+    ('model',)
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], depends_on: Mapping[str, str]):
+        """A store.
+
+        Args:
+          folder: made where it is absent.
+          depends_on: what the maps depend on, by name: fingerprints of models and images, the method, its settings.
+
+        Raises:
+          ValueError: the folder holds the maps of another fit; the message names what differs.
+        """
+        self.folder = Path(folder)
+        file = self.folder / "depends_on.json"
+        if file.is_file():
+            found = read_json(file)
+            differ = sorted(name for name in {**found, **depends_on} if found.get(name) != depends_on.get(name))
+            if differ:
+                raise ValueError(
+                    f"{str(folder)!r} holds the maps of another fit, of other {', '.join(differ)}: "
+                    "give another folder, or remove it"
+                )
+            return
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise ValueError(f"{str(folder)!r} is not empty, and holds no maps: give another folder for them")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, dict(depends_on))
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages whose parts are kept."""
+        return tuple(sorted(unquote(file.stem) for file in self.folder.glob("*.safetensors")))
+
+    def load(self, stage: str) -> tuple[Part, ...] | None:
+        """The parts of a stage; None where they are not kept.
+
+        Raises:
+          ValueError: a file that is corrupt.
+        """
+        file = self._file(stage)
+        return _load_parts(file, STAGE_FORMAT)[0] if file.is_file() else None
+
+    def save(self, stage: str, parts: tuple[Part, ...]) -> None:
+        """Keeps the parts of a stage; a file is complete before it has its name."""
+        _save_parts(self._file(stage), STAGE_FORMAT, parts, {})
+
+    def _file(self, stage: str) -> Path:
+        return self.folder / f"{quote(stage, safe='')}.safetensors"
+
+
+def _save_parts(path: str | os.PathLike[str], kind: str, parts: Sequence[Part], about: Mapping[str, Any]) -> None:
+    tensors: dict[str, jax.Array] = {}
+    for number, part in enumerate(parts):
+        for name, value in part.arrays.items():
+            fields = value._asdict() if isinstance(value, Rotation) else {"array": value}
+            tensors |= {f"{number}|arrays|{name}|{field}": array for field, array in fields.items()}
+        for name, values in part.measures.items():
+            tensors |= {f"{number}|measures|{name}|{field}": jnp.asarray(array) for field, array in values.items()}
+    description = {"parts": [{"link": part.link, "rules": part.rules} for part in parts], **about}
+    save_tensors(path, tensors, {"format": kind, "description": json.dumps(description)})
+
+
+def _load_parts(path: str | os.PathLike[str], kind: str) -> tuple[tuple[Part, ...], dict[str, Any]]:
     with open_tensors(path) as file:
-        if file.metadata.get("format") != FORMAT:
+        if file.metadata.get("format") != kind:
             raise ValueError(f"{os.fspath(path)!r} holds no fitted transport: make it with save_state")
         description = json.loads(file.metadata["description"])
         found: list[dict[str, dict[str, Any]]] = [{"arrays": {}, "measures": {}} for _ in description["parts"]]
@@ -61,8 +137,7 @@ def load_state(path: str | os.PathLike[str]) -> State:
             for name, fields in part["arrays"].items()
         }
         parts.append(Part(content["link"], arrays, part["measures"], tuple(map(_rule, content["rules"]))))
-    paths, sources, notes = (tuple(description[name]) for name in ("paths", "sources", "notes"))
-    return State(tuple(parts), None, paths, sources, notes)
+    return tuple(parts), description
 
 
 def _rule(fields: Any) -> Rule:

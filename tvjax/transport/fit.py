@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,16 @@ from tvjax.walk import Walk, differentiable
 PyTree = Any
 Batches = Iterable[Batch | tuple[Batch, Batch]]
 Progress = Callable[[int, int, str], None]
+
+
+class PartStore(Protocol):
+    """Where the fitted parts of stages are kept, so that a run that was interrupted goes on."""
+
+    def load(self, stage: str) -> tuple[Part, ...] | None:
+        """The parts of a stage of the target, one for each link; None where they are not kept."""
+
+    def save(self, stage: str, parts: tuple[Part, ...]) -> None:
+        """Keeps the parts of a stage."""
 
 
 class Leaf(NamedTuple):
@@ -103,7 +113,7 @@ class Pair:
         """The floating leaves that the target stage owns, with their partners."""
         model, stage = self.target.model, self.target.model.stages[self.target_index]
         theirs = owner_paths(self.source.model.stages[self.source_index], self.source.model.params)
-        owned = _owned(model)
+        owned = owner_of_leaves(model)
         return tuple(
             Leaf(
                 local,
@@ -129,6 +139,7 @@ def fit(
     host: bool = False,
     task: str = "",
     progress: Progress | None = None,
+    store: PartStore | None = None,
 ) -> State:
     """Fits a transport on a pair of models.
 
@@ -147,6 +158,8 @@ def fit(
       host: keep residual streams in host memory.
       task: name of the task whose labels are used; noted in the state.
       progress: called with (stages done, stages in all, name of the stage).
+      store: keeps what is fitted, stage by stage, and gives it back to a later run
+        (`tvjax.checkpoints.TransportStore`).
 
     Returns:
       The state, a pytree.
@@ -155,7 +168,7 @@ def fit(
       ValueError: models that cannot be matched, missing labels or loss, no rows; the message names what and where.
     """
     parts: tuple[Part, ...] | None = None
-    stream = _Fit(transport, source, target, batches, depth, tokens, check, host, task, progress)
+    stream = Fitting(transport, source, target, batches, depth, tokens, check, host, task, progress, store)
     for _, found in stream:
         parts = found if parts is None else tuple(a.merge(b) for a, b in zip(parts, found, strict=True))
     assert parts is not None
@@ -202,7 +215,7 @@ def transport_stages(
     shapes = {path: tuple(jnp.shape(leaf)) for path, leaf in tree.flatten(source.params).items()}
     for tau in taus:
         check_leaves(tau, shapes)
-    stream = _Fit(transport, source, target, batches, depth, tokens, check, host, task, progress)
+    stream = Fitting(transport, source, target, batches, depth, tokens, check, host, task, progress)
     flats = [{path: jnp.asarray(leaf, jnp.float32) for path, leaf in tree.flatten(tau).items()} for tau in taus]
     moved: list[Flat] = [{} for _ in taus]
     for pair, found in stream:
@@ -220,7 +233,7 @@ def transport_stages(
     ]
 
 
-class _Fit:
+class Fitting:
     """Checks everything that can be checked before any compute, then yields the parts of one pair after another."""
 
     def __init__(
@@ -231,13 +244,14 @@ class _Fit:
         batches: Any,
         depth: Any,
         tokens: token_alignment.Mode,
-        check: bool,
-        host: bool,
-        task: str,
-        progress: Progress | None,
+        check: bool = False,
+        host: bool = False,
+        task: str = "",
+        progress: Progress | None = None,
+        store: PartStore | None = None,
     ):
         self.transport, self.source, self.target = transport, source, target
-        self.tokens, self.check, self.task, self.progress = tokens, check, task, progress
+        self.tokens, self.check, self.task, self.progress, self.store = tokens, check, task, progress, store
         if tokens not in get_args(token_alignment.Mode):
             raise ValueError(f"tokens must be one of {get_args(token_alignment.Mode)}, found {tokens!r}")
         _check_models(transport, source, target)
@@ -282,16 +296,21 @@ class _Fit:
         boards: list[dict[str, Any]] = [{} for _ in self.walks]
         bare = Walk(self.source, []), Walk(self.target, [])
         for done, (target_index, source_index) in enumerate(order):
-            parts = []
+            pairs = []
             moved = False
             for link, walks, board in zip(self.transport.links, self.walks, boards, strict=True):
                 a, b = walks or bare
-                pair = Pair(a, source_index, b, target_index, self.tokens, board, moved)
-                parts.append(link.fit(pair))
+                pairs.append(Pair(a, source_index, b, target_index, self.tokens, board, moved))
                 moved = moved or link.space == "bridge"
+            stage = pairs[0].name
+            parts = None if self.store is None else self.store.load(stage)
+            if parts is None:
+                parts = tuple(link.fit(pair) for link, pair in zip(self.transport.links, pairs, strict=True))
+                if self.store is not None and not any(boards):  # else a later stage needs what this one left there
+                    self.store.save(stage, parts)
             if self.progress is not None:
-                self.progress(done + 1, len(order), pair.name)
-            yield pair, tuple(parts)
+                self.progress(done + 1, len(order), stage)
+            yield pairs[0], parts
             if done + 1 < len(order):
                 self._release(order[done + 1 :])
 
@@ -315,7 +334,10 @@ class _Fit:
         """What the user should know of these parts."""
         notes = []
         for part in parts:
-            rows = jax.device_get({name: m["rows"] for name, m in part.measures.items() if "rank" in m})
+            found = {name: m["rows"] for name, m in part.measures.items() if "rank" in m}
+            if tree.is_traced(found):
+                continue
+            rows = jax.device_get(found)
             short = [name for name, count in rows.items() if _is_short(part.arrays[name], count)]
             if short:
                 notes.append(
@@ -351,7 +373,6 @@ def _views(batch: Any) -> tuple[Batch, Batch]:
 def _check_batches(name: str, views: list[tuple[Batch, Batch]]) -> None:
     if not views:
         raise ValueError(f"{name} needs calibration batches, found none (an iterator that was used up before?)")
-    finite = []
     for number, view in enumerate(views):
         sizes = [_examples(f"calibration batch {number}", batch) for batch in view]
         if sizes[0] != sizes[1]:
@@ -359,6 +380,10 @@ def _check_batches(name: str, views: list[tuple[Batch, Batch]]) -> None:
                 f"calibration batch {number} has {sizes[0]} examples for the source and {sizes[1]} for the target: "
                 "both are views of the same examples, in the same order"
             )
+    if tree.is_traced(views):
+        return
+    finite = []
+    for number, view in enumerate(views):
         for leaf in jax.tree.leaves([batch.inputs for batch in view]):
             if jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
                 finite.append((number, jnp.all(jnp.isfinite(leaf))))
@@ -485,7 +510,7 @@ def _check_stages(walk: Walk) -> None:
             raise ValueError(f"stage {stage.name}: {error}") from None
 
 
-def _owned(model: Model) -> dict[str, str]:
+def owner_of_leaves(model: Model) -> dict[str, str]:
     """For each leaf the name of the first stage that takes it: its owner."""
     owner: dict[str, str] = {}
     for stage in model.stages:

@@ -63,7 +63,16 @@ class MapTable:
         return self.maps["activation", base.names(0), base.names(1)]
 
 
-def plan(inputs: str, outputs: str, options: Options, pair: Pair) -> tuple[MapTable, list[Rule]]:
+def seen_by(name: str) -> tuple[str, ...]:
+    """The names of the activations or gradients that a map was fitted on, those of the target first.
+
+    >>> seen_by("vision/blocks/0:norm1/scale#0:out:activation")
+    ('norm1/scale#0:out',)
+    """
+    return tuple(name.partition(":")[2].rpartition(":")[0].split("&"))
+
+
+def maps_and_rules(inputs: str, outputs: str, options: Options, pair: Pair) -> tuple[MapTable, list[Rule]]:
     """The maps to estimate at a pair of stages and the rule of every target leaf.
 
     Args:

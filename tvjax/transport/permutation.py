@@ -60,6 +60,8 @@ def _fit(symmetry: Symmetry, key: Array, progress: Progress | None, pair: Pair) 
                 "the depth pairing alone, and give both models the same stages"
             )
     models = pair.source.model, pair.target.model
+    if tree.is_traced(models):
+        raise ValueError("transfusion compares the weights themselves: it cannot be planned or traced from shapes")
     if "match" not in pair.board:  # one match of the whole models serves all their stages
         pair.board["match"] = match_weights(symmetry, *(model.params for model in models), key=key, progress=progress)
     match: Match = pair.board["match"]

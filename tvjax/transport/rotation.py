@@ -31,7 +31,7 @@ from tvjax.capture import Captured, Site, SiteTable
 from tvjax.capture.views import apply_view, transpose_view
 from tvjax.stages import Rows
 from tvjax.transport.base import Flat, Link, Part, Piece, Reads, Transport
-from tvjax.transport.maps import Map, SitePair, plan
+from tvjax.transport.maps import Map, SitePair, maps_and_rules
 from tvjax.transport.statistics import Options, Statistics, matmul, per_layer
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def rotation(name: str, inputs: str, outputs: str, options: Options) -> Transpor
 
 
 def _fit(name: str, inputs: str, outputs: str, options: Options, pair: Pair) -> Part:
-    table, rules = plan(inputs, outputs, options, pair)
+    table, rules = maps_and_rules(inputs, outputs, options, pair)
     observed = [found for found in table.maps.values() if not found.linear]
     statistics = {found.name: Statistics(options) for found in observed}
     names = [_names(observed, model) for model in (0, 1)]

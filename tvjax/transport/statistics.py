@@ -68,8 +68,7 @@ class Statistics:
         self.rows.append((a, b, weights))
         rows = sum(chunk[0].shape[-2] for chunk in self.rows)
         enough = rows >= min(a.shape[-1], b.shape[-1])
-        # A sketch of the moment is cheaper than a QR of the rows.
-        if self.moments is not None or enough or self.options.whiten or self.options.method == "randomised":
+        if self.moments is not None or enough or self.options.whiten:
             self._fold()
 
     def _fold(self) -> None:

@@ -1,0 +1,113 @@
+"""A plan says, from shapes alone, what the fit then does."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import tvjax
+from tvjax.align.procrustes import Rotation
+from tvjax.transport import leaf_report
+from tvjax.transport.plan import plan
+
+
+def abstract(arrays):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
+
+
+def rotations(state):
+    return {name: r for part in state.parts for name, r in part.arrays.items() if isinstance(r, Rotation)}
+
+
+def assert_is_plan_of(found, state):
+    assert found.leaves == tuple(leaf._replace(measures={}) for leaf in leaf_report(state))
+    maps = {m.name: m for stage in found.stages for m in stage.maps}
+    assert {name: m.shape for name, m in maps.items()} == {
+        name: (r.left.shape[-2], r.right.shape[-1]) for name, r in rotations(state).items()
+    }
+    measures = {name: found for part in state.parts for name, found in part.measures.items()}
+    for name, planned in maps.items():
+        assert planned.rows == int(measures[name]["rows"]), name
+    size = sum(x.size * x.dtype.itemsize for part in state.parts for x in jax.tree.leaves(part.arrays))
+    assert found.memory["maps"] == size
+
+
+def test_a_plan_is_what_the_fit_does(tiny, name, fitted):
+    transport, state = fitted(name)
+    if name == "transfusion":
+        with pytest.raises(ValueError, match="transfusion compares the weights themselves"):
+            plan(transport, abstract(tiny.a), abstract(tiny.b), [])
+        return
+    assert_is_plan_of(plan(transport, abstract(tiny.a), abstract(tiny.b), abstract(tiny.batches)), state)
+
+
+@pytest.mark.parametrize("target", ["w", "d"])
+def test_across_widths_and_depths(tiny, target):
+    target = getattr(tiny, target)
+    found = plan(tvjax.theseus(), abstract(tiny.a), abstract(target), abstract(tiny.batches))
+    assert_is_plan_of(found, tvjax.fit(tvjax.theseus(), tiny.a, target, tiny.batches))
+    assert [stage.target for stage in found.stages] == [stage.name for stage in target.stages]
+    partners = dict.fromkeys(stage.source for stage in found.stages)
+    assert list(partners) == [stage.name for stage in tiny.a.stages]
+
+
+def test_tokens_and_the_examples_that_a_unique_map_needs(tiny):
+    larger = tiny.make_model(tiny.make_config(image=12), 4)
+    pixels = [jax.ShapeDtypeStruct((3, size, size, 3), jnp.float32) for size in (8, 12)]
+    views = tuple(tvjax.Batch({"pixels": x}) for x in pixels)
+    found = plan(tvjax.theseus(), abstract(tiny.a), abstract(larger), [views])
+    block = next(stage for stage in found.stages if stage.target == "vision/blocks/1")
+    assert block.tokens == (5, 10, 10)
+    assert {(m.shape, m.rows, m.examples) for m in block.maps} == {((16, 16), 30, 2), ((32, 32), 30, 4)}
+
+
+def test_gradients_cost_memory_and_residual_streams_grow_with_the_examples(tiny):
+    def memory(transport, count):
+        batch = abstract(tiny.make_batches(1, count)[0])
+        return plan(transport, abstract(tiny.a), abstract(tiny.w), [batch]).memory
+
+    few, many, bico = memory(tvjax.theseus(), 4), memory(tvjax.theseus(), 8), memory(tvjax.bico(), 4)
+    assert many["residual streams"] == 2 * few["residual streams"]
+    assert bico["residual streams"] == 2 * few["residual streams"]
+    assert bico["largest stage"] > few["largest stage"]
+    assert bico["parameters"] == few["parameters"]
+
+
+def test_what_is_traced_does_not_grow_with_depth(tiny):
+    shallow, deep = (abstract(tiny.make_model(tiny.make_config(depth=depth), 0)) for depth in (3, 9))
+    batch = abstract(tiny.batches[0])
+    traced = []
+
+    def counting(function):
+        def wrapped(*args):
+            traced.append(1)
+            return function(*args)
+
+        return wrapped
+
+    link = tvjax.theseus().links[0]
+    counted = tvjax.Transport((link._replace(fit=counting(link.fit)),))
+    plan(counted, shallow, shallow, [batch])
+    once = len(traced)
+    plan(counted, deep, deep, [batch])
+    assert len(traced) == 2 * once
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"depth": "cka"}, "compares activations, which a plan does not compute"),
+        ({"depth": [0, 7]}, "layer"),
+        ({"tokens": "every other"}, "tokens must be one of"),
+    ],
+)
+def test_what_a_fit_refuses_is_refused(tiny, change, message):
+    with pytest.raises(ValueError, match=message):
+        plan(tvjax.theseus(), abstract(tiny.a), abstract(tiny.b), abstract(tiny.batches), **change)
+
+
+def test_shapes_that_do_not_fit_are_refused(tiny):
+    with pytest.raises(ValueError, match="gradfix needs models of one shape"):
+        plan(tvjax.gradfix(), abstract(tiny.a), abstract(tiny.w), abstract(tiny.batches))
+    bare = [tvjax.Batch(batch.inputs) for batch in abstract(tiny.batches)]
+    with pytest.raises(ValueError, match="bico reads gradients, so its calibration batches need labels"):
+        plan(tvjax.bico(), abstract(tiny.a), abstract(tiny.w), bare)

@@ -1,0 +1,33 @@
+"""JSON objects on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tvjax.checkpoints.atomic import replacing
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file.
+
+    Raises:
+      ValueError: a file that is absent, malformed, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path.parent} has no {path.name}: is it the folder of a Hugging Face model?") from error
+    except (ValueError, RecursionError) as error:  # malformed JSON or UTF-8
+        raise ValueError(f"{path} is no JSON ({error}): download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object: download it again")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes an object, replacing the file when it is complete."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,262 @@
+"""What a fit would do, from shapes alone: pairs of stages, maps and their rows, what becomes of every leaf, memory.
+
+`fit` is traced with `jax.eval_shape`: nothing is computed, no parameter is read, and what a fit refuses is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tvjax import tree
+from tvjax.align import tokens as token_alignment
+from tvjax.align.procrustes import Rotation
+from tvjax.capture import Site, SiteTable
+from tvjax.stages import Model, local_params, owner_paths
+from tvjax.transport.base import Part, State, Transport
+from tvjax.transport.fit import Batches, Fitting, Pair, owner_of_leaves
+from tvjax.transport.leaf_report import LeafReport, leaf_report
+from tvjax.transport.maps import seen_by
+from tvjax.walk import Walk
+
+
+class PlannedMap(NamedTuple):
+    """One map between the activation spaces of a pair of stages.
+
+    Attributes:
+      name: of the map.
+      shape: ``(d_a, d_b)``.
+      rows: calibration rows that it is fitted on, padding included.
+      examples: calibration examples from which on it is unique: as many rows as the smaller dimension.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rows: int
+    examples: int
+
+
+class PlannedStage(NamedTuple):
+    """A stage of the target.
+
+    Attributes:
+      target: its name.
+      source: name of its partner.
+      tokens: tokens of an activation in the source, in the target, and after alignment; None without a token axis.
+      maps: the maps between the two.
+      size: bytes of what is alive while the stage is fitted: activations, gradients, moments.
+    """
+
+    target: str
+    source: str
+    tokens: tuple[int, int, int] | None
+    maps: tuple[PlannedMap, ...]
+    size: int
+
+
+class Plan(NamedTuple):
+    """What a fit would do.
+
+    Attributes:
+      stages: the target's stages in their order.
+      leaves: what becomes of every leaf, as `tvjax.transport.leaf_report` has it, without measures.
+      memory: bytes by what they hold, at most: ``parameters`` of both models, ``residual streams`` of the calibration
+        examples between all stages (and their gradients), the ``largest stage``, the ``maps`` of all stages, and the
+        task vector before and after (``task vectors``). An estimate: workspace of XLA and of LAPACK is left out.
+    """
+
+    stages: tuple[PlannedStage, ...]
+    leaves: tuple[LeafReport, ...]
+    memory: dict[str, int]
+
+
+def plan(
+    transport: Transport,
+    source: Model,
+    target: Model,
+    batches: Batches,
+    *,
+    depth: Any = "uniform",
+    tokens: token_alignment.Mode = "interpolate",
+) -> Plan:
+    """What `fit` would do with these arguments; the arrays may be `jax.ShapeDtypeStruct`.
+
+    Args:
+      transport: what to fit.
+      source: the model that task vectors come from.
+      target: the model that they go to.
+      batches: calibration batches, as in `fit`, not by link.
+      depth: as in `fit`; ``"cka"`` compares activations, so it cannot be planned.
+      tokens: as in `fit`.
+
+    Raises:
+      ValueError: whatever `fit` refuses before it computes, and ``depth="cka"``.
+
+    >>> from tvjax.stages import Batch, single_stage
+    >>> from tvjax.transport import theseus
+    >>> shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
+    >>> small, large = (single_stage(lambda p, x: x @ p["w"], {"w": shape(n, n)}) for n in (3, 5))
+    >>> found = plan(theseus(), small, large, [(Batch(shape(4, 3)), Batch(shape(4, 5)))])
+    >>> [(leaf.target, leaf.action) for leaf in found.leaves], [m.shape for m in found.stages[0].maps]
+    ([('w', 'rotated')], [(3, 5), (3, 5)])
+    """
+    if "cka" in (depth.values() if isinstance(depth, dict) else [depth]):
+        raise ValueError("depth='cka' compares activations, which a plan does not compute: give a list of layers")
+    stages: dict[str, PlannedStage] = {}
+    streams = 0
+
+    def traced(source: Model, target: Model, batches: Any) -> State:
+        nonlocal streams
+        work = Fitting(transport, source, target, batches, depth, tokens)
+        work.store = _OncePerKind(work)
+        parts: tuple[Part, ...] | None = None
+        walks = next(filter(None, work.walks), None)
+        for pair, found in work:
+            stages[pair.name] = _planned_stage(transport, pair, walks, found)
+            parts = found if parts is None else tuple(a.merge(b) for a, b in zip(parts, found, strict=True))
+        assert parts is not None
+        streams = sum(_streams(transport, walk) for walks in work.walks if walks for walk in walks)
+        return work.state(tuple(dataclasses.replace(part, measures={}) for part in parts), ())
+
+    state = jax.eval_shape(traced, source, target, list(batches))
+    order = [stages[stage.name] for stage in target.stages if stage.name in stages]
+    memory = {
+        "parameters": _bytes((source.params, target.params)),
+        "residual streams": streams,
+        "largest stage": max(stage.size for stage in order),
+        "maps": _bytes([part.arrays for part in state.parts]),
+        "task vectors": sum(4 * math.prod(x.shape) for m in (source, target) for x in jax.tree.leaves(m.params)),
+    }
+    return Plan(tuple(order), tuple(leaf_report(state)), memory)
+
+
+class _OncePerKind:
+    """A store that gives a stage the parts of one like it, under its own names: one pair of each kind is traced."""
+
+    def __init__(self, work: Fitting):
+        self.links, self.models = work.transport.links, (work.source, work.target)
+        partners = [work.source.stages[index] for index in work.pairing]
+        self.pairs = {b.name: (a, b) for a, b in zip(partners, work.target.stages, strict=True)}
+        self.owner = owner_of_leaves(work.target)
+        self.known: dict[Any, tuple[str, tuple[Part, ...]]] = {}
+
+    def load(self, stage: str) -> tuple[Part, ...] | None:
+        """The parts of a stage of a known kind."""
+        if (kind := self._kind(stage)) not in self.known:
+            return None
+        like, parts = self.known[kind]
+        sources, targets = (
+            dict(zip(theirs.values(), mine.values(), strict=True))
+            for theirs, mine in zip(self._paths(like), self._paths(stage), strict=True)
+        )
+        renamed, moved = [], False
+        for link, part in zip(self.links, parts, strict=True):
+            inputs = targets if moved or link.space == "target" else sources
+            renamed.append(_renamed(part, f"{like}:", f"{stage}:", inputs, targets))
+            moved = moved or link.space == "bridge"
+        return tuple(renamed)
+
+    def save(self, stage: str, parts: tuple[Part, ...]) -> None:
+        """Keeps the parts of the first stage of a kind."""
+        self.known[self._kind(stage)] = stage, parts
+
+    def _paths(self, name: str) -> list[dict[str, str]]:
+        """Paths in the models by path in the stage, of the source's stage and of the target's."""
+        pair = zip(self.pairs[name], self.models, strict=True)
+        return [owner_paths(stage, model.params) for stage, model in pair]
+
+    def _kind(self, name: str) -> Any:
+        pair = list(zip(self.pairs[name], self.models, strict=True))
+        functions = tuple((stage.function, stage.rows, stage.fixed) for stage, _ in pair)
+        leaves = [tree.flatten(local_params(stage, model.params)) for stage, model in pair]
+        shapes = tuple((side, path, jnp.shape(x)) for side in (0, 1) for path, x in leaves[side].items())
+        owned = tuple(local for local, path in self._paths(name)[1].items() if self.owner[path] == name)
+        return functions, shapes, owned
+
+
+def _renamed(part: Part, like: str, stage: str, sources: dict[str, str], targets: dict[str, str]) -> Part:
+    """A part under the names of another stage: maps begin with its name, masks are called by its leaves."""
+
+    def name(old: str) -> str:
+        return targets[old] if old in targets else stage + old.removeprefix(like)
+
+    rules = [
+        rule._replace(
+            target=targets[rule.target],
+            source=rule.source and sources[rule.source],
+            pieces=tuple(
+                p._replace(inner=p.inner and name(p.inner), outer=p.outer and name(p.outer)) for p in rule.pieces
+            ),
+        )
+        for rule in part.rules
+    ]
+    return Part(part.link, {name(old): array for old, array in part.arrays.items()}, {}, tuple(rules))
+
+
+def _planned_stage(
+    transport: Transport, pair: Pair, walks: tuple[Walk, Walk] | None, parts: Sequence[Part]
+) -> PlannedStage:
+    partner = pair.source.model.stages[pair.source_index].name
+    if walks is None:
+        return PlannedStage(pair.name, partner, None, (), 0)
+    tables = walks[0].table(pair.source_index), walks[1].table(pair.target_index)
+    examples = sum(jax.tree.leaves(batch.inputs)[0].shape[0] for batch in walks[1].batches)
+    maps, moments, seen = [], 0, None
+    rotations = ((name, x) for part in parts for name, x in part.arrays.items() if isinstance(x, Rotation))
+    for name, rotation in rotations:
+        found = _tokens(pair, *_sites_of(name, *tables))
+        seen = seen or found
+        aligned = 1 if found is None else found[2]
+        shape = rotation.left.shape[-2], rotation.right.shape[-1]
+        maps.append(PlannedMap(name, shape, examples * aligned, math.ceil(min(shape) / aligned)))
+        moments += 4 * min(math.prod(shape), examples * aligned * sum(shape))
+    activations = sum(_activations(table, transport.needs_gradients) for table in tables)
+    return PlannedStage(pair.name, partner, seen, tuple(maps), activations + moments)
+
+
+def _sites_of(name: str, source: SiteTable, target: SiteTable) -> tuple[Site, Site]:
+    """A site of the target that a map is fitted at, and its partner."""
+    for site in target.sites:
+        if {site.input, site.output, site.gradient} & set(seen_by(name)):
+            partner = next((s for s in source.sites if s.key == site.key), None)
+            if partner is not None:
+                return partner, site
+    raise AssertionError(f"the map {name} is fitted at no site of its stage")
+
+
+def _tokens(pair: Pair, site_a: Site, site_b: Site) -> tuple[int, int, int] | None:
+    """The tokens of an example at a site in the source, in the target, and aligned; None where it has but one row."""
+    if len(site_a.rows) < 2 or len(site_b.rows) < 2:
+        return None
+    tokens_a, tokens_b = (math.prod(site.rows[1:]) for site in (site_a, site_b))
+    operators = token_alignment.alignment(pair.source_rows, pair.target_rows, tokens_a, tokens_b, pair.tokens)
+    return tokens_a, tokens_b, tokens_b if operators.b is None else operators.b.shape[0]
+
+
+def _activations(table: SiteTable, gradients: bool) -> int:
+    """Bytes of the activations at the sites of a stage, each counted once, in float32."""
+    sizes = {}
+    for site in table.sites:
+        rows = 4 * math.prod(site.rows)
+        sizes[site.output] = rows * site.d_out
+        if site.input is not None:
+            sizes[site.input] = rows * site.d_in
+        if gradients:
+            sizes[site.gradient] = rows * site.d_out
+    return sum(sizes.values())
+
+
+def _streams(transport: Transport, walk: Walk) -> int:
+    """Bytes of what a model's stages take and return, with the gradients where they are read."""
+    fresh = Walk(walk.model, walk.batches)
+    carries = sum(_bytes(fresh.carries(index)) for index in range(len(walk.model.stages) + 1))
+    return carries * (2 if transport.needs_gradients else 1)
+
+
+def _bytes(arrays: Any) -> int:
+    return sum(math.prod(jnp.shape(x)) * jnp.result_type(x).itemsize for x in jax.tree.leaves(arrays))
