@@ -6,7 +6,7 @@ import pytest
 
 from tvjax.cli.main import run
 
-COMMANDS = ("demo", "transport", "evaluate", "extract", "apply")
+COMMANDS = ("demo", "transport", "evaluate", "extract", "apply", "merge", "compose")
 
 
 def move(models, target, method, output, *more):
@@ -112,14 +112,3 @@ def test_debug_shows_the_traceback(tmp_path, capsys):
     assert run(["evaluate", str(tmp_path), "--images", str(tmp_path), "--debug"]) == 2
     printed = capsys.readouterr().err
     assert "Traceback" in printed and "has no config.json" in printed.splitlines()[-1]
-
-
-def test_progress_is_plain_lines_without_a_terminal_and_nothing_when_quiet(capsys):
-    from tvjax.cli.progress import progress
-
-    with progress("fit", quiet=False) as report:
-        report(1, 2, "block")
-    assert capsys.readouterr().err == "fit 1/2: block\n"
-    with progress("fit", quiet=True) as report:
-        report(1, 2, "block")
-    assert capsys.readouterr() == ("", "")

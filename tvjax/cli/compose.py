@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from tvjax.cli import config as recipes
-from tvjax.cli.options import AnyBase, Classes, Images, Quiet, Templates
+from tvjax.cli.options import AnyBase, Classes, Images, Json, Quiet, Templates
 
 if TYPE_CHECKING:
     from tvjax.stages import PyTree
@@ -61,6 +61,7 @@ def compose(
         Path | None, typer.Option(metavar="FOLDER", help="Keep the training's state here; a later run goes on.")
     ] = None,
     any_base: AnyBase = False,
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Learn coefficients of task vectors on a few images, and save the model that they give.
@@ -80,6 +81,7 @@ def compose(
         save_pretrained,
     )
     from tvjax.cli import inputs
+    from tvjax.cli.output import show
     from tvjax.cli.progress import progress
     from tvjax.data.augment import StrongView, WeakView
     from tvjax.evaluate.accuracy import accuracy, class_scores
@@ -161,8 +163,23 @@ def compose(
     save_coefficients(output / "coefficients.safetensors", coefficients, metadata)
     plot_coefficients(coefficients, output / "coefficients.png")
     recipes.write(context, output)
-    if not quiet:
-        also = f" and {len(trained.trainable.leaves)} leaves" if tuned else ""
-        print(f"{output}: {model} with {len(taus)} task vectors, {coefficients.values.size} coefficients{also},")
-        chosen = "" if trained.score is None else f", accuracy {100 * trained.score:.1f} % on {validation}"
-        print(f"learning rate {trained.learning_rate:g}, {trained.epochs} epochs{chosen}")
+    number, leaves = coefficients.values.size, len(trained.trainable.leaves) if tuned else 0
+    also = f" and {leaves} leaves" if tuned else ""
+    by = "" if trained.score is None else f", accuracy {100 * trained.score:.1f} % on {validation}"
+    show(
+        {
+            "output": output,
+            "model": model,
+            "task_vectors": files,
+            "objective": objective,
+            "coefficients": number,
+            "tuned_leaves": leaves,
+            "learning_rate": trained.learning_rate,
+            "epochs": trained.epochs,
+            "validation_accuracy": trained.score,
+        },
+        f"{output}: {model} with {len(taus)} task vectors, {number} coefficients{also},",
+        f"learning rate {trained.learning_rate:g}, {trained.epochs} epochs{by}",
+        as_json=as_json,
+        quiet=quiet,
+    )

@@ -7,20 +7,22 @@ from typing import Annotated
 
 import typer
 
-from tvjax.cli.options import Quiet
+from tvjax.cli import config as recipes
+from tvjax.cli.options import Json, Quiet
 
 
 def demo(
+    context: typer.Context,
     full: Annotated[bool, typer.Option("--full", help="All tasks and three draws.")] = False,
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the results go.")] = Path("results/demo"),
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Move task vectors of a small CLIP into three others by every method, and evaluate them on real images."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"the output {str(output)!r} is a file: give a folder")
 
-    from rich.console import Console
-
+    from tvjax.cli.output import show
     from tvjax.cli.progress import progress
     from tvjax.demo import experiment, setup
     from tvjax.report.tables import accuracy_table, arithmetic_table
@@ -28,12 +30,17 @@ def demo(
     with progress("demo", quiet) as report:
         findings = experiment.run(setup.FULL if full else setup.QUICK, report)
     files = experiment.write(findings, output)
-    if quiet:
-        return
-    console = Console(width=None if Console().is_terminal else 160)
-    for target, title in setup.TITLES.items():
-        console.print(accuracy_table(findings.measurements, findings.comparisons, target, title))
-    console.print(arithmetic_table([edit._asdict() for edit in findings.edits], f"Arithmetic on {setup.SOURCE}"))
-    for line in experiment.footnotes(findings):
-        console.print(line)
-    console.print(f"{findings.seconds:.0f} s; wrote {', '.join(map(str, files))}")
+    recipes.write(context, output)
+    tables = [
+        accuracy_table(findings.measurements, findings.comparisons, target, title)
+        for target, title in setup.TITLES.items()
+    ]
+    show(
+        {"output": output, "files": files, **experiment.results(findings)},
+        *tables,
+        arithmetic_table([edit._asdict() for edit in findings.edits], f"Arithmetic on {setup.SOURCE}"),
+        *experiment.footnotes(findings),
+        f"{findings.seconds:.0f} s; wrote {', '.join(map(str, files))}",
+        as_json=as_json,
+        quiet=quiet,
+    )

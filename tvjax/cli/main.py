@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -42,25 +44,45 @@ def run(arguments: Sequence[str]) -> int:
     """Runs one command.
 
     Returns:
-      The exit code: 0; 2 for bad input, with one line on the standard error; 130 where it was interrupted.
+      The exit code: 0; 2 for bad input and 1 for a fault of tvjax, with one line on the standard error; 130 where it
+      was interrupted, 141 where nobody reads its output to the end.
     """
     debug = "--debug" in arguments
+    code = 2
     try:
         words, defaults = config.read(app, [argument for argument in arguments if argument != "--debug"])
-        app(words, prog_name="tvjax", standalone_mode=False, default_map=defaults)
-        return 0
+        ended = app(words, prog_name="tvjax", standalone_mode=False, default_map=defaults)
+        sys.stdout.flush()
+        return ended or 0  # typer ends an interrupted command with 130, any other with what it returns, None
     except typer.TyperException as error:
         message = f"{error.format_message()} (tvjax --help)"
+    except (BrokenPipeError, SystemExit):  # as of `tvjax inspect ... | head`; typer makes the one the other
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - nothing that is left to flush may raise again
+        return 141
     except (ValueError, OSError) as error:
-        message = str(error)
+        message = str(error) or type(error).__name__
         if debug:
             traceback.print_exc()
     except (typer.Abort, KeyboardInterrupt):
         return 130
-    print(f"tvjax: error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    except Exception as error:
+        code = 1
+        hint = "please report it" if debug else "please report it with what --debug shows"
+        message = f"a fault of tvjax, {hint}: {type(error).__name__}: {error}"
+        if debug:
+            traceback.print_exc()
+    print(f"tvjax: error: {_line(message)}", file=sys.stderr)
+    return code
+
+
+def _line(message: str) -> str:
+    """A message on one line, without characters that would steer a terminal."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(message.split()))
 
 
 def main() -> None:
     """Runs the command of the command line and exits with its code."""
+    for stream in (sys.stdout, sys.stderr):  # a name of a file may be no text
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:]))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tvjax.cli import config as recipes
-from tvjax.cli.options import AnyBase, Options, Quiet
+from tvjax.cli.options import AnyBase, Json, Options, Quiet
 
 if TYPE_CHECKING:
     from tvjax.merge import MergedLeaf
@@ -40,6 +40,7 @@ def merge(
     seed: Annotated[int, typer.Option(help="Of methods that draw at random.")] = 0,
     dtype: Annotated[str, typer.Option(help="Of the task vector: float32, float16 or bfloat16.")] = "float32",
     any_base: AnyBase = False,
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Merge task vectors of one model into one, and write it or the model with it."""
@@ -49,6 +50,7 @@ def merge(
     from tvjax import merge as methods
     from tvjax.checkpoints import from_pretrained, map_tree, save_pretrained, save_tree
     from tvjax.cli import inputs
+    from tvjax.cli.output import show
     from tvjax.cli.progress import progress
 
     chosen = recipes.parse_options(options or ())
@@ -79,22 +81,29 @@ def merge(
 
     rows: list[MergedLeaf] = []
     leaves = len(tree.flatten(loaded[0][0]))
-    with progress(method, quiet) as show:
+    with progress(method, quiet) as tell:
 
         def report(row: MergedLeaf) -> None:
             rows.append(row)
-            show(len(rows), leaves, row.path)
+            tell(len(rows), leaves, row.path)
 
         tau = function([tau for tau, _ in loaded], report=report, **arguments)
     if base is None:
         save_tree(output, arithmetic.scale(tau, scale), metadata, dtype)
     else:
         save_pretrained(base.with_params(arithmetic.apply(base.params, tau, scale)), output)
-    write_report(output, rows, {"method": method, "scale": scale, "task_vectors": [str(file) for file in task_vectors]})
+    about = {"method": method, "scale": scale, "task_vectors": [str(file) for file in task_vectors]}
+    write_report(output, rows, about)
     recipes.write(context, output)
-    if not quiet:
-        print(f"{output}: {len(loaded)} task vectors of {metadata.get('base_model', 'one model')} merged by {method}")
-        print(f"scale {scale:g}, norm {float(tree.norm(tau)):.4g}; by leaf: {report_name(output).name}")
+    norm = float(tree.norm(tau))
+    name = metadata.get("base_model")
+    show(
+        {"output": output, **about, "base_model": name, "norm": norm, "leaf_report": report_name(output)},
+        f"{output}: {len(loaded)} task vectors of {name or 'one model'} merged by {method}",
+        f"scale {scale:g}, norm {norm:.4g}; by leaf: {report_name(output).name}",
+        as_json=as_json,
+        quiet=quiet,
+    )
 
 
 def check_options(name: str, method: Callable[..., Any], options: Mapping[str, Any], given: Collection[str]) -> None:

@@ -29,3 +29,4 @@ AnyBase = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at once.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object, and nothing else.")]

@@ -1,0 +1,159 @@
+"""What holds for every command: exit codes, one line for an error, JSON and nothing else, progress."""
+
+import io
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tvjax.cli import output, progress
+from tvjax.cli.main import app, run
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """`tvjax demo` that raises the given error."""
+
+    def install(error):
+        def fail(*_):
+            raise error
+
+        monkeypatch.setattr("tvjax.cli.config.read", fail)
+
+    return install
+
+
+def test_a_fault_is_one_line_and_exit_code_1_and_a_traceback_only_for_debug(failing, capsys):
+    failing(KeyError("hidden"))
+    assert run(["demo"]) == 1
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert printed.out == "" and "a fault of tvjax" in line and "KeyError: 'hidden'" in line and "--debug" in line
+    assert run(["demo", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ValueError("no such thing"), 2), (PermissionError(13, "Permission denied", "x"), 2), (OSError(), 2)],
+)
+def test_bad_input_is_exit_code_2(failing, capsys, error, code):
+    failing(error)
+    assert run(["demo"]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("tvjax: error: ") and len(line) > len("tvjax: error: ")
+
+
+def test_an_interrupt_prints_nothing(failing, capsys, monkeypatch):
+    failing(KeyboardInterrupt())
+    assert run(["demo"]) == 130
+    monkeypatch.undo()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tvjax.cli.config.parse_options", interrupt)
+    assert run(["merge", "a", "--method", "ties", "--output", "b.safetensors"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_message_is_one_line_and_steers_no_terminal(failing, capsys):
+    failing(ValueError("a\nb\u2028c \x1b[31mred\x07 é \udce9"))
+    assert run(["demo"]) == 2
+    assert capsys.readouterr().err == "tvjax: error: a b c \\x1b[31mred\\x07 é \\udce9\n"
+
+
+def test_output_that_nobody_reads_is_no_error():
+    code = "from tvjax.cli.main import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == ("", 141)
+    process.stderr.close()
+
+
+def test_every_command_with_a_result_has_json_and_quiet():
+    from typer.main import get_command
+
+    for name, command in get_command(app).commands.items():
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert "--quiet" in options, name
+        if name in ("demo", "merge", "compose", "evaluate", "inspect"):
+            assert "--json" in options, name
+
+
+def test_json_is_one_object_whatever_the_values_are(capsys):
+    result = {
+        "path": pathlib.Path("a b"),
+        "number": np.float32(0.5),
+        "array": np.arange(2),
+        "nan": float("nan"),
+        "row": output._plain({1: (float("inf"), None, True)}),
+    }
+    output.show(result, "text", as_json=True, quiet=True)
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"path": "a b", "number": 0.5, "array": [0, 1], "nan": None, "row": {"1": [None, None, True]}}
+
+
+def test_texts_and_tables_are_printed_unless_quiet(capsys):
+    from rich.table import Table
+
+    table = Table("column")
+    table.add_row("[bold]value[/bold] " + 100 * "x")
+    output.show({}, "[text]", table)
+    printed = capsys.readouterr().out
+    assert printed.startswith("[text]\n") and 100 * "x" in printed
+    output.show({}, "text", table, quiet=True)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_other_processes_print_nothing(monkeypatch, capsys):
+    import jax
+
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    output.show({}, "text")
+    output.show({}, as_json=True)
+    with progress.progress("fit", quiet=False) as report:
+        report(1, 2, "block")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_is_plain_lines_without_a_terminal_and_nothing_when_quiet(capsys):
+    with progress.progress("fit", quiet=False) as report:
+        report(1, 2, "block")
+    assert capsys.readouterr().err == "fit 1/2: block\n"
+    with progress.progress("fit", quiet=True) as report:
+        report(1, 2, "block")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_plain_lines_are_few_and_every_round_has_its_last(capsys):
+    now = iter(np.arange(0.0, 100.0, 0.01)).__next__
+    lines = progress.Lines("merge", clock=now)
+    for _ in range(2):
+        for step in range(400):
+            lines(step + 1, 400, f"leaf {step}")
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) <= 2 * (2 + 400 * 0.01 / progress.PAUSE)
+    assert [line for line in printed if " 1/400" in line] == ["merge 1/400: leaf 0 (0:03 left)"] * 2
+    assert [line for line in printed if "400/400" in line] == ["merge 400/400: leaf 399"] * 2
+
+
+def test_a_terminal_gets_one_bar_with_the_time_left(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with progress.progress("[fit]", quiet=False) as report:
+        for step in range(3):
+            report(step + 1, 3, f"blocks [{step}]")
+    shown = terminal.getvalue()
+    assert "[fit]" in shown and "3/3" in shown and "blocks [2]" in shown
