@@ -114,17 +114,14 @@ def _column(name: str, features: Any, wanted: str | None, candidates: Sequence[s
 
 
 def _content(value: Any) -> bytes | np.ndarray:
-    """What a cell of the column of images stores."""
+    """What a cell of the column of images stores; nothing is an empty file."""
     if isinstance(value, dict):  # an Image feature that is not decoded
         return value["bytes"] if value["bytes"] is not None else read_file(Path(value["path"]))
-    if isinstance(value, bytes):
-        return value
+    if value is None or isinstance(value, bytes):
+        return value or b""
     pixels = np.asarray(value)
-    return pixels.astype(np.uint8) if pixels.dtype == np.int64 and _is_8_bit(pixels) else pixels
-
-
-def _is_8_bit(pixels: np.ndarray) -> bool:
-    return bool(pixels.size and pixels.min() >= 0 and pixels.max() <= 255)
+    in_bytes = pixels.dtype == np.int64 and pixels.size and 0 <= pixels.min() and pixels.max() <= 255
+    return pixels.astype(np.uint8) if in_bytes else pixels  # lists of numbers come as 64 bits
 
 
 def _import_datasets() -> Any:
