@@ -43,8 +43,8 @@ def compose(
         typer.Option(help="Train the leaves that the vectors move too, at 1 % of the rate. Default: for few_shot."),
     ] = None,
     validation: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Labelled images by which learning rate and epoch are chosen."),
+        str | None,
+        typer.Option(metavar="IMAGES", help="Labelled images by which learning rate and epoch are chosen."),
     ] = None,
     learning_rates: Annotated[
         list[float] | None, typer.Option("--learning-rate", help="One, or several to choose from.")
@@ -84,10 +84,10 @@ def compose(
     from tvjax.cli.output import show
     from tvjax.cli.progress import progress
     from tvjax.data.augment import StrongView, WeakView
+    from tvjax.data.loader import Loader
     from tvjax.evaluate.accuracy import accuracy, class_scores
     from tvjax.evaluate.zero_shot import zero_shot_model
     from tvjax.report.plots import plot_coefficients
-    from tvjax.stages import Batch
 
     rates = tuple(learning_rates or (RATES if validation is not None else RATE)[objective])
     if len(rates) > 1 and validation is None:
@@ -107,6 +107,7 @@ def compose(
         raise ValueError(f"{objective} needs the names of the classes: give --classes, or images in one folder a class")
     prompts = inputs.read_templates(templates)
     held_out = None if validation is None else inputs.read_images(validation, classes, "choosing a learning rate")
+    looked_at = {"images": inputs.record(found), "validation": None if held_out is None else inputs.record(held_out)}
     loaded = [map_tree(file) for file in task_vectors]
     base = from_pretrained(model)
     metadata = inputs.common_base(task_vectors, [about for _, about in loaded], any_base)
@@ -114,9 +115,10 @@ def compose(
 
     processor = load_processor(model)
     head = zero_shot_model(base.model.replace(params=inputs.float32(base.params)), processor.tokens, names, prompts)
-    pixels = {"pixels": processor.pixels(found.images)}
+    seen = Loader(found, processor.pixels, batch_size).whole()
+    pixels = seen.inputs
     if labelled:
-        goal = learned.few_shot(head, Batch(pixels, found.labels))
+        goal = learned.few_shot(head, seen)
     elif objective == "entropy":
         goal = learned.entropy(head, pixels, scores=class_scores)
     else:
@@ -126,10 +128,10 @@ def compose(
         goal = learned.fix_match(head, pixels, weak=weak, strong=strong, scores=class_scores)
     score: Callable[[PyTree], float] | None = None
     if held_out is not None:
-        seen = [Batch({"pixels": processor.pixels(part)}, labels) for part, labels in held_out.parts(batch_size)]
+        held = list(Loader(held_out, processor.pixels, batch_size))
 
         def score(params: PyTree) -> float:
-            return accuracy(head.replace(params=params), seen).fraction
+            return accuracy(head.replace(params=params), held).fraction
 
     taus = [tau for tau, _ in loaded]
     files = [str(file) for file in task_vectors]
@@ -162,6 +164,7 @@ def compose(
     save_pretrained(base.with_params(params), output)
     save_coefficients(output / "coefficients.safetensors", coefficients, metadata)
     plot_coefficients(coefficients, output / "coefficients.png")
+    inputs.write_json(output / "images.json", looked_at)
     recipes.write(context, output)
     number, leaves = coefficients.values.size, len(trained.trainable.leaves) if tuned else 0
     also = f" and {leaves} leaves" if tuned else ""

@@ -25,10 +25,10 @@ def evaluate(
     from tvjax.checkpoints import from_pretrained, load_processor
     from tvjax.cli import inputs
     from tvjax.cli.progress import progress
+    from tvjax.data.loader import Loader
     from tvjax.evaluate.accuracy import accuracy
     from tvjax.evaluate.zero_shot import zero_shot_model
     from tvjax.report.tables import evaluation_table
-    from tvjax.stages import Batch
 
     for name in models:
         if inputs.read_clip_config(name).text is None:
@@ -40,8 +40,7 @@ def evaluate(
         for number, name in enumerate(models):
             processor = load_processor(name)
             head = zero_shot_model(from_pretrained(name).model, processor.tokens, found.class_names, prompts)
-            batches = (Batch({"pixels": processor.pixels(part)}, labels) for part, labels in found.parts(batch_size))
-            results[name] = accuracy(head, batches)
+            results[name] = accuracy(head, Loader(found, processor.pixels, batch_size))
             report(number + 1, len(models), name)
     if as_json:
         rows = [

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,11 @@ import numpy as np
 from tvjax import tree
 from tvjax.arithmetic import task_vector
 from tvjax.checkpoints import Pretrained
+from tvjax.checkpoints.atomic import replacing
 from tvjax.checkpoints.huggingface import fetch
 from tvjax.data.batches import few_shot
-from tvjax.data.images import SUFFIXES, read_folder, read_image
+from tvjax.data.images import Images
+from tvjax.data.source import open_images
 from tvjax.models.clip.config import CLIPConfig
 from tvjax.models.families import family_of_settings
 from tvjax.stages import PyTree
@@ -24,47 +26,24 @@ from tvjax.stages import PyTree
 TEMPLATES = ("a photo of a {}.",)
 
 
-class Images(NamedTuple):
-    """Images with their classes.
-
-    Attributes:
-      images: arrays ``[height, width, 3]`` of 8-bit values.
-      labels: ``[n]``; None where the folder has no subfolders.
-      class_names: names of the classes.
-    """
-
-    images: list[np.ndarray]
-    labels: np.ndarray | None
-    class_names: tuple[str, ...]
-
-    def parts(self, size: int) -> Iterator[tuple[list[np.ndarray], np.ndarray | None]]:
-        """Images and labels, at most `size` at once."""
-        for start in range(0, len(self.images), size):
-            chosen = slice(start, start + size)
-            yield self.images[chosen], None if self.labels is None else self.labels[chosen]
-
-
-def read_images(folder: Path, classes: Path | None, labelled_for: str = "") -> Images:
-    """The images of a folder.
+def read_images(source: str, classes: Path | None, labelled_for: str = "") -> Images:
+    """The images that an option names, none of them decoded yet.
 
     Args:
-      folder: one folder a class; or images without classes, where nothing needs them.
+      source: as `tvjax.data.open_images` takes it.
       classes: file of class names.
       labelled_for: what needs the classes; "" where nothing does.
 
     Raises:
-      ValueError: no such folder, unreadable images, or no classes though they are needed.
+      ValueError: no such images, or no classes though they are needed.
     """
-    if folder.is_dir() and not any(path.is_dir() for path in folder.iterdir()):
-        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
-        if labelled_for or not files:
-            need = f"{labelled_for} needs labelled images" if labelled_for else "there are no images"
-            raise ValueError(
-                f"{str(folder)!r} has no subfolders and {need}: put those of each class into a folder of its name"
-            )
-        return Images([read_image(file) for file in files], None, ())
-    found = read_folder(folder, None if classes is None else read_lines(classes, "class names"))
-    return Images(found.images, found.labels, found.class_names)
+    found = open_images(source, None if classes is None else read_lines(classes, "class names"))
+    if labelled_for and found.labels is None:
+        raise ValueError(
+            f"{source!r} has no labels, and {labelled_for} needs labelled images: put those of each class into a "
+            "folder of its name, or give an archive or dataset with labels"
+        )
+    return found
 
 
 def draw_images(found: Images, per_class: int, seed: int) -> Images:
@@ -77,8 +56,16 @@ def draw_images(found: Images, per_class: int, seed: int) -> Images:
         return found
     if found.labels is None:
         raise ValueError("--per-class needs labelled images: put those of each class into a folder of its name")
-    chosen = few_shot(found.labels, per_class, jax.random.key(seed))
-    return found._replace(images=[found.images[index] for index in chosen], labels=found.labels[chosen])
+    return found.take(few_shot(found.labels, per_class, jax.random.key(seed)))
+
+
+def record(found: Images) -> dict[str, Any]:
+    """What a result says of the images that it rests on; all are read, and what is no image is found.
+
+    Raises:
+      ValueError: for an image that is empty or none.
+    """
+    return {"source": found.name, "count": len(found), "sha256": found.sha256()}
 
 
 def read_templates(file: Path | None) -> tuple[str, ...]:
@@ -113,6 +100,12 @@ def read_clip_config(source: str) -> CLIPConfig:
     if not isinstance(config, CLIPConfig) or config.vision is None:
         raise ValueError(f"{source!r} is a {type(config).__name__} without a CLIP vision tower: give a CLIP")
     return config
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Writes a file of JSON, complete or not at all."""
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def check_output(folder: Path) -> None:

@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
-Images = Annotated[
-    Path, typer.Option("--images", metavar="FOLDER", help="Images in one folder a class; the folders name the classes.")
-]
+SOURCES = (
+    "a folder with one folder a class, an archive FILE.npz, a dataset hf:NAME?split=SPLIT, or digits:STYLE/PART; "
+    "?part=0:0.8 takes a share of them"
+)
+Images = Annotated[str, typer.Option("--images", metavar="IMAGES", help=f"The images: {SOURCES}.")]
 Classes = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Class names, one a line; default: the folders of the images, sorted."),
+    typer.Option(metavar="FILE", help="Class names, one a line, in the labels' order; default: those of the images."),
 ]
 Templates = Annotated[
     Path | None,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tvjax.cli import config as recipes
-from tvjax.cli.options import BatchSize, Classes, Options, Quiet, Templates
+from tvjax.cli.options import SOURCES, BatchSize, Classes, Options, Quiet, Templates
 
 if TYPE_CHECKING:
     from tvjax.models.clip.config import CLIPConfig
@@ -28,16 +28,14 @@ def transport(
     target: Annotated[str, typer.Option(metavar="MODEL", help="The model to move the task into.")],
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the edited target goes.")],
     method: Annotated[str, typer.Option(help=f"One of {', '.join(NAMES)}; or a chain such as bico+gradfix.")],
-    images: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Calibration images, in one folder a class.")
-    ] = None,
+    images: Annotated[str | None, typer.Option(metavar="IMAGES", help=f"Calibration images: {SOURCES}.")] = None,
     classes: Classes = None,
     templates: Templates = None,
     options: Options = None,
     scale: Annotated[float, typer.Option(help="Factor of the moved task vector.")] = 1.0,
     validation: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Labelled images on which the scale is chosen, in the place of --scale."),
+        str | None,
+        typer.Option(metavar="IMAGES", help="Labelled images on which the scale is chosen, in the place of --scale."),
     ] = None,
     per_class: Annotated[int, typer.Option(min=0, help="Images of each class to draw; 0: all.")] = 0,
     seed: Annotated[int, typer.Option(help="Of that draw.")] = 0,
@@ -54,10 +52,10 @@ def transport(
     from tvjax.checkpoints import from_pretrained, load_processor, save_pretrained, save_state, save_tree
     from tvjax.cli import inputs
     from tvjax.cli.progress import progress
+    from tvjax.data.loader import Loader
     from tvjax.evaluate.scale import choose_scale
     from tvjax.evaluate.zero_shot import zero_shot_model
     from tvjax.models.clip.modeling import vision_model
-    from tvjax.stages import Batch
     from tvjax.transport import fit
 
     moving = make_transport(method, recipes.parse_options(options or ()))
@@ -69,7 +67,7 @@ def transport(
     if validation is not None and inputs.read_clip_config(target).text is None:
         raise ValueError(f"--validation needs a zero-shot head, but {target!r} has no text tower: give the full CLIP")
     inputs.read_clip_config(finetuned)
-    found = inputs.Images([], None, ())
+    found = None
     if reads_images(moving):
         if images is None:
             raise ValueError(f"{moving.name} looks at calibration images: give --images")
@@ -77,17 +75,17 @@ def transport(
         found = inputs.draw_images(found, per_class, seed)
     prompts = inputs.read_templates(templates)
     held_out = None if validation is None else inputs.read_images(validation, classes, "choosing a scale")
+    about: dict[str, object] = {"images": None if found is None else inputs.record(found)}
 
     loaded, towers, views = [], [], []
     for name in (source, target):
         pretrained = from_pretrained(name)
         tower = vision_model(pretrained.model)
-        if found.images:
+        if found is not None:
             processor = load_processor(name)
             if moving.needs_gradients:
                 tower = zero_shot_model(pretrained.model, processor.tokens, found.class_names, prompts)
-            parts = found.parts(batch_size)
-            views.append([Batch({"pixels": processor.pixels(part)}, labels) for part, labels in parts])
+            views.append(list(Loader(found, processor.pixels, batch_size)))
         loaded.append(pretrained)
         towers.append(tower.replace(params=inputs.float32(tower.params)))
     (base, receiver), (a, b) = loaded, towers
@@ -102,17 +100,16 @@ def transport(
         processor = load_processor(target)
         whole = receiver.model.replace(params=inputs.float32(receiver.params))
         head = zero_shot_model(whole, processor.tokens, held_out.class_names, prompts)
-        parts = held_out.parts(batch_size)
-        batches = [Batch({"pixels": processor.pixels(part)}, labels) for part, labels in parts]
-        chosen = choose_scale(head, moved, scales_of(moving), batches)
+        chosen = choose_scale(head, moved, scales_of(moving), Loader(held_out, processor.pixels, batch_size))
         scale = chosen.scale
     save_pretrained(receiver.with_params(apply(receiver.params, moved, scale)), output)
     norms = {"source": float(tree.norm(tau)), "target": float(tree.norm(moved))}
-    about: dict[str, object] = {"method": method, "scale": scale}
+    about |= {"method": method, "scale": scale}
     about |= {"source": source, "finetuned": finetuned, "target": target}
-    if chosen is not None:
-        about["validation"] = {"scales": chosen.scales.tolist(), "accuracy": chosen.curve.tolist()}
-    write_report(output, state, {**about, "images": len(found.images), "norms": norms})
+    if chosen is not None and held_out is not None:
+        curve = {"scales": chosen.scales.tolist(), "accuracy": chosen.curve.tolist()}
+        about["validation"] = {**inputs.record(held_out), **curve}
+    write_report(output, state, {**about, "norms": norms})
     recipes.write(context, output)
     if save_maps is not None:
         save_state(save_maps, state)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tvjax.data.batches import examples
+from tvjax.data.images import Images, with_names
 from tvjax.stages import Batch
 
 SIZE = 16
@@ -134,6 +135,32 @@ def photograph(digits: Digits, style: Style, key: jax.Array, repeats: int = 1) -
     """
     photos = style(np.tile(digits.images, (repeats, 1, 1)), key)
     return examples({"pixels": (photos - PIXEL_MEAN) / PIXEL_STD}, np.tile(digits.labels, repeats), len(CLASS_NAMES))
+
+
+def read_photographs(style: str, part: str, class_names: Sequence[str] | None = None, seed: int = 0) -> Images:
+    """Photographs of one part as images of 8-bit values, as a model's own processor takes them.
+
+    Args:
+      style: ``base``, or one of `STYLES`.
+      part: ``source``, ``target``, ``validation`` or ``test``.
+      class_names: other names of the figures from zero to nine.
+      seed: of the random key that they are photographed with.
+
+    Raises:
+      ValueError: for another style or part.
+
+    >>> len(read_photographs("thick", "test"))
+    497
+    """
+    styles, parts = {"base": BASE, **STYLES}, load_splits()
+    for what, name, known in (("style", style, styles), ("part", part, parts)):
+        if name not in known:
+            raise ValueError(f"the embedded digits have no {what} {name!r}: choose one of {', '.join(known)}")
+    name = f"digits:{style}/{part}"
+    photos = styles[style](parts[part].images, jax.random.key(seed))
+    pixels = np.rint(255 * np.asarray(photos)).astype(np.uint8)
+    names = with_names(name, CLASS_NAMES, class_names)
+    return Images(name, range(len(pixels)), pixels.__getitem__, parts[part].labels, names)
 
 
 @jax.jit

@@ -32,7 +32,8 @@ class ChosenScale(NamedTuple):
 def choose_scale(model: Model, tau: PyTree, scales: Sequence[float], batches: Batch | Iterable[Batch]) -> ChosenScale:
     """The scale at which ``theta + scale * tau`` is most accurate; ties go to the smallest.
 
-    Nothing is compiled anew from one scale to the next, and only one edited model is alive at a time.
+    Nothing is compiled anew from one scale to the next, only one edited model is alive at a time, and the batches are
+    passed through once, so that they may come from a loader.
 
     Args:
       model: returns logits, or has a zero-shot head.
@@ -56,8 +57,14 @@ def choose_scale(model: Model, tau: PyTree, scales: Sequence[float], batches: Ba
     grid = np.unique(np.asarray(scales, np.float64))
     if not grid.size or not np.isfinite(grid).all():
         raise ValueError(f"scales: found {list(scales)}, expected at least one finite number")
-    batches = [batches] if isinstance(batches, Batch) else list(batches)
-    curve = np.array([accuracy(_edited(model, tau, float(s)), batches).fraction for s in grid])
+    correct, total = np.zeros(len(grid), np.int64), 0
+    for batch in [batches] if isinstance(batches, Batch) else batches:
+        found = [accuracy(_edited(model, tau, float(scale)), batch) for scale in grid]
+        correct += [one.correct for one in found]
+        total += found[0].total
+    if not total:
+        raise ValueError("there are no examples to choose the scale on: give at least one batch")
+    curve = correct / total
     best = int(curve.argmax())
     return ChosenScale(float(grid[best]), float(curve[best]), grid, curve)
 
