@@ -2,31 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import os
 import shutil
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import jax
 import jax.numpy as jnp
+import numpy as np
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jax.typing import DTypeLike
 
 from tvjax import tree
 from tvjax.checkpoints.atomic import new_folder, replacing
 from tvjax.checkpoints.json_files import read_json, write_json
-from tvjax.checkpoints.safetensors import fingerprint, open_tensors, save_tensors
+from tvjax.checkpoints.memory import Scratch, contiguous, to_jax
+from tvjax.checkpoints.safetensors import (
+    Tensors,
+    fingerprint,
+    numpy_dtype,
+    open_tensors,
+    save_tensors,
+    tensor_bytes,
+    tensor_header,
+    write_tensors,
+)
 from tvjax.models.families import Family, family_of_config, family_of_settings
-from tvjax.models.key_table import find_sources, to_checkpoint
+from tvjax.models.key_table import Source, Tensor, find_sources, to_checkpoint
 from tvjax.models.settings import Settings
 from tvjax.models.transformer import parameter_shapes
 from tvjax.stages import Model, PyTree
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_THREADS = 2  # read and transpose at once; more would only wait for the memory
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _PROCESSOR_FILES = (
     "preprocessor_config.json",
@@ -89,21 +105,62 @@ class Pretrained:
         }
 
 
-def from_pretrained(
-    source: str | os.PathLike[str], revision: str | None = None, dtype: DTypeLike = jnp.float32
-) -> Pretrained:
-    """Reads a model from a Hugging Face folder or from the hub.
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face folder whose parameters are read one by one; made by `open_checkpoint`.
 
-    Config, keys, shapes and dtypes are checked before any weight is read. The parameters keep the dtypes of the file.
-    Only safetensors are read, in one file or several with an index; no pickle is opened.
+    Attributes:
+      name: the folder or hub id that was asked for.
+      revision: the commit of the hub repository.
+      folder: the local folder.
+      settings: the content of its ``config.json``.
+      family: of the model.
+      config: of the model.
+      tensors: those of its files.
+      sources: where to read each parameter, by path.
+      shapes: of the parameters, by path.
+    """
+
+    name: str
+    revision: str
+    folder: Path
+    settings: Settings
+    family: Family
+    config: Any
+    tensors: Tensors
+    sources: Mapping[str, Source]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def read(self, path: str, scratch: Scratch, keep: bool = False) -> np.ndarray:
+        """One parameter, in its own dtype and our layout, contiguous.
+
+        Args:
+          path: of the parameter.
+          scratch: memory to read into.
+          keep: whether the array gets memory of its own; else it lies in the scratch, until the next is read.
+
+        Raises:
+          ValueError: where values are not finite.
+        """
+        source = self.sources[path]
+        header = self.tensors.headers[source.key]
+        size = tensor_bytes(source.key, header)
+        moves = not source.to_ours(np.empty(header.shape, np.bool_)).flags.c_contiguous
+        raw = self.tensors.read(source.key, None if keep and not moves else scratch.take("raw", size))
+        if not moves:
+            return source.to_ours(raw)
+        return contiguous(source.to_ours(raw), None if keep else scratch.take("ours", size))
+
+
+@contextlib.contextmanager
+def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None) -> Iterator[Checkpoint]:
+    """Opens a model in a Hugging Face folder or on the hub, to read its parameters one by one.
+
+    Config, keys, shapes and dtypes are checked; no weight is read.
 
     Args:
-      source: a folder with ``config.json`` and safetensors, or a hub id (``openai/clip-vit-base-patch32``).
+      source: a folder or a hub id.
       revision: branch, tag or commit of the hub repository.
-      dtype: dtype that activations are computed in.
-
-    Returns:
-      The model, its config, and where they come from.
 
     Raises:
       ValueError: naming what is wrong and the way out.
@@ -118,8 +175,49 @@ def from_pretrained(
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     with open_tensors(*weight_files(folder)) as tensors:
         sources = find_sources(family.keys, shapes, tensors.headers, str(folder))
-        params = tree.nest({path: jnp.asarray(s.to_ours(tensors.read(s.key))) for path, s in sources.items()})
-    return Pretrained(family.build(config, params, dtype), config, str(source), revision or "", folder, settings)
+        yield Checkpoint(os.fspath(source), revision or "", folder, settings, family, config, tensors, sources, shapes)
+
+
+def from_pretrained(
+    source: str | os.PathLike[str], revision: str | None = None, dtype: DTypeLike = jnp.float32
+) -> Pretrained:
+    """Reads a model from a Hugging Face folder or from the hub.
+
+    Config, keys, shapes and dtypes are checked before any weight is read. The parameters keep the dtypes of the file.
+    Only safetensors are read, in one file or several with an index; no pickle is opened. The weights are in memory
+    once: each tensor is read and transposed into the memory that it stays in.
+
+    Args:
+      source: a folder with ``config.json`` and safetensors, or a hub id (``openai/clip-vit-base-patch32``).
+      revision: branch, tag or commit of the hub repository.
+      dtype: dtype that activations are computed in.
+
+    Returns:
+      The model, its config, and where they come from.
+
+    Raises:
+      ValueError: naming what is wrong and the way out.
+    """
+    local = threading.local()  # memory that each thread reads into before it transposes
+
+    with open_checkpoint(source, revision) as opened, ThreadPoolExecutor(_THREADS) as pool:
+
+        def load(path: str) -> jax.Array:
+            return to_jax(opened.read(path, local.__dict__.setdefault("scratch", Scratch()), keep=True))
+
+        try:
+            params = tree.nest(dict(zip(opened.sources, pool.map(load, opened.sources), strict=True)))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # nothing more is read
+            raise
+    return Pretrained(
+        opened.family.build(opened.config, params, dtype),
+        opened.config,
+        opened.name,
+        opened.revision,
+        opened.folder,
+        opened.settings,
+    )
 
 
 def save_pretrained(pretrained: Pretrained, folder: str | os.PathLike[str]) -> None:
@@ -138,8 +236,9 @@ def save_pretrained(pretrained: Pretrained, folder: str | os.PathLike[str]) -> N
     folder = Path(folder)
     family = family_of_config(pretrained.config)
     _check_params(family, pretrained.config, pretrained.params)
-    settings = _with_dtype(pretrained.settings or pretrained.config.to_dict(), pretrained.params)
     tensors = to_checkpoint(family.keys, pretrained.params)
+    headers = {key: tensor_header(key, tensor) for key, tensor in tensors.items()}
+    settings = _with_dtype(pretrained.settings or pretrained.config.to_dict(), headers.values())
     if folder.is_dir() and any(folder.iterdir()):
         _replace_model(folder, settings, tensors)
         _copy_processors(pretrained.folder, folder)
@@ -148,6 +247,110 @@ def save_pretrained(pretrained: Pretrained, folder: str | os.PathLike[str]) -> N
         write_json(temporary / "config.json", settings)
         _copy_processors(pretrained.folder, temporary)
         save_tensors(temporary / _WEIGHTS, tensors, {"format": "pt"})
+
+
+@contextlib.contextmanager
+def write_checkpoint(
+    like: Checkpoint,
+    folder: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike | None = None,
+    max_shard_size: int | str | None = None,
+    card: str | None = None,
+) -> Iterator[Callable[[str, np.ndarray], None]]:
+    """Opens a new Hugging Face folder like another one, to be written parameter by parameter.
+
+    Keys and settings are those of the other folder; so are its processors, and tensors that are no parameters.
+
+    Args:
+      like: the other folder.
+      folder: where to; it appears when the block ends and every parameter was written.
+      dtype: dtype of the parameters; None keeps that of each. Those that are written have it already.
+      max_shard_size: of one file, in bytes or like ``5GB``; None keeps the files of the other folder.
+      card: the content of ``README.md``; None writes none.
+
+    Returns:
+      A function of a path and its array, in our layout.
+    """
+    check_new(folder)
+    tensors = like.tensors
+    keys = {source.key for source in like.sources.values()}
+    headers = {
+        key: tensor_header(key, like_tensor, dtype) if key in keys else header
+        for key, header in tensors.headers.items()
+        for like_tensor in [jax.ShapeDtypeStruct(header.shape, numpy_dtype(key, header))]
+    }
+    if max_shard_size is None:
+        file_of = {key: Path(path).name for key, path in tensors.file_of.items()}
+    else:
+        file_of = plan_shards(headers, max_shard_size)
+    settings = _with_dtype(like.settings, [headers[key] for key in keys])
+    with new_folder(folder) as temporary, contextlib.ExitStack() as stack:
+        writers = {
+            name: stack.enter_context(
+                write_tensors(
+                    temporary / name,
+                    {key: header for key, header in headers.items() if file_of[key] == name},
+                    {"format": "pt"},
+                )
+            )
+            for name in sorted(set(file_of.values()))
+        }
+
+        def write(path: str, array: np.ndarray) -> None:
+            source = like.sources[path]
+            writers[file_of[source.key]].write(source.key, source.to_theirs(array))
+
+        yield write
+        for key in headers.keys() - keys:
+            writers[file_of[key]].write(key, tensors.read(key))
+        _write_index(temporary, headers, file_of)
+        write_json(temporary / "config.json", settings)
+        _copy_processors(like.folder, temporary)
+        if card is not None:
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+def plan_shards(headers: Mapping[str, Tensor], max_shard_size: int | str) -> dict[str, str]:
+    """The file of each tensor, filled in the order of the keys up to a size.
+
+    Args:
+      headers: dtype and shape of every tensor, by key.
+      max_shard_size: of one file, in bytes or like ``5GB``; a larger tensor has a file of its own.
+
+    Raises:
+      ValueError: a size that is none.
+
+    >>> plan_shards({key: Tensor("F32", (2,)) for key in "abc"}, 16)  # doctest: +NORMALIZE_WHITESPACE
+    {'a': 'model-00001-of-00002.safetensors', 'b': 'model-00001-of-00002.safetensors',
+     'c': 'model-00002-of-00002.safetensors'}
+    """
+    if isinstance(max_shard_size, int) and max_shard_size < 1:
+        raise ValueError(f"the size of a shard must be 1 byte or more, found {max_shard_size}")
+    sizes = {key: tensor_bytes(key, header) for key, header in headers.items()}
+    plan = huggingface_hub.split_state_dict_into_shards_factory(
+        sizes,
+        get_storage_size=lambda size: size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    return plan.tensor_to_filename or dict.fromkeys(sizes, _WEIGHTS)
+
+
+def check_new(folder: str | os.PathLike[str]) -> None:
+    """Raises a ValueError where something stands already where a new folder is to be written."""
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"the output {str(folder)!r} exists: give a new folder, or remove it")
+
+
+def _write_index(folder: Path, headers: Mapping[str, Tensor], file_of: Mapping[str, str]) -> None:
+    if set(file_of.values()) == {_WEIGHTS}:
+        return
+    total = sum(tensor_bytes(key, header) for key, header in headers.items())
+    count = sum(math.prod(header.shape) for header in headers.values())
+    index = {"metadata": {"total_size": total, "total_parameters": count}, "weight_map": dict(file_of)}
+    write_json(folder / _INDEX, index)
 
 
 def fetch(source: str | os.PathLike[str], revision: str | None = None) -> tuple[Path, str | None]:
@@ -235,9 +438,9 @@ def _check_params(family: Family, config: Any, params: PyTree) -> None:
         )
 
 
-def _with_dtype(settings: Settings, params: PyTree) -> dict[str, Any]:
+def _with_dtype(settings: Settings, headers: Iterable[Tensor]) -> dict[str, Any]:
     """The settings with the dtype that transformers is to load the weights in, so that it changes no value."""
-    dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(params)}
+    dtypes = {numpy_dtype("", header).name for header in headers}
     return {**_without_dtypes(settings), "dtype": dtypes.pop() if len(dtypes) == 1 else "float32"}
 
 

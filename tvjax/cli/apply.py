@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -17,22 +18,37 @@ def apply(
     model: Annotated[str, typer.Option(metavar="MODEL", help="The pre-trained model: folder or hub id.")],
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the edited model goes.")],
     scale: Annotated[float, typer.Option(help="Factor of the task vectors; -1 negates.")] = 1.0,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16; default: that of each tensor of the model.")
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Of one file, such as 5GB; default: the files of the model.")
+    ] = None,
     any_base: AnyBase = False,
     quiet: Quiet = False,
 ) -> None:
-    """Add task vectors to the model that they were made for, and save it."""
-    from tvjax import arithmetic
-    from tvjax.checkpoints import from_pretrained, load_tree, save_pretrained
+    """Add task vectors to the model that they were made for, tensor by tensor, and save it."""
+    from tvjax.checkpoints import streaming
     from tvjax.cli import inputs
+    from tvjax.cli.progress import progress
 
     inputs.check_output(output)
-    inputs.read_clip_config(model)
-    loaded = [load_tree(file) for file in task_vectors]
-    base = from_pretrained(model)
-    metadata = inputs.common_base(task_vectors, [about for _, about in loaded], any_base)
-    inputs.check_base(metadata, base, task_vectors, any_base)
-    tau = arithmetic.add(*(tau for tau, _ in loaded))
-    save_pretrained(base.with_params(arithmetic.apply(base.params, tau, scale)), output)
+    if dtype is not None:
+        inputs.check_dtype(dtype)
+    with progress("apply", quiet or not sys.stderr.isatty()) as report:
+        found = streaming.apply(
+            model,
+            task_vectors,
+            output,
+            scale=scale,
+            any_base=any_base,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            progress=report,
+        )
     recipes.write(context, output)
     if not quiet:
-        print(f"{output}: {model} with {len(loaded)} task vectors, scale {scale:g}")
+        print(
+            f"{output}: {model} with {len(task_vectors)} task vectors, scale {scale:g}; {len(found.changed)} leaves "
+            f"changed, {len(found.copied)} copied, {found.parameters} parameters"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -16,24 +17,25 @@ def extract(
     pretrained: Annotated[str, typer.Option(metavar="MODEL", help="The model before fine-tuning: folder or hub id.")],
     finetuned: Annotated[str, typer.Option(metavar="MODEL", help="The fine-tuned model; its vision tower suffices.")],
     output: Annotated[Path, typer.Option(metavar="FILE", help="Where the task vector goes (.safetensors).")],
+    subtree: Annotated[
+        str, typer.Option(metavar="PATH", help="The part of the model to take: vision, text; '' for all of it.")
+    ] = "vision",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     quiet: Quiet = False,
 ) -> None:
-    """Write the task vector of a CLIP's vision tower: fine-tuned minus pre-trained parameters."""
-    from tvjax import tree
-    from tvjax.checkpoints import from_pretrained, save_tree
+    """Write a task vector, fine-tuned minus pre-trained parameters, tensor by tensor: by default of the vision tower."""
+    from tvjax.checkpoints import streaming
     from tvjax.cli import inputs
+    from tvjax.cli.progress import progress
 
     inputs.check_dtype(dtype)
     inputs.check_file(output)
-    for name in (pretrained, finetuned):
-        inputs.read_clip_config(name)
-    base, tuned = from_pretrained(pretrained), from_pretrained(finetuned)
-    tau = inputs.vision_task_vector(base, tuned)
-    save_tree(output, tau, base.identity(), dtype)
+    with progress("extract", quiet or not sys.stderr.isatty()) as report:
+        found = streaming.extract(pretrained, finetuned, output, subtree=subtree, dtype=dtype, progress=report)
     recipes.write(context, output)
     if quiet:
         return
-    for note in inputs.notes(base, tuned):
-        print(f"note: {note}")
-    print(f"{output}: {len(tree.flatten(tau))} leaves, norm {float(tree.norm(tau)):.4g}, of {pretrained}")
+    if found.changed_outside:
+        first, number = found.changed_outside[0], len(found.changed_outside)
+        print(f"note: fine-tuning changed {number} leaves outside {subtree!r} too ({first}, ...), which stay")
+    print(f"{output}: {found.leaves} leaves, {found.parameters} parameters, norm {found.norm:.4g}, of {pretrained}")

@@ -90,10 +90,11 @@ class Tensor(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where a parameter is read: the key in the checkpoint, and the change of layout."""
+    """Where a parameter is read: the key in the checkpoint, and the change of layout, there and back."""
 
     key: str
     to_ours: Layout
+    to_theirs: Layout
 
 
 FLOATS = ("F32", "F16", "BF16")
@@ -155,7 +156,7 @@ def find_sources(
             + "; ".join(problems)
             + ". Use the config.json and the weights of one model, saved in float32, float16 or bfloat16"
         )
-    return {path: Source(found[name], leaf.to_ours) for path, (name, leaf) in expected.items()}
+    return {path: Source(found[name], leaf.to_ours, leaf.to_theirs) for path, (name, leaf) in expected.items()}
 
 
 def to_checkpoint(table: KeyTable, params: PyTree) -> dict[str, np.ndarray]:
