@@ -12,11 +12,12 @@ from typing import Annotated
 
 import typer
 
-from tvjax.cli import apply, compose, config, demo, evaluate, extract, merge, transport
+from tvjax.cli import apply, compose, config, demo, evaluate, extract, merge, plan, transport
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command("demo")(demo.demo)
 app.command("transport")(transport.transport)
+app.command("plan")(plan.plan)
 app.command("evaluate")(evaluate.evaluate)
 app.command("extract")(extract.extract)
 app.command("apply")(apply.apply)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from tvjax.cli import config as recipes
-from tvjax.cli.options import SOURCES, BatchSize, Classes, Options, Quiet, Templates
+from tvjax.cli.options import SOURCES, BatchSize, Classes, Json, Options, Quiet, Templates
+from tvjax.cli.output import show
 
 if TYPE_CHECKING:
+    from tvjax.data.images import Images
     from tvjax.models.clip.config import CLIPConfig
     from tvjax.transport import State, Transport
 
@@ -21,35 +24,72 @@ NAMES = ("naive", "orthogonal_shift", "gradfix", "theseus", "bico")
 SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "patch_size", "projection_dim")
 
 
+Source = Annotated[str, typer.Option(metavar="MODEL", help="The pre-trained source: folder or hub id.")]
+FineTuned = Annotated[str, typer.Option(metavar="MODEL", help="The fine-tuned source; its vision tower suffices.")]
+Target = Annotated[str, typer.Option(metavar="MODEL", help="The model to move the task into.")]
+Method = Annotated[str, typer.Option(help=f"One of {', '.join(NAMES)}; or a chain such as bico+gradfix.")]
+Calibration = Annotated[str | None, typer.Option("--images", metavar="IMAGES", help=f"Calibration images: {SOURCES}.")]
+Scale = Annotated[float, typer.Option(help="Factor of the moved task vector.")]
+Validation = Annotated[
+    str | None,
+    typer.Option(metavar="IMAGES", help="Labelled images on which the scale is chosen, in the place of --scale."),
+]
+PerClass = Annotated[int, typer.Option(min=0, help="Images of each class to draw; 0: all.")]
+Seed = Annotated[int, typer.Option(help="Of that draw.")]
+Maps = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Keep the fitted maps here, stage by stage: an interrupted run goes on, and a later one, with another "
+        "scale or another fine-tuned model, starts from them.",
+    ),
+]
+SaveTaskVector = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Also write the moved task vector, unscaled, for the target.")
+]
+
+
+class Prepared(NamedTuple):
+    """What a transport starts from, checked up to the first weight.
+
+    Attributes:
+      moving: the transport.
+      images: calibration images; None where none are read.
+      held_out: validation images; None where the scale is given.
+      prompts: of the zero-shot heads.
+    """
+
+    moving: Transport
+    images: Images | None
+    held_out: Images | None
+    prompts: tuple[str, ...]
+
+
 def transport(
     context: typer.Context,
-    source: Annotated[str, typer.Option(metavar="MODEL", help="The pre-trained source: folder or hub id.")],
-    finetuned: Annotated[str, typer.Option(metavar="MODEL", help="The fine-tuned source; its vision tower suffices.")],
-    target: Annotated[str, typer.Option(metavar="MODEL", help="The model to move the task into.")],
+    source: Source,
+    finetuned: FineTuned,
+    target: Target,
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the edited target goes.")],
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(NAMES)}; or a chain such as bico+gradfix.")],
-    images: Annotated[str | None, typer.Option(metavar="IMAGES", help=f"Calibration images: {SOURCES}.")] = None,
+    method: Method,
+    images: Calibration = None,
     classes: Classes = None,
     templates: Templates = None,
     options: Options = None,
-    scale: Annotated[float, typer.Option(help="Factor of the moved task vector.")] = 1.0,
-    validation: Annotated[
-        str | None,
-        typer.Option(metavar="IMAGES", help="Labelled images on which the scale is chosen, in the place of --scale."),
-    ] = None,
-    per_class: Annotated[int, typer.Option(min=0, help="Images of each class to draw; 0: all.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of that draw.")] = 0,
+    scale: Scale = 1.0,
+    validation: Validation = None,
+    per_class: PerClass = 0,
+    seed: Seed = 0,
     batch_size: BatchSize = 32,
-    save_maps: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the fitted maps.")] = None,
-    save_task_vector: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write the moved task vector, unscaled, for the target.")
-    ] = None,
+    maps: Maps = None,
+    save_task_vector: SaveTaskVector = None,
     quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Move what a fine-tuning learned into another CLIP, and save the edited model with a report by leaf."""
     from tvjax import tree
     from tvjax.arithmetic import apply
-    from tvjax.checkpoints import from_pretrained, load_processor, save_pretrained, save_state, save_tree
+    from tvjax.checkpoints import TransportStore, from_pretrained, load_processor, save_pretrained, save_tree
     from tvjax.cli import inputs
     from tvjax.cli.progress import progress
     from tvjax.data.loader import Loader
@@ -58,23 +98,15 @@ def transport(
     from tvjax.models.clip.modeling import vision_model
     from tvjax.transport import fit
 
-    moving = make_transport(method, recipes.parse_options(options or ()))
+    given = recipes.parse_options(options or ())
     inputs.check_output(output)
-    for file in (save_maps, save_task_vector):
-        if file is not None:
-            inputs.check_file(file)
-    check_configs(moving, inputs.read_clip_config(source), inputs.read_clip_config(target), source, target)
-    if validation is not None and inputs.read_clip_config(target).text is None:
-        raise ValueError(f"--validation needs a zero-shot head, but {target!r} has no text tower: give the full CLIP")
-    inputs.read_clip_config(finetuned)
-    found = None
-    if reads_images(moving):
-        if images is None:
-            raise ValueError(f"{moving.name} looks at calibration images: give --images")
-        found = inputs.read_images(images, classes, moving.name if moving.needs_gradients else "")
-        found = inputs.draw_images(found, per_class, seed)
-    prompts = inputs.read_templates(templates)
-    held_out = None if validation is None else inputs.read_images(validation, classes, "choosing a scale")
+    if save_task_vector is not None:
+        inputs.check_file(save_task_vector)
+    if not math.isfinite(scale):
+        raise ValueError(f"--scale is {scale}, expected a finite number")
+    moving, found, held_out, prompts = prepare(
+        method, given, (source, finetuned, target), images, classes, templates, validation, per_class, seed
+    )
     about: dict[str, object] = {"images": None if found is None else inputs.record(found)}
 
     loaded, towers, views = [], [], []
@@ -91,8 +123,18 @@ def transport(
     (base, receiver), (a, b) = loaded, towers
     tuned = from_pretrained(finetuned)
     tau = inputs.vision_task_vector(base, tuned)
-    with progress(moving.name, quiet) as report:
-        state = fit(moving, a, b, [(x, y) for x, y in zip(*views, strict=True)] if views else [], progress=report)
+    store = None
+    if maps is not None:
+        depends_on = {"method": method, "options": json.dumps(given, sort_keys=True), "batch size": str(batch_size)}
+        depends_on |= {"source": base.identity()["base_fingerprint"], "target": receiver.identity()["base_fingerprint"]}
+        if found is not None:
+            depends_on["images"] = found.sha256()
+        if found is not None and moving.needs_gradients:
+            depends_on |= {"classes": json.dumps(found.class_names), "prompts": json.dumps(prompts)}
+        store = TransportStore(maps, depends_on)
+    with progress(moving.name, quiet or as_json) as report:
+        pairs = list(zip(*views, strict=True)) if views else []
+        state = fit(moving, a, b, pairs, progress=report, store=store)
     state = dataclasses.replace(state, notes=(*state.notes, *inputs.notes(base, tuned)))
     moved = moving.apply(state, tau)
     chosen = None
@@ -109,18 +151,73 @@ def transport(
     if chosen is not None and held_out is not None:
         curve = {"scales": chosen.scales.tolist(), "accuracy": chosen.curve.tolist()}
         about["validation"] = {**inputs.record(held_out), **curve}
-    write_report(output, state, {**about, "norms": norms})
+    about["norms"] = norms
+    write_report(output, state, about)
     recipes.write(context, output)
-    if save_maps is not None:
-        save_state(save_maps, state)
     if save_task_vector is not None:
         save_tree(save_task_vector, moved, receiver.identity())
-    if quiet:
-        return
-    for note in state.notes:
-        print(f"note: {note}")
-    print(f"{output}: {target} with {scale:g} times the task of {finetuned}, moved by {method}")
-    print(f"norm {norms['source']:.4g} in the source, {norms['target']:.4g} in the target; by leaf: leaf_report.txt")
+    show(
+        {**about, "output": output, "notes": state.notes},
+        *(f"note: {note}" for note in state.notes),
+        f"{output}: {target} with {scale:g} times the task of {finetuned}, moved by {method}",
+        f"norm {norms['source']:.4g} in the source, {norms['target']:.4g} in the target; by leaf: leaf_report.txt",
+        as_json=as_json,
+        quiet=quiet,
+    )
+
+
+def prepare(
+    method: str,
+    options: Mapping[str, Any],
+    models: tuple[str, str | None, str],
+    images: str | None,
+    classes: Path | None,
+    templates: Path | None,
+    validation: str | None,
+    per_class: int,
+    seed: int,
+    images_needed: bool = True,
+) -> Prepared:
+    """Everything that can be read and checked before the first weight.
+
+    Args:
+      method: names of the transport.
+      options: its hyperparameters.
+      models: source, fine-tuned source, target.
+      images: where the calibration images are.
+      classes: file of class names.
+      templates: file of prompts.
+      validation: where the validation images are.
+      per_class: calibration images of each class to draw.
+      seed: of the draw.
+      images_needed: whether calibration images that are missing are an error.
+
+    Raises:
+      ValueError: whatever cannot be, with the way out.
+    """
+    from tvjax.cli import inputs
+
+    source, finetuned, target = models
+    moving = make_transport(method, options)
+    check_configs(moving, inputs.read_clip_config(source), inputs.read_clip_config(target), source, target)
+    if validation is not None and inputs.read_clip_config(target).text is None:
+        raise ValueError(f"--validation needs a zero-shot head, but {target!r} has no text tower: give the full CLIP")
+    if finetuned is not None:
+        inputs.read_clip_config(finetuned)
+    found = None
+    if reads_images(moving) and images is not None:
+        found = inputs.read_images(images, classes)
+        if moving.needs_gradients and found.labels is None:
+            raise ValueError(
+                f"{images!r} has no labels, and {moving.name} reads gradients of the zero-shot loss: put the images of "
+                "each class into a folder of its name, or take theseus, which needs no labels"
+            )
+        found = inputs.draw_images(found, per_class, seed)
+    elif reads_images(moving) and images_needed:
+        raise ValueError(f"{moving.name} looks at calibration images: give --images")
+    prompts = inputs.read_templates(templates)
+    held_out = None if validation is None else inputs.read_images(validation, classes, "choosing a scale")
+    return Prepared(moving, found, held_out, prompts)
 
 
 def scales_of(moving: Transport) -> tuple[float, ...]:

@@ -1,0 +1,234 @@
+"""``tvjax plan``: what a transport would do, from headers alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tvjax.cli import config as recipes
+from tvjax.cli.options import BatchSize, Classes, Json, Options, Quiet, Templates
+from tvjax.cli.output import show
+from tvjax.cli.transport import (
+    Calibration,
+    Maps,
+    Method,
+    PerClass,
+    SaveTaskVector,
+    Scale,
+    Seed,
+    Source,
+    Target,
+    Validation,
+    prepare,
+)
+
+if TYPE_CHECKING:
+    from tvjax.checkpoints.huggingface import Checkpoint
+    from tvjax.stages import Batch, Model, PyTree
+    from tvjax.transport.plan import Plan
+
+GIB = 2.0**30
+
+
+def plan(
+    source: Source,
+    target: Target,
+    method: Method,
+    finetuned: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The fine-tuned source; checked where it is given.")
+    ] = None,
+    images: Calibration = None,
+    count: Annotated[int, typer.Option(min=1, help="Calibration images to reckon with where none are given.")] = 8,
+    classes: Classes = None,
+    templates: Templates = None,
+    options: Options = None,
+    scale: Scale = 1.0,
+    validation: Validation = None,
+    per_class: PerClass = 0,
+    seed: Seed = 0,
+    batch_size: BatchSize = 32,
+    maps: Maps = None,
+    save_task_vector: SaveTaskVector = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Checked, as the transport would; nothing is written.")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Say what tvjax transport would do with these options; no weights are read, and nothing is written.
+
+    What becomes of every leaf, which layers are paired, how tokens are aligned, how many images make the maps unique,
+    peak memory and disk. Takes the recipes of tvjax transport too.
+    """
+    import jax
+
+    from tvjax.arithmetic import task_vector
+    from tvjax.checkpoints.huggingface import open_checkpoint
+    from tvjax.cli import inputs
+    from tvjax.transport.plan import plan as plan_fit
+
+    if output is not None:
+        inputs.check_output(output)
+    if save_task_vector is not None:
+        inputs.check_file(save_task_vector)
+    given = recipes.parse_options(options or ())
+    prepared = prepare(
+        method, given, (source, finetuned, target), images, classes, templates, validation, per_class, seed, False
+    )
+    moving, found = prepared.moving, prepared.images
+    number = count if found is None else len(found)
+    sizes = [min(batch_size, number - start) for start in range(0, number, batch_size)]
+    names = len(found.class_names) if found is not None and found.labels is not None else 10
+    with open_checkpoint(source) as theirs, open_checkpoint(target) as mine:
+        models, views = [], []
+        for checkpoint in (theirs, mine):
+            models.append(tower(checkpoint, names))
+            views.append([batch(checkpoint, size, names) for size in sizes])
+        stored = [bytes_of(parameters(checkpoint)) for checkpoint in (theirs, mine)]
+        if finetuned is not None:
+            with open_checkpoint(finetuned) as tuned:
+                sides = [parameters(checkpoint)["vision"] for checkpoint in (theirs, tuned)]
+                if "projection" not in sides[1]:
+                    sides[0].pop("projection", None)
+                jax.eval_shape(task_vector, *sides)
+                stored.append(bytes_of(parameters(tuned)))
+    reads = any(link.reads.activations or link.reads.gradients for link in moving.links)
+    found_plan = plan_fit(moving, *models, list(zip(*views, strict=True)) if reads else [])
+    result = summary(found_plan, stored, number)
+    result["disk"] = {"edited model": stored[1]}
+    if maps is not None:
+        result["disk"]["maps"] = found_plan.memory["maps"]
+    if save_task_vector is not None:
+        result["disk"]["task vector"] = bytes_of(models[1].params)
+    show(result, *texts(result, source, target, method), as_json=as_json, quiet=quiet)
+
+
+def tower(checkpoint: Checkpoint, classes: int) -> Model:
+    """The vision tower with a zero-shot head of so many classes, in shapes; parameters are computed with in float32."""
+    import jax
+    import jax.numpy as jnp
+
+    from tvjax.evaluate.zero_shot import zero_shot_loss
+    from tvjax.models.clip.modeling import vision_model
+
+    whole = checkpoint.family.build(checkpoint.config, parameters(checkpoint))
+    model = vision_model(whole)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), model.params)
+    width = checkpoint.config.vision.projection_dim
+    head = {
+        "classifier": jax.ShapeDtypeStruct((width, classes), jnp.float32),
+        "logit_scale": jax.ShapeDtypeStruct((), jnp.float32),
+    }
+    return model.replace(params=params).with_loss(zero_shot_loss, head)
+
+
+def batch(checkpoint: Checkpoint, size: int, classes: int) -> Batch:
+    """So many images with labels, in shapes."""
+    import jax
+    import jax.numpy as jnp
+
+    from tvjax.stages import Batch
+
+    side = checkpoint.config.vision.image_size
+    pixels = jax.ShapeDtypeStruct((size, side, side, 3), jnp.float32)
+    return Batch({"pixels": pixels}, jax.ShapeDtypeStruct((size,), jnp.int32))
+
+
+def parameters(checkpoint: Checkpoint) -> PyTree:
+    """The parameters of a checkpoint, in shapes."""
+    import jax
+
+    from tvjax import tree
+    from tvjax.checkpoints.safetensors import numpy_dtype
+
+    keys = {path: source.key for path, source in checkpoint.sources.items()}
+    headers = checkpoint.tensors.headers
+    leaves = {
+        path: jax.ShapeDtypeStruct(shape, numpy_dtype(keys[path], headers[keys[path]]))
+        for path, shape in checkpoint.shapes.items()
+    }
+    return tree.nest(leaves)
+
+
+def bytes_of(shapes: PyTree) -> int:
+    """Bytes of all leaves."""
+    import jax
+
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+
+
+def summary(found: Plan, stored: list[int], images: int) -> dict[str, Any]:
+    """A plan as a record.
+
+    Args:
+      found: the plan of the fit.
+      stored: bytes of source, target and fine-tuned model in their files.
+      images: how many there are.
+    """
+    maps = [planned for stage in found.stages for planned in stage.maps]
+    fit = found.memory
+    held = sum(stored[:2])
+    return {
+        "leaves": [
+            {"link": x.link, "target": x.target, "source": x.source, "action": x.action, "why": x.why}
+            for x in found.leaves
+        ],
+        "stages": [
+            {
+                "target": stage.target,
+                "source": stage.source,
+                "tokens": stage.tokens,
+                "maps": [planned._asdict() for planned in stage.maps],
+            }
+            for stage in found.stages
+        ],
+        "images": {
+            "count": images,
+            "for unique maps of tokens": max((m.examples for m in maps if m.rows > images), default=0),
+            "for unique maps of one row an image": max((m.examples for m in maps if m.rows <= images), default=0),
+            "maps": len(maps),
+            "maps not unique": sum(planned.rows < min(planned.shape) for planned in maps),
+        },
+        "memory": {
+            "reading": sum(stored) + fit["parameters"],
+            "fitting": held + sum(fit[name] for name in fit if name != "task vectors"),
+            "applying": held + fit["parameters"] + fit["maps"] + 2 * fit["task vectors"],
+        },
+        "memory of the fit": fit,
+    }
+
+
+def texts(result: dict[str, Any], source: str, target: str, method: str) -> list[Any]:
+    """The record for people."""
+    from rich.table import Table
+
+    leaves = Table("link", "what becomes of a leaf", "leaves", "such as", title=f"{source} to {target} by {method}")
+    actions = Counter((x["link"], x["action"], x["why"]) for x in result["leaves"])
+    for (link, action, why), number in actions.items():
+        example = next(
+            x["target"] or x["source"]
+            for x in result["leaves"]
+            if (x["link"], x["action"], x["why"]) == (link, action, why)
+        )
+        leaves.add_row(link, f"{action}: {why}" if why else action, str(number), example)
+    memory = Table("peak memory, at most", "GiB", caption="host and device together, without the workspace of XLA")
+    for step, size in result["memory"].items():
+        memory.add_row(step, f"{size / GIB:.2f}")
+    for name, size in result["memory of the fit"].items():
+        memory.add_row(f"  {name}", f"{size / GIB:.2f}")
+    layers = [stage["source"].rpartition("/")[2] for stage in result["stages"]]
+    lines = [f"source layers of the target's {len(layers)} stages: {' '.join(layers)}"]
+    tokens = {tuple(stage["tokens"]) for stage in result["stages"] if stage["tokens"]}
+    lines += [f"tokens: {a} in the source, {b} in the target, compared on {c}" for a, b, c in sorted(tokens)]
+    images = result["images"]
+    if images["maps"]:
+        needed = images["for unique maps of tokens"], images["for unique maps of one row an image"]
+        lines.append(
+            f"{images['count']} images: {images['maps not unique']} of {images['maps']} maps are not unique; those of "
+            f"tokens are from {needed[0]} images on, those of one row an image from {needed[1]}"
+        )
+    lines += [f"disk: {name} {size / GIB:.2f} GiB" for name, size in result["disk"].items()]
+    return [leaves, memory, *lines]
