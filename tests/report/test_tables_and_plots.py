@@ -11,6 +11,7 @@ from tvjax.report.measurements import Measurement, compare
 from tvjax.report.plots import Curve, plot_methods, plot_scale_curve, plot_scales
 from tvjax.report.tables import (
     accuracy_table,
+    agreement_table,
     arithmetic_table,
     class_table,
     curve_table,
@@ -85,6 +86,7 @@ def test_evaluation_tables():
             pairs_table([pair], ""),
             class_table(rows, ""),
             curve_table(records.of_curve([0.0, 0.5], [one, two], one), ""),
+            agreement_table([pair], ""),
         )
     ]
     lines = [[line.split() for line in lines if line.strip()][-2:] for lines in found]
@@ -92,7 +94,7 @@ def test_evaluation_tables():
         ["two", "88.0", "80.2", "to", "93.0", "88", "of", "100", "91.7"],
         ["ft", "96.0", "90.2", "to", "98.4", "96", "of", "100", "100.0"],
     ]
-    assert lines[1][-1][:3] == ["two", "one", "+38.0"] and lines[1][-1][-3:] == ["62.0", "12.0", "100.0"]
+    assert lines[1][-1][:3] == ["two", "one", "+38.0"] and lines[4][-1] == ["two", "one", "62.0", "12.0", "100.0"]
     assert lines[2] == [["cat", "60", "83.3", "100.0"], ["dog", "40", "0.0", "70.0"]]
     assert lines[3][1][:2] == ["0.5", "88.0"] and "+38.0" in lines[3][1]
 

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tvjax.cli.options import AnyBase, BatchSize, Classes, Images, Templates
+from tvjax.cli.options import AnyBase, BatchSize, Classes, Images, Task, Templates
 
 if TYPE_CHECKING:
     from tvjax.checkpoints import Pretrained, Processor
     from tvjax.evaluate.accuracy import Predictions
-    from tvjax.stages import Model
 
 SCALES = ",".join(f"{0.05 * step:g}" for step in range(21))
 
@@ -28,7 +27,8 @@ def evaluate(
             help="CLIPs: folders or hub ids. A vision tower alone goes with the text tower of the first full CLIP.",
         ),
     ],
-    images: Images,
+    images: Images = None,
+    task: Task = None,
     classes: Classes = None,
     templates: Templates = None,
     reference: Annotated[
@@ -79,47 +79,31 @@ def evaluate(
     full = [name for name in every if inputs.read_clip_config(name).text is not None]
     if not full:
         raise ValueError(f"{every[0]!r} has no text tower to make a zero-shot head from: give a full CLIP first")
-    found = inputs.read_images(images, classes, "an accuracy")
-    prompts = inputs.read_templates(templates)
-    results: dict[str, Any] = {"images": inputs.record(found), "classes": found.class_names, "templates": prompts}
-
-    first: tuple[Pretrained, Processor] | None = None
-
-    def load(name: str) -> tuple[Model, Loader, Pretrained]:
-        """The vision tower with its head, and the images as it sees them."""
-        nonlocal first
-        loaded, processor = from_pretrained(name), load_processor(name)
-        if name == full[0]:
-            first = loaded, processor
-        elif name not in full:
-            whole, own = first or (from_pretrained(full[0]), load_processor(full[0]))
-            first = whole, own
-            vision = {**whole.params["vision"], **loaded.params["vision"]}
-            try:
-                loaded = whole.with_params({**whole.params, "vision": vision})
-            except ValueError as error:
-                raise ValueError(
-                    f"{name!r} has no text tower, and that of {full[0]!r} is not its own: {error}"
-                ) from error
-            processor = dataclasses.replace(own, image_processor=processor.image_processor or own.image_processor)
-        params = inputs.float32(loaded.params) if task_vector is not None else loaded.params
-        head = zero_shot_model(loaded.model.replace(params=params), processor.tokens, found.class_names, prompts)
-        return head, Loader(found, processor.pixels, batch_size), loaded
+    prompts = inputs.read_prompts(task, classes, templates)
+    found = inputs.read_images(inputs.images_of(images, task, "test"), prompts, "an accuracy")
+    results: dict[str, Any] = {
+        "images": inputs.record(found),
+        "classes": found.class_names,
+        "templates": prompts.templates,
+    }
 
     seen: dict[str, Predictions] = {}
     curve: list[Predictions] = []
+    base = from_pretrained(full[0]), load_processor(full[0])
     with progress("evaluate", quiet) as report:
-        for number, name in enumerate(every):
-            if name not in seen:
-                head, loader, loaded = load(name)
-                if task_vector is not None and number == 0:
-                    tau, about = map_tree(task_vector)
-                    inputs.check_base(about, loaded, [task_vector], any_base)
-                    curve = scale_curve(head, tau, (*grid, 0.0), loader)
-                    seen[name] = curve.pop()
-                else:
-                    seen[name] = predictions(head, loader)
-            report(number + 1, len(every), name)
+        for number, name in enumerate(dict.fromkeys(every)):
+            clip, processor = base if name == full[0] else _with_text(name, *base)
+            theta = clip.params if task_vector is None else inputs.float32(clip.params)
+            whole = clip.model.replace(params=theta)
+            head = zero_shot_model(whole, processor.tokens, found.class_names, prompts.templates)
+            loader = Loader(found, processor.pixels, batch_size)
+            if task_vector is not None and name == models[0]:
+                tau, about = map_tree(task_vector)
+                inputs.check_base(about, clip, [task_vector], any_base)
+                *curve, seen[name] = scale_curve(head, tau, (*grid, 0.0), loader)
+            else:
+                seen[name] = predictions(head, loader)
+            report(number + 1, len(set(every)), name)
 
     norm = None if reference is None else seen[reference].accuracy
     results["models"] = [{"model": name, **records.of_model(seen[name], found.class_names, norm)} for name in models]
@@ -143,6 +127,24 @@ def evaluate(
         print(json.dumps(results, indent=1))
     else:
         _print(results, by_class)
+
+
+def _with_text(name: str, base: Pretrained, its: Processor) -> tuple[Pretrained, Processor]:
+    """A CLIP; where the name is one of a vision tower alone, in the place of the base's own.
+
+    Raises:
+      ValueError: for a tower that does not fit.
+    """
+    from tvjax.checkpoints import from_pretrained, load_processor
+
+    loaded, processor = from_pretrained(name), load_processor(name)
+    if loaded.config.text is not None:
+        return loaded, processor
+    try:
+        whole = base.with_params({**base.params, "vision": {**base.params["vision"], **loaded.params["vision"]}})
+    except ValueError as error:
+        raise ValueError(f"{name!r} has no text tower, and does not fit that of {base.name!r}: {error}") from error
+    return whole, dataclasses.replace(its, image_processor=processor.image_processor or its.image_processor)
 
 
 def read_scales(text: str) -> tuple[float, ...]:
@@ -174,7 +176,8 @@ def _print(results: dict[str, Any], by_class: bool) -> None:
         tables.evaluation_table(results["models"], f"Zero-shot accuracy on {source}, %", results["reference"])
     )
     if results["pairs"]:
-        console.print(tables.pairs_table(results["pairs"], "Pairs on the same images, %"))
+        console.print(tables.pairs_table(results["pairs"], "Differences on the same images, points (p: McNemar)"))
+        console.print(tables.agreement_table(results["pairs"], "Agreement, % of the images"))
     if "curve" in results:
         console.print(tables.curve_table(results["curve"]["points"], f"With {results['curve']['task_vector']}, %"))
         print(f"best: scale {results['curve']['best_scale']:g}; a scale is to be chosen on images that are no test")

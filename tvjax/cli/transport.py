@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tvjax.cli import config as recipes
-from tvjax.cli.options import SOURCES, BatchSize, Classes, Options, Quiet, Templates
+from tvjax.cli.options import BatchSize, Classes, Images, Options, PerClass, Quiet, Select, Task, Templates
 
 if TYPE_CHECKING:
     from tvjax.models.clip.config import CLIPConfig
@@ -28,7 +28,8 @@ def transport(
     target: Annotated[str, typer.Option(metavar="MODEL", help="The model to move the task into.")],
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the edited target goes.")],
     method: Annotated[str, typer.Option(help=f"One of {', '.join(NAMES)}; or a chain such as bico+gradfix.")],
-    images: Annotated[str | None, typer.Option(metavar="IMAGES", help=f"Calibration images: {SOURCES}.")] = None,
+    images: Images = None,
+    task: Task = None,
     classes: Classes = None,
     templates: Templates = None,
     options: Options = None,
@@ -37,7 +38,8 @@ def transport(
         str | None,
         typer.Option(metavar="IMAGES", help="Labelled images on which the scale is chosen, in the place of --scale."),
     ] = None,
-    per_class: Annotated[int, typer.Option(min=0, help="Images of each class to draw; 0: all.")] = 0,
+    per_class: PerClass = 0,
+    select: Select = "random",
     seed: Annotated[int, typer.Option(help="Of that draw.")] = 0,
     batch_size: BatchSize = 32,
     save_maps: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the fitted maps.")] = None,
@@ -68,13 +70,14 @@ def transport(
         raise ValueError(f"--validation needs a zero-shot head, but {target!r} has no text tower: give the full CLIP")
     inputs.read_clip_config(finetuned)
     found = None
+    prompts = inputs.read_prompts(task, classes, templates)
     if reads_images(moving):
-        if images is None:
+        if images is None and task is None:
             raise ValueError(f"{moving.name} looks at calibration images: give --images")
-        found = inputs.read_images(images, classes, moving.name if moving.needs_gradients else "")
-        found = inputs.draw_images(found, per_class, seed)
-    prompts = inputs.read_templates(templates)
-    held_out = None if validation is None else inputs.read_images(validation, classes, "choosing a scale")
+        place = inputs.images_of(images, task, "train")
+        found = inputs.read_images(place, prompts, moving.name if moving.needs_gradients else "")
+        found = inputs.draw_images(found, per_class, select, seed, inputs.embeddings(target, batch_size))
+    held_out = None if validation is None else inputs.read_images(validation, prompts, "choosing a scale")
     about: dict[str, object] = {"images": None if found is None else inputs.record(found)}
 
     loaded, towers, views = [], [], []
@@ -84,7 +87,7 @@ def transport(
         if found is not None:
             processor = load_processor(name)
             if moving.needs_gradients:
-                tower = zero_shot_model(pretrained.model, processor.tokens, found.class_names, prompts)
+                tower = zero_shot_model(pretrained.model, processor.tokens, found.class_names, prompts.templates)
             views.append(list(Loader(found, processor.pixels, batch_size)))
         loaded.append(pretrained)
         towers.append(tower.replace(params=inputs.float32(tower.params)))
@@ -99,7 +102,7 @@ def transport(
     if held_out is not None:
         processor = load_processor(target)
         whole = receiver.model.replace(params=inputs.float32(receiver.params))
-        head = zero_shot_model(whole, processor.tokens, held_out.class_names, prompts)
+        head = zero_shot_model(whole, processor.tokens, held_out.class_names, prompts.templates)
         chosen = choose_scale(head, moved, scales_of(moving), Loader(held_out, processor.pixels, batch_size))
         scale = chosen.scale
     save_pretrained(receiver.with_params(apply(receiver.params, moved, scale)), output)

@@ -11,27 +11,37 @@ from tvjax.evaluate.pairs import agreement, paired_difference
 Record = dict[str, Any]
 
 
-def of_accuracy(accuracy: Accuracy, reference: Accuracy | None = None) -> Record:
-    """An accuracy with its interval; ``normalised`` is its share of the reference's, None without one (or one of 0).
+def of_accuracy(accuracy: Accuracy) -> Record:
+    """An accuracy with its interval.
 
-    >>> of_accuracy(Accuracy(1, 2), Accuracy(2, 2))["normalised"]
+    >>> of_accuracy(Accuracy(1, 2))["accuracy"]
     0.5
     """
-    normalised = accuracy.fraction / reference.fraction if reference is not None and reference.correct else None
     return {
         "accuracy": accuracy.fraction,
         "interval": accuracy.interval(),
         "correct": accuracy.correct,
         "total": accuracy.total,
-        "normalised": normalised,
     }
 
 
 def of_model(predicted: Predictions, class_names: Sequence[str], reference: Accuracy | None = None) -> Record:
-    """The accuracy of a model, and that of each class that occurs."""
+    """The accuracy of a model, as a share of the reference's, and of each class that occurs."""
     own = zip(class_names, predicted.by_class(len(class_names)), strict=True)
-    by_class = [{"class": name, **of_accuracy(found)} for name, found in own if found is not None]
-    return {**of_accuracy(predicted.accuracy, reference), "by_class": by_class}
+    return {
+        **of_accuracy(predicted.accuracy),
+        "normalised": normalised(predicted.accuracy, reference),
+        "by_class": [{"class": name, **of_accuracy(found)} for name, found in own if found is not None],
+    }
+
+
+def normalised(accuracy: Accuracy, reference: Accuracy | None) -> float | None:
+    """An accuracy as a share of the reference's; None without one, or where that is 0.
+
+    >>> normalised(Accuracy(1, 4), Accuracy(1, 2))
+    0.5
+    """
+    return accuracy.fraction / reference.fraction if reference is not None and reference.correct else None
 
 
 def of_difference(predicted: Predictions, baseline: Predictions) -> Record:
@@ -58,7 +68,8 @@ def of_curve(
     return [
         {
             "scale": scale,
-            **of_accuracy(predicted.accuracy, reference),
+            **of_accuracy(predicted.accuracy),
+            "normalised": normalised(predicted.accuracy, reference),
             "difference_to_model": of_difference(predicted, before),
         }
         for scale, predicted in zip(scales, found, strict=True)

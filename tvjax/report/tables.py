@@ -90,19 +90,30 @@ def evaluation_table(
 
 
 def pairs_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
-    """One row for each pair of models: the difference in points with its interval, and where they agree.
+    """One row for each pair of models: the difference in points, its interval, and McNemar's test.
 
     Args:
-      rows: with ``model``, ``baseline``, ``difference``, ``interval``, ``p_value`` and ``agreement``.
+      rows: with ``model``, ``baseline``, ``difference``, ``interval`` and ``p_value``.
       title: above the table.
     """
-    columns = ["difference", "95 % interval", "p (McNemar)", "same prediction", "both wrong", "same when both wrong"]
-    table = _table(title, ["model", "minus"], columns)
+    table = _table(title, ["model", "minus"], ["difference", "95 % interval", "p"])
     for row in rows:
-        agreed = row["agreement"]
-        shares = [_of_one(agreed[name]) for name in ("same", "both_wrong", "same_when_both_wrong")]
         numbers = [_signed(row["difference"]), _interval(row["interval"], _signed), f"{row['p_value']:.2g}"]
-        table.add_row(row["model"], row["baseline"], *numbers, *shares)
+        table.add_row(row["model"], row["baseline"], *numbers)
+    return table
+
+
+def agreement_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """One row for each pair of models: how often they predict the same, are both wrong, and the same where they are.
+
+    Args:
+      rows: with ``model``, ``baseline`` and ``agreement``.
+      title: above the table.
+    """
+    table = _table(title, ["model", "and"], ["same", "both wrong", "same of these"])
+    for row in rows:
+        shares = [_of_one(row["agreement"][name]) for name in ("same", "both_wrong", "same_when_both_wrong")]
+        table.add_row(row["model"], row["baseline"], *shares)
     return table
 
 
@@ -131,7 +142,9 @@ def class_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
       rows: of the models, with ``model`` and ``by_class``, a list of ``class``, ``accuracy`` and ``total``.
       title: above the table.
     """
-    table = _table(title, ["class"], ["images", *(row["model"] for row in rows)])
+    table = _table(title, ["class"], ["images"])
+    for row in rows:
+        table.add_column(row["model"], justify="right", overflow="fold")
     for own in zip(*(row["by_class"] for row in rows), strict=True):
         table.add_row(own[0]["class"], str(own[0]["total"]), *(_of_one(one["accuracy"]) for one in own))
     return table
@@ -142,7 +155,7 @@ def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
     for column in texts:
         table.add_column(column, overflow="fold")
     for column in numbers:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
