@@ -36,7 +36,7 @@ def test_transport_and_evaluate(models, images, tmp_path, capsys, method):
     assert f"moved by {method}" in printed.out and f"{method} 1/5" in printed.err
 
     assert run(["evaluate", models["wider"], str(output), "--images", str(images), "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
+    rows = json.loads(capsys.readouterr().out)["models"]
     assert [row["total"] for row in rows] == [6, 6]
     assert all(row["interval"][0] <= row["accuracy"] <= row["interval"][1] for row in rows)
     assert run(["evaluate", str(output), "--images", str(images)]) == 0

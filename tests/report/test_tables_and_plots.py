@@ -5,10 +5,19 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from tvjax.evaluate.accuracy import Accuracy
+from tvjax.evaluate.accuracy import Accuracy, Predictions
+from tvjax.report import records
 from tvjax.report.measurements import Measurement, compare
-from tvjax.report.plots import Curve, plot_methods, plot_scales
-from tvjax.report.tables import accuracy_table, arithmetic_table, evaluation_table
+from tvjax.report.plots import Curve, plot_methods, plot_scale_curve, plot_scales
+from tvjax.report.tables import (
+    accuracy_table,
+    agreement_table,
+    arithmetic_table,
+    class_table,
+    curve_table,
+    evaluation_table,
+    pairs_table,
+)
 
 TITLES = {"B": "same shape", "W": "wider"}
 
@@ -60,17 +69,43 @@ def test_other_tables():
         line for line in text(arithmetic_table([{**row, "normalised": None}], "")).splitlines() if "thick" in line
     ]
     assert line.split() == ["negation", "-", "thick", "base", "0.50", "90.0", "88.0"]
-    (line,) = [
-        line for line in text(evaluation_table({"model": Accuracy(88, 100)}, "")).splitlines() if "model " in line
-    ][1:]
-    assert line.split() == ["model", "88.0", "80.2", "to", "93.0", "88", "of", "100"]
+
+
+def test_evaluation_tables():
+    labels = np.array([0] * 60 + [1] * 40)
+    names = ("cat", "dog")
+    one, two = (Predictions(np.where(np.arange(100) < right, labels, 1 - labels), labels) for right in (50, 88))
+    reference = Accuracy(96, 100)
+    rows = [{"model": name, **records.of_model(own, names, reference)} for name, own in (("one", one), ("two", two))]
+    pair = {"model": "two", "baseline": "one", **records.of_pair(two, one)}
+    last = {"model": "ft", **records.of_accuracy(reference)}
+    found = [
+        text(table).splitlines()
+        for table in (
+            evaluation_table(rows, "", last),
+            pairs_table([pair], ""),
+            class_table(rows, ""),
+            curve_table(records.of_curve([0.0, 0.5], [one, two], one), ""),
+            agreement_table([pair], ""),
+        )
+    ]
+    lines = [[line.split() for line in lines if line.strip()][-2:] for lines in found]
+    assert lines[0] == [
+        ["two", "88.0", "80.2", "to", "93.0", "88", "of", "100", "91.7"],
+        ["ft", "96.0", "90.2", "to", "98.4", "96", "of", "100", "100.0"],
+    ]
+    assert lines[1][-1][:3] == ["two", "one", "+38.0"] and lines[4][-1] == ["two", "one", "62.0", "12.0", "100.0"]
+    assert lines[2] == [["cat", "60", "83.3", "100.0"], ["dog", "40", "0.0", "70.0"]]
+    assert lines[3][1][:2] == ["0.5", "88.0"] and "+38.0" in lines[3][1]
 
 
 def test_plots_are_images(measurements, tmp_path):
     plot_methods(measurements, tmp_path / "accuracy.png", TITLES)
     curves = [Curve("t", target, "theseus", 0, (0.0, 1.0, 2.0), (0.1, 0.5, 0.3)) for target in TITLES]
     plot_scales(curves, tmp_path / "scales.png", TITLES)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["accuracy.png", "scales.png"]
+    found = [Accuracy(right, 50) for right in (20, 31, 40, 28)]
+    plot_scale_curve([0.0, 0.25, 0.5, 1.0], found, tmp_path / "curve.png", "model", reference=0.9)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["accuracy.png", "curve.png", "scales.png"]
     for file in tmp_path.iterdir():
         with Image.open(file) as image:
-            assert image.format == "PNG" and image.size[0] > 800 and np.asarray(image.convert("L")).std() > 5
+            assert image.format == "PNG" and image.size[0] > 700 and np.asarray(image.convert("L")).std() > 5

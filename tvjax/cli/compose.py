@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from tvjax.cli import config as recipes
-from tvjax.cli.options import AnyBase, Classes, Images, Json, Quiet, Templates
+from tvjax.cli.options import AnyBase, Classes, Images, Json, PerClass, Quiet, Select, Task, Templates
 
 if TYPE_CHECKING:
     from tvjax.stages import PyTree
@@ -23,8 +23,9 @@ def compose(
     context: typer.Context,
     task_vectors: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Task vectors of the model.")],
     model: Annotated[str, typer.Option(metavar="MODEL", help="The pre-trained model: folder or hub id.")],
-    images: Images,
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the edited model goes.")],
+    images: Images = None,
+    task: Task = None,
     objective: Annotated[
         Objective, typer.Option(help="few_shot learns from labelled images, entropy and fix_match need no labels.")
     ] = "few_shot",
@@ -52,7 +53,8 @@ def compose(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the images, at most.")] = 10,
     batch_size: Annotated[int, typer.Option(min=1, help="Images of each step.")] = 128,
     micro_batches: Annotated[int, typer.Option(min=1, help="Pieces of a batch, to save memory.")] = 1,
-    per_class: Annotated[int, typer.Option(min=0, help="Images of each class to draw; 0: all.")] = 0,
+    per_class: PerClass = 0,
+    select: Select = "random",
     classes: Classes = None,
     templates: Templates = None,
     flip: Annotated[bool, typer.Option(help="Whether a mirrored image is of the same class (fix_match).")] = True,
@@ -96,17 +98,14 @@ def compose(
     if inputs.read_clip_config(model).text is None:
         raise ValueError(f"{model!r} has no text tower to make a zero-shot head from: give a full CLIP")
     labelled = objective == "few_shot"
-    found = inputs.read_images(images, classes, objective if labelled else "")
+    prompts = inputs.read_prompts(task, classes, templates)
+    found = inputs.read_images(inputs.images_of(images, task, "train"), prompts, objective if labelled else "")
     if labelled:
-        found = inputs.draw_images(found, per_class, seed)
-    if found.class_names:
-        names = found.class_names
-    elif classes is not None:
-        names = inputs.read_lines(classes, "class names")
-    else:
+        found = inputs.draw_images(found, per_class, select, seed, inputs.embeddings(model, batch_size))
+    names = found.class_names or prompts.class_names
+    if not names:
         raise ValueError(f"{objective} needs the names of the classes: give --classes, or images in one folder a class")
-    prompts = inputs.read_templates(templates)
-    held_out = None if validation is None else inputs.read_images(validation, classes, "choosing a learning rate")
+    held_out = None if validation is None else inputs.read_images(validation, prompts, "choosing a learning rate")
     looked_at = {"images": inputs.record(found), "validation": None if held_out is None else inputs.record(held_out)}
     loaded = [map_tree(file) for file in task_vectors]
     base = from_pretrained(model)
@@ -114,7 +113,9 @@ def compose(
     inputs.check_base(metadata, base, task_vectors, any_base)
 
     processor = load_processor(model)
-    head = zero_shot_model(base.model.replace(params=inputs.float32(base.params)), processor.tokens, names, prompts)
+    head = zero_shot_model(
+        base.model.replace(params=inputs.float32(base.params)), processor.tokens, names, prompts.templates
+    )
     seen = Loader(found, processor.pixels, batch_size).whole()
     pixels = seen.inputs
     if labelled:

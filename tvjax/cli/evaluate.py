@@ -1,52 +1,185 @@
-"""``tvjax evaluate``: zero-shot accuracy of CLIPs on a folder of images."""
+"""``tvjax evaluate``: zero-shot accuracy of CLIPs, one beside the other, or along the scale of a task vector."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tvjax.cli.options import BatchSize, Classes, Images, Templates
+from tvjax.cli.options import AnyBase, BatchSize, Classes, Images, Task, Templates
+
+if TYPE_CHECKING:
+    from tvjax.checkpoints import Pretrained, Processor
+    from tvjax.evaluate.accuracy import Predictions
+
+SCALES = ",".join(f"{0.05 * step:g}" for step in range(21))
 
 
 def evaluate(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Full CLIPs: folders or hub ids.")],
-    images: Images,
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="CLIPs: folders or hub ids. A vision tower alone goes with the text tower of the first full CLIP.",
+        ),
+    ],
+    images: Images = None,
+    task: Task = None,
     classes: Classes = None,
     templates: Templates = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="A fine-tuned model: accuracies are given as shares of its own too."),
+    ] = None,
+    task_vector: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Add this task vector to the one MODEL, at every scale.")
+    ] = None,
+    scales: Annotated[
+        str | None, typer.Option(metavar="NUMBERS", help="Such as 0,0.25,0.5; default: 0 to 1 by 0.05.")
+    ] = None,
+    any_base: AnyBase = False,
+    by_class: Annotated[bool, typer.Option("--by-class", help="Print the accuracy of each class too.")] = False,
     batch_size: BatchSize = 64,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")] = False,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the results as JSON.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw the accuracy by scale, as a PNG (--task-vector).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object in place of tables.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
-    """Zero-shot accuracy with its 95 % interval (Wilson)."""
-    from rich.console import Console
+    """Zero-shot accuracy with its 95 % interval (Wilson), and how sure a difference on the same images is.
 
-    from tvjax.checkpoints import from_pretrained, load_processor
+    With several models every pair is compared: the difference of accuracies with an interval for the same images,
+    McNemar's exact test, and how often the two predict the same.
+    """
+    from tvjax.checkpoints import from_pretrained, load_processor, map_tree
     from tvjax.cli import inputs
     from tvjax.cli.progress import progress
     from tvjax.data.loader import Loader
-    from tvjax.evaluate.accuracy import accuracy
+    from tvjax.evaluate.accuracy import predictions
+    from tvjax.evaluate.scale import scale_curve
     from tvjax.evaluate.zero_shot import zero_shot_model
-    from tvjax.report.tables import evaluation_table
+    from tvjax.report import records
 
-    for name in models:
-        if inputs.read_clip_config(name).text is None:
-            raise ValueError(f"{name!r} has no text tower to make a zero-shot head from: give a full CLIP")
-    found = inputs.read_images(images, classes, "an accuracy")
-    prompts = inputs.read_templates(templates)
-    results = {}
+    if len(set(models)) < len(models):
+        raise ValueError(f"a model is given twice: {', '.join(models)}")
+    if task_vector is None and (scales is not None or plot is not None):
+        raise ValueError("--scales and --plot are about a task vector: give --task-vector")
+    if task_vector is not None and len(models) > 1:
+        raise ValueError(f"--task-vector is added to one model, found {len(models)}: {', '.join(models)}")
+    grid = read_scales(scales or SCALES)
+    for file in (output, plot):
+        if file is not None:
+            inputs.check_file(file)
+    every = [*models, *([reference] if reference is not None else [])]
+    full = [name for name in every if inputs.read_clip_config(name).text is not None]
+    if not full:
+        raise ValueError(f"{every[0]!r} has no text tower to make a zero-shot head from: give a full CLIP first")
+    prompts = inputs.read_prompts(task, classes, templates)
+    found = inputs.read_images(inputs.images_of(images, task, "test"), prompts, "an accuracy")
+    results: dict[str, Any] = {
+        "images": inputs.record(found),
+        "classes": found.class_names,
+        "templates": prompts.templates,
+    }
+
+    seen: dict[str, Predictions] = {}
+    curve: list[Predictions] = []
+    base = from_pretrained(full[0]), load_processor(full[0])
     with progress("evaluate", quiet) as report:
-        for number, name in enumerate(models):
-            processor = load_processor(name)
-            head = zero_shot_model(from_pretrained(name).model, processor.tokens, found.class_names, prompts)
-            results[name] = accuracy(head, Loader(found, processor.pixels, batch_size))
-            report(number + 1, len(models), name)
+        for number, name in enumerate(dict.fromkeys(every)):
+            clip, processor = base if name == full[0] else _with_text(name, *base)
+            theta = clip.params if task_vector is None else inputs.float32(clip.params)
+            whole = clip.model.replace(params=theta)
+            head = zero_shot_model(whole, processor.tokens, found.class_names, prompts.templates)
+            loader = Loader(found, processor.pixels, batch_size)
+            if task_vector is not None and name == models[0]:
+                tau, about = map_tree(task_vector)
+                inputs.check_base(about, clip, [task_vector], any_base)
+                *curve, seen[name] = scale_curve(head, tau, (*grid, 0.0), loader)
+            else:
+                seen[name] = predictions(head, loader)
+            report(number + 1, len(set(every)), name)
+
+    norm = None if reference is None else seen[reference].accuracy
+    results["models"] = [{"model": name, **records.of_model(seen[name], found.class_names, norm)} for name in models]
+    results["reference"] = None if norm is None else {"model": reference, **records.of_accuracy(norm)}
+    results["pairs"] = [
+        {"model": two, "baseline": one, **records.of_pair(seen[two], seen[one])}
+        for one, two in itertools.combinations(models, 2)
+    ]
+    if task_vector is not None:
+        points = records.of_curve(grid, curve, seen[models[0]], norm)
+        best = max(points, key=lambda point: (point["accuracy"], -abs(point["scale"])))
+        results["curve"] = {"task_vector": str(task_vector), "best_scale": best["scale"], "points": points}
+    if output is not None:
+        inputs.write_json(output, results)
+    if plot is not None:
+        from tvjax.report.plots import plot_scale_curve
+
+        title = f"{models[0]} + scale × {task_vector}"
+        plot_scale_curve(grid, [at.accuracy for at in curve], plot, title, None if norm is None else norm.fraction)
     if as_json:
-        rows = [
-            {"model": name, "accuracy": a.fraction, "interval": a.interval(), "correct": a.correct, "total": a.total}
-            for name, a in results.items()
-        ]
-        print(json.dumps(rows, indent=1))
+        print(json.dumps(results, indent=1))
     else:
-        Console().print(evaluation_table(results, f"Zero-shot accuracy on {images}, %"))
+        _print(results, by_class)
+
+
+def _with_text(name: str, base: Pretrained, its: Processor) -> tuple[Pretrained, Processor]:
+    """A CLIP; where the name is one of a vision tower alone, in the place of the base's own.
+
+    Raises:
+      ValueError: for a tower that does not fit.
+    """
+    from tvjax.checkpoints import from_pretrained, load_processor
+
+    loaded, processor = from_pretrained(name), load_processor(name)
+    if loaded.config.text is not None:
+        return loaded, processor
+    try:
+        whole = base.with_params({**base.params, "vision": {**base.params["vision"], **loaded.params["vision"]}})
+    except ValueError as error:
+        raise ValueError(f"{name!r} has no text tower, and does not fit that of {base.name!r}: {error}") from error
+    return whole, dataclasses.replace(its, image_processor=processor.image_processor or its.image_processor)
+
+
+def read_scales(text: str) -> tuple[float, ...]:
+    """The numbers of a text, sorted, each once.
+
+    Raises:
+      ValueError: where one is none.
+
+    >>> read_scales("1, 0.5,0")
+    (0.0, 0.5, 1.0)
+    """
+    try:
+        found = sorted({float(word) for word in text.split(",")})
+    except ValueError as error:
+        raise ValueError(f"--scales is {text!r}, expected numbers with commas between them") from error
+    if not all(abs(scale) < float("inf") for scale in found):
+        raise ValueError(f"--scales is {text!r}, expected finite numbers")
+    return tuple(found)
+
+
+def _print(results: dict[str, Any], by_class: bool) -> None:
+    from rich.console import Console
+
+    from tvjax.report import tables
+
+    console = Console()
+    source = results["images"]["source"]
+    console.print(
+        tables.evaluation_table(results["models"], f"Zero-shot accuracy on {source}, %", results["reference"])
+    )
+    if results["pairs"]:
+        console.print(tables.pairs_table(results["pairs"], "Differences on the same images, points (p: McNemar)"))
+        console.print(tables.agreement_table(results["pairs"], "Agreement, % of the images"))
+    if "curve" in results:
+        console.print(tables.curve_table(results["curve"]["points"], f"With {results['curve']['task_vector']}, %"))
+        print(f"best: scale {results['curve']['best_scale']:g}; a scale is to be chosen on images that are no test")
+    if by_class:
+        console.print(tables.class_table(results["models"], "By class, %"))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,31 +13,82 @@ import numpy as np
 
 from tvjax import tree
 from tvjax.arithmetic import task_vector
-from tvjax.checkpoints import Pretrained
+from tvjax.checkpoints import Pretrained, from_pretrained, load_processor
 from tvjax.checkpoints.atomic import replacing
 from tvjax.checkpoints.huggingface import fetch
-from tvjax.data.batches import few_shot
+from tvjax.data.batches import few_shot, herding, k_medoids
 from tvjax.data.images import Images
+from tvjax.data.loader import Loader
 from tvjax.data.source import open_images
+from tvjax.data.tasks import find_task
+from tvjax.evaluate.zero_shot import embed_images
 from tvjax.models.clip.config import CLIPConfig
+from tvjax.models.clip.modeling import vision_model
 from tvjax.models.families import family_of_settings
 from tvjax.stages import PyTree
 
 TEMPLATES = ("a photo of a {}.",)
 
 
-def read_images(source: str, classes: Path | None, labelled_for: str = "") -> Images:
+class Prompts(NamedTuple):
+    """What the classes are called.
+
+    Attributes:
+      class_names: names of the classes; None: those that the images have.
+      templates: prompts with ``{}`` in place of the name.
+    """
+
+    class_names: tuple[str, ...] | None
+    templates: tuple[str, ...]
+
+
+def read_prompts(task: str | None, classes: Path | None, templates: Path | None) -> Prompts:
+    """Class names and prompts: of the files, or else of the task, or else of the images and the default prompt.
+
+    Raises:
+      ValueError: no such task, no such file, an empty one, or a class that is named twice.
+    """
+    known = None if task is None else find_task(task)
+    names = None if known is None else known.class_names
+    prompts = TEMPLATES if known is None else known.templates
+    if classes is not None:
+        names = read_lines(classes, "class names")
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"{str(classes)!r} names the classes {', '.join(twice)} more than once")
+    return Prompts(names, prompts if templates is None else read_lines(templates, "prompts"))
+
+
+def images_of(images: str | None, task: str | None, split: Literal["train", "test"]) -> str:
+    """Where the images are: what the option says, or else the task.
+
+    Raises:
+      ValueError: where neither says it.
+    """
+    if images is not None:
+        return images
+    place = getattr(find_task(task), split) if task is not None else ""
+    if not place:
+        raise ValueError(
+            "give --images, or --task with one of the datasets that are on the hub"
+            if task is None
+            else f"the task {task!r} has images of many kinds: give --images too"
+        )
+    return str(place)
+
+
+def read_images(source: str, prompts: Prompts, labelled_for: str = "") -> Images:
     """The images that an option names, none of them decoded yet.
 
     Args:
       source: as `tvjax.data.open_images` takes it.
-      classes: file of class names.
+      prompts: with the names of the classes.
       labelled_for: what needs the classes; "" where nothing does.
 
     Raises:
       ValueError: no such images, or no classes though they are needed.
     """
-    found = open_images(source, None if classes is None else read_lines(classes, "class names"))
+    found = open_images(source, prompts.class_names)
     if labelled_for and found.labels is None:
         raise ValueError(
             f"{source!r} has no labels, and {labelled_for} needs labelled images: put those of each class into a "
@@ -46,17 +97,44 @@ def read_images(source: str, classes: Path | None, labelled_for: str = "") -> Im
     return found
 
 
-def draw_images(found: Images, per_class: int, seed: int) -> Images:
-    """So many images of each class, at random; 0 for all.
+def draw_images(
+    found: Images, per_class: int, select: str, seed: int, features: Callable[[Images], np.ndarray]
+) -> Images:
+    """So many images of each class; 0 for all.
+
+    Args:
+      found: the images.
+      per_class: how many of each class.
+      select: ``random``, ``herding`` or ``k_medoids``.
+      seed: of the random key.
+      features: of all images ``[n, d]``; called for herding and k-medoids only.
 
     Raises:
       ValueError: where a class has fewer, or there are no classes.
     """
     if not per_class:
+        if select != "random":
+            raise ValueError(f"--select {select} chooses some images of each class: say how many with --per-class")
         return found
     if found.labels is None:
         raise ValueError("--per-class needs labelled images: put those of each class into a folder of its name")
-    return found.take(few_shot(found.labels, per_class, jax.random.key(seed)))
+    key = jax.random.key(seed)
+    chosen = few_shot(found.labels, per_class, key)  # raises where a class has fewer, before any image is read
+    if select == "herding":
+        chosen = herding(features(found), found.labels, per_class)
+    elif select == "k_medoids":
+        chosen = k_medoids(features(found), found.labels, per_class, key)
+    return found.take(chosen)
+
+
+def embeddings(source: str, batch_size: int) -> Callable[[Images], np.ndarray]:
+    """A function from images to their unit embeddings by the vision tower of a CLIP, read when it is called."""
+
+    def embed(found: Images) -> np.ndarray:
+        tower, processor = vision_model(from_pretrained(source).model), load_processor(source)
+        return embed_images(tower, Loader(found, processor.pixels, batch_size))
+
+    return embed
 
 
 def record(found: Images) -> dict[str, Any]:
@@ -66,11 +144,6 @@ def record(found: Images) -> dict[str, Any]:
       ValueError: for an image that is empty or none.
     """
     return {"source": found.name, "count": len(found), "sha256": found.sha256()}
-
-
-def read_templates(file: Path | None) -> tuple[str, ...]:
-    """The prompts of a file, or the default ones."""
-    return TEMPLATES if file is None else read_lines(file, "prompts")
 
 
 def read_lines(file: Path, what: str) -> tuple[str, ...]:

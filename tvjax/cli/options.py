@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,14 +11,31 @@ SOURCES = (
     "a folder with one folder a class, an archive FILE.npz, a dataset hf:NAME?split=SPLIT, or digits:STYLE/PART; "
     "?part=0:0.8 takes a share of them"
 )
-Images = Annotated[str, typer.Option("--images", metavar="IMAGES", help=f"The images: {SOURCES}.")]
+Images = Annotated[
+    str | None, typer.Option("--images", metavar="IMAGES", help=f"The images: {SOURCES}. Default: those of --task.")
+]
+Task = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Class names, prompts and images: sun397, cars, resisc45, eurosat, svhn, gtsrb, mnist, dtd; or digits.",
+    ),
+]
+PerClass = Annotated[int, typer.Option(min=0, help="Images of each class to draw; 0: all.")]
+Select = Annotated[
+    Literal["random", "herding", "k_medoids"],
+    typer.Option(help="How --per-class draws: at random, or by the model's own embeddings."),
+]
 Classes = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Class names, one a line, in the labels' order; default: those of the images."),
+    typer.Option(metavar="FILE", help="Class names, one a line, in the labels' order; default: of the task or images."),
 ]
 Templates = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Prompts with {} for the class name, one a line; default: 'a photo of a {}.'"),
+    typer.Option(
+        metavar="FILE",
+        help="Prompts with {} for the name, one a line; default: of the task, or 'a photo of a {}.'",
+    ),
 ]
 Options = Annotated[
     list[str] | None,

@@ -9,20 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tvjax.cli import config as recipes
-from tvjax.cli.options import BatchSize, Classes, Json, Options, Quiet, Templates
+from tvjax.cli.options import BatchSize, Classes, Images, Json, Options, PerClass, Quiet, Select, Task, Templates
 from tvjax.cli.output import show
 from tvjax.cli.transport import (
-    Calibration,
     Maps,
     Method,
-    PerClass,
     SaveTaskVector,
     Scale,
     Seed,
     Source,
     Target,
     Validation,
-    prepare,
+    check_models,
+    make_transport,
+    read_calibration,
+    reads_images,
 )
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def plan(
     finetuned: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The fine-tuned source; checked where it is given.")
     ] = None,
-    images: Calibration = None,
+    images: Images = None,
+    task: Task = None,
     count: Annotated[int, typer.Option(min=1, help="Calibration images to reckon with where none are given.")] = 8,
     classes: Classes = None,
     templates: Templates = None,
@@ -48,6 +50,7 @@ def plan(
     scale: Scale = 1.0,
     validation: Validation = None,
     per_class: PerClass = 0,
+    select: Select = "random",
     seed: Seed = 0,
     batch_size: BatchSize = 32,
     maps: Maps = None,
@@ -74,11 +77,16 @@ def plan(
         inputs.check_output(output)
     if save_task_vector is not None:
         inputs.check_file(save_task_vector)
-    given = recipes.parse_options(options or ())
-    prepared = prepare(
-        method, given, (source, finetuned, target), images, classes, templates, validation, per_class, seed, False
-    )
-    moving, found = prepared.moving, prepared.images
+    moving = make_transport(method, recipes.parse_options(options or ()))
+    check_models(moving, source, target, finetuned, validation)
+    prompts = inputs.read_prompts(task, classes, templates)
+    found = None
+    if reads_images(moving) and (images is not None or task is not None):
+        found = read_calibration(moving, inputs.images_of(images, task, "train"), prompts)
+        # How many, not which: a choice by embeddings would read the weights.
+        found = inputs.draw_images(found, per_class, "random", seed, inputs.embeddings(target, batch_size))
+    if validation is not None:
+        inputs.read_images(validation, prompts, "choosing a scale")
     number = count if found is None else len(found)
     sizes = [min(batch_size, number - start) for start in range(0, number, batch_size)]
     names = len(found.class_names) if found is not None and found.labels is not None else 10
@@ -87,18 +95,17 @@ def plan(
         for checkpoint in (theirs, mine):
             models.append(tower(checkpoint, names))
             views.append([batch(checkpoint, size, names) for size in sizes])
-        stored = [bytes_of(parameters(checkpoint)) for checkpoint in (theirs, mine)]
+        held = [parameters(checkpoint) for checkpoint in (theirs, mine)]
         if finetuned is not None:
             with open_checkpoint(finetuned) as tuned:
                 sides = [parameters(checkpoint)["vision"] for checkpoint in (theirs, tuned)]
                 if "projection" not in sides[1]:
                     sides[0].pop("projection", None)
                 jax.eval_shape(task_vector, *sides)
-                stored.append(bytes_of(parameters(tuned)))
-    reads = any(link.reads.activations or link.reads.gradients for link in moving.links)
-    found_plan = plan_fit(moving, *models, list(zip(*views, strict=True)) if reads else [])
-    result = summary(found_plan, stored, number)
-    result["disk"] = {"edited model": stored[1]}
+                held.append(parameters(tuned))
+    found_plan = plan_fit(moving, *models, list(zip(*views, strict=True)) if reads_images(moving) else [])
+    result = summary(found_plan, held, [model.params for model in models], number)
+    result["disk"] = {"edited model": bytes_of(held[1])}
     if maps is not None:
         result["disk"]["maps"] = found_plan.memory["maps"]
     if save_task_vector is not None:
@@ -160,17 +167,27 @@ def bytes_of(shapes: PyTree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
-def summary(found: Plan, stored: list[int], images: int) -> dict[str, Any]:
+def converted(held: PyTree, tower: PyTree) -> int:
+    """Bytes of the float32 parameters of a tower that are stored in another dtype; the others are not held twice."""
+    from tvjax import tree
+
+    stored = tree.flatten(held)
+    return bytes_of([leaf for path, leaf in tree.flatten(tower).items() if stored[path].dtype != leaf.dtype])
+
+
+def summary(found: Plan, held: list[PyTree], towers: list[PyTree], images: int) -> dict[str, Any]:
     """A plan as a record.
 
     Args:
       found: the plan of the fit.
-      stored: bytes of source, target and fine-tuned model in their files.
+      held: source, target and fine-tuned model as stored, in shapes.
+      towers: source and target as they are computed with, in shapes.
       images: how many there are.
     """
     maps = [planned for stage in found.stages for planned in stage.maps]
     fit = found.memory
-    held = sum(stored[:2])
+    tau, moved = map(bytes_of, towers)
+    read = bytes_of(held) + sum(converted(*sides) for sides in zip(held, towers, strict=False))
     return {
         "leaves": [
             {"link": x.link, "target": x.target, "source": x.source, "action": x.action, "why": x.why}
@@ -193,9 +210,9 @@ def summary(found: Plan, stored: list[int], images: int) -> dict[str, Any]:
             "maps not unique": sum(planned.rows < min(planned.shape) for planned in maps),
         },
         "memory": {
-            "reading": sum(stored) + fit["parameters"],
-            "fitting": held + sum(fit[name] for name in fit if name != "task vectors"),
-            "applying": held + fit["parameters"] + fit["maps"] + 2 * fit["task vectors"],
+            "reading": read,
+            "fitting": read + tau + sum(fit[name] for name in ("residual streams", "largest stage", "maps")),
+            "applying": read + tau + fit["maps"] + moved + bytes_of(held[1]),
         },
         "memory of the fit": fit,
     }

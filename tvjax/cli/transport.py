@@ -7,16 +7,17 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tvjax.cli import config as recipes
-from tvjax.cli.options import SOURCES, BatchSize, Classes, Json, Options, Quiet, Templates
+from tvjax.cli.options import BatchSize, Classes, Images, Json, Options, PerClass, Quiet, Select, Task, Templates
 from tvjax.cli.output import show
 
 if TYPE_CHECKING:
-    from tvjax.data.images import Images
+    from tvjax.cli.inputs import Prompts
+    from tvjax.data import images as data
     from tvjax.models.clip.config import CLIPConfig
     from tvjax.transport import State, Transport
 
@@ -28,13 +29,11 @@ Source = Annotated[str, typer.Option(metavar="MODEL", help="The pre-trained sour
 FineTuned = Annotated[str, typer.Option(metavar="MODEL", help="The fine-tuned source; its vision tower suffices.")]
 Target = Annotated[str, typer.Option(metavar="MODEL", help="The model to move the task into.")]
 Method = Annotated[str, typer.Option(help=f"One of {', '.join(NAMES)}; or a chain such as bico+gradfix.")]
-Calibration = Annotated[str | None, typer.Option("--images", metavar="IMAGES", help=f"Calibration images: {SOURCES}.")]
 Scale = Annotated[float, typer.Option(help="Factor of the moved task vector.")]
 Validation = Annotated[
     str | None,
     typer.Option(metavar="IMAGES", help="Labelled images on which the scale is chosen, in the place of --scale."),
 ]
-PerClass = Annotated[int, typer.Option(min=0, help="Images of each class to draw; 0: all.")]
 Seed = Annotated[int, typer.Option(help="Of that draw.")]
 Maps = Annotated[
     Path | None,
@@ -49,22 +48,6 @@ SaveTaskVector = Annotated[
 ]
 
 
-class Prepared(NamedTuple):
-    """What a transport starts from, checked up to the first weight.
-
-    Attributes:
-      moving: the transport.
-      images: calibration images; None where none are read.
-      held_out: validation images; None where the scale is given.
-      prompts: of the zero-shot heads.
-    """
-
-    moving: Transport
-    images: Images | None
-    held_out: Images | None
-    prompts: tuple[str, ...]
-
-
 def transport(
     context: typer.Context,
     source: Source,
@@ -72,13 +55,15 @@ def transport(
     target: Target,
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the edited target goes.")],
     method: Method,
-    images: Calibration = None,
+    images: Images = None,
+    task: Task = None,
     classes: Classes = None,
     templates: Templates = None,
     options: Options = None,
     scale: Scale = 1.0,
     validation: Validation = None,
     per_class: PerClass = 0,
+    select: Select = "random",
     seed: Seed = 0,
     batch_size: BatchSize = 32,
     maps: Maps = None,
@@ -104,9 +89,16 @@ def transport(
         inputs.check_file(save_task_vector)
     if not math.isfinite(scale):
         raise ValueError(f"--scale is {scale}, expected a finite number")
-    moving, found, held_out, prompts = prepare(
-        method, given, (source, finetuned, target), images, classes, templates, validation, per_class, seed
-    )
+    moving = make_transport(method, given)
+    check_models(moving, source, target, finetuned, validation)
+    prompts = inputs.read_prompts(task, classes, templates)
+    found = None
+    if reads_images(moving):
+        if images is None and task is None:
+            raise ValueError(f"{moving.name} looks at calibration images: give --images")
+        found = read_calibration(moving, inputs.images_of(images, task, "train"), prompts)
+        found = inputs.draw_images(found, per_class, select, seed, inputs.embeddings(target, batch_size))
+    held_out = None if validation is None else inputs.read_images(validation, prompts, "choosing a scale")
     about: dict[str, object] = {"images": None if found is None else inputs.record(found)}
 
     loaded, towers, views = [], [], []
@@ -116,7 +108,7 @@ def transport(
         if found is not None:
             processor = load_processor(name)
             if moving.needs_gradients:
-                tower = zero_shot_model(pretrained.model, processor.tokens, found.class_names, prompts)
+                tower = zero_shot_model(pretrained.model, processor.tokens, found.class_names, prompts.templates)
             views.append(list(Loader(found, processor.pixels, batch_size)))
         loaded.append(pretrained)
         towers.append(tower.replace(params=inputs.float32(tower.params)))
@@ -130,7 +122,7 @@ def transport(
         if found is not None:
             depends_on["images"] = found.sha256()
         if found is not None and moving.needs_gradients:
-            depends_on |= {"classes": json.dumps(found.class_names), "prompts": json.dumps(prompts)}
+            depends_on |= {"classes": json.dumps(found.class_names), "prompts": json.dumps(prompts.templates)}
         store = TransportStore(maps, depends_on)
     with progress(moving.name, quiet or as_json) as report:
         pairs = list(zip(*views, strict=True)) if views else []
@@ -141,7 +133,7 @@ def transport(
     if held_out is not None:
         processor = load_processor(target)
         whole = receiver.model.replace(params=inputs.float32(receiver.params))
-        head = zero_shot_model(whole, processor.tokens, held_out.class_names, prompts)
+        head = zero_shot_model(whole, processor.tokens, held_out.class_names, prompts.templates)
         chosen = choose_scale(head, moved, scales_of(moving), Loader(held_out, processor.pixels, batch_size))
         scale = chosen.scale
     save_pretrained(receiver.with_params(apply(receiver.params, moved, scale)), output)
@@ -166,58 +158,34 @@ def transport(
     )
 
 
-def prepare(
-    method: str,
-    options: Mapping[str, Any],
-    models: tuple[str, str | None, str],
-    images: str | None,
-    classes: Path | None,
-    templates: Path | None,
-    validation: str | None,
-    per_class: int,
-    seed: int,
-    images_needed: bool = True,
-) -> Prepared:
-    """Everything that can be read and checked before the first weight.
-
-    Args:
-      method: names of the transport.
-      options: its hyperparameters.
-      models: source, fine-tuned source, target.
-      images: where the calibration images are.
-      classes: file of class names.
-      templates: file of prompts.
-      validation: where the validation images are.
-      per_class: calibration images of each class to draw.
-      seed: of the draw.
-      images_needed: whether calibration images that are missing are an error.
-
-    Raises:
-      ValueError: whatever cannot be, with the way out.
-    """
+def check_models(
+    moving: Transport, source: str, target: str, finetuned: str | None = None, validation: str | None = None
+) -> None:
+    """Raises a ValueError where the configs of the models show that the transport cannot be; no weight is read."""
     from tvjax.cli import inputs
 
-    source, finetuned, target = models
-    moving = make_transport(method, options)
     check_configs(moving, inputs.read_clip_config(source), inputs.read_clip_config(target), source, target)
     if validation is not None and inputs.read_clip_config(target).text is None:
         raise ValueError(f"--validation needs a zero-shot head, but {target!r} has no text tower: give the full CLIP")
     if finetuned is not None:
         inputs.read_clip_config(finetuned)
-    found = None
-    if reads_images(moving) and images is not None:
-        found = inputs.read_images(images, classes)
-        if moving.needs_gradients and found.labels is None:
-            raise ValueError(
-                f"{images!r} has no labels, and {moving.name} reads gradients of the zero-shot loss: put the images of "
-                "each class into a folder of its name, or take theseus, which needs no labels"
-            )
-        found = inputs.draw_images(found, per_class, seed)
-    elif reads_images(moving) and images_needed:
-        raise ValueError(f"{moving.name} looks at calibration images: give --images")
-    prompts = inputs.read_templates(templates)
-    held_out = None if validation is None else inputs.read_images(validation, classes, "choosing a scale")
-    return Prepared(moving, found, held_out, prompts)
+
+
+def read_calibration(moving: Transport, place: str, prompts: Prompts) -> data.Images:
+    """The calibration images of a transport, none of them decoded yet.
+
+    Raises:
+      ValueError: no such images, or no labels though the transport reads gradients.
+    """
+    from tvjax.cli import inputs
+
+    found = inputs.read_images(place, prompts)
+    if moving.needs_gradients and found.labels is None:
+        raise ValueError(
+            f"{place!r} has no labels, and {moving.name} reads gradients of the zero-shot loss: put the images of each "
+            "class into a folder of its name, or take theseus, which needs no labels"
+        )
+    return found
 
 
 def scales_of(moving: Transport) -> tuple[float, ...]:

@@ -7,12 +7,16 @@ from tvjax.data.folders import read_folder
 from tvjax.data.images import Images, read_image
 from tvjax.data.loader import Loader, prefetch
 from tvjax.data.source import open_images
+from tvjax.data.tasks import TASKS, Task, find_task
 
 __all__ = [
     "Images",
     "Loader",
+    "TASKS",
+    "Task",
     "examples",
     "few_shot",
+    "find_task",
     "herding",
     "k_medoids",
     "open_images",

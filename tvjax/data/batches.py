@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
+from scipy.spatial.distance import cdist
 
 from tvjax.stages import Batch, PyTree
 
@@ -145,7 +146,7 @@ def k_medoids(
     chosen = []
     for group, class_key in zip(groups, jax.random.split(key, len(groups)), strict=True):
         own = features[group]
-        distance = np.linalg.norm(own[:, None] - own, axis=-1)
+        distance = cdist(own, own)
         medoids = _spread(distance, per_class, int(jax.random.randint(class_key, (), 0, len(group))))
         for _ in range(sweeps):
             nearest = distance[:, medoids].argmin(1)

@@ -62,31 +62,83 @@ def predict(model: Model, inputs: PyTree) -> Int[Array, " batch"]:
     return jnp.argmax(class_scores(model, model(inputs)), axis=-1)
 
 
-def accuracy(model: Model, batches: Batch | Iterable[Batch]) -> Accuracy:
-    """Accuracy over labelled batches; every stage is compiled once per batch shape.
+class Predictions(NamedTuple):
+    """What a model predicts for labelled examples.
+
+    Attributes:
+      predicted: ``[n]`` classes.
+      labels: ``[n]`` true classes.
+    """
+
+    predicted: np.ndarray
+    labels: np.ndarray
+
+    @property
+    def right(self) -> np.ndarray:
+        """``[n]``, whether each prediction is its label."""
+        return self.predicted == self.labels
+
+    @property
+    def accuracy(self) -> Accuracy:
+        """The accuracy."""
+        return Accuracy(int(self.right.sum()), self.right.size)
+
+    def by_class(self, classes: int) -> list[Accuracy | None]:
+        """The accuracy on the examples of each class; None for a class without examples.
+
+        >>> Predictions(np.array([0, 1, 1]), np.array([0, 1, 0])).by_class(3)
+        [Accuracy(correct=1, total=2), Accuracy(correct=1, total=1), None]
+        """
+        total = np.bincount(self.labels, minlength=classes)
+        correct = np.bincount(self.labels[self.right], minlength=classes)
+        return [Accuracy(int(c), int(t)) if t else None for c, t in zip(correct, total, strict=True)]
+
+
+def predictions(model: Model, batches: Batch | Iterable[Batch]) -> Predictions:
+    """Predictions for labelled batches; every stage is compiled once per batch shape.
 
     Args:
       model: returns logits, or has a zero-shot head.
       batches: one batch or several, with labels.
 
-    Returns:
-      The count of right predictions and of examples.
-
     Raises:
       ValueError: for no batches, or one without labels.
+    """
+    return joined(
+        Predictions(np.asarray(predict(model, batch.inputs)), labels_of(batch))
+        for batch in ([batches] if isinstance(batches, Batch) else batches)
+    )
+
+
+def labels_of(batch: Batch) -> np.ndarray:
+    """The labels of a batch.
+
+    Raises:
+      ValueError: where it has none.
+    """
+    if batch.labels is None:
+        raise ValueError("a batch has no labels: accuracy needs them")
+    return np.asarray(batch.labels)
+
+
+def joined(parts: Iterable[Predictions]) -> Predictions:
+    """The predictions for all batches as one.
+
+    Raises:
+      ValueError: where there are none.
+    """
+    found = list(parts)
+    if not sum(part.labels.size for part in found):
+        raise ValueError("there are no examples to evaluate on: give at least one batch")
+    return Predictions(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
+
+
+def accuracy(model: Model, batches: Batch | Iterable[Batch]) -> Accuracy:
+    """Accuracy over labelled batches, as `predictions` takes them.
 
     >>> from tvjax.stages import Stage
     >>> model = Model({}, (Stage("head", lambda params, carry: {"logits": carry}),))
     >>> accuracy(model, Batch(jnp.array([[2.0, 1.0], [3.0, 0.0]]), jnp.array([0, 1]))).fraction
     0.5
     """
-    correct = total = 0
-    for batch in [batches] if isinstance(batches, Batch) else batches:
-        if batch.labels is None:
-            raise ValueError("a batch has no labels: accuracy needs them")
-        right = np.asarray(predict(model, batch.inputs)) == np.asarray(batch.labels)
-        correct += int(right.sum())
-        total += right.size
-    if not total:
-        raise ValueError("there are no examples to evaluate on: give at least one batch")
-    return Accuracy(correct, total)
+    return predictions(model, batches).accuracy

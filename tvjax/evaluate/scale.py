@@ -1,4 +1,4 @@
-"""The scale of a task vector, chosen on validation data."""
+"""Accuracy by the scale of a task vector, and the scale chosen on validation data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from tvjax.arithmetic import apply
-from tvjax.evaluate.accuracy import accuracy
+from tvjax.evaluate.accuracy import Predictions, joined, labels_of, predict
 from tvjax.stages import Batch, Model, PyTree
 
 
@@ -32,9 +32,6 @@ class ChosenScale(NamedTuple):
 def choose_scale(model: Model, tau: PyTree, scales: Sequence[float], batches: Batch | Iterable[Batch]) -> ChosenScale:
     """The scale at which ``theta + scale * tau`` is most accurate; ties go to the smallest.
 
-    Nothing is compiled anew from one scale to the next, only one edited model is alive at a time, and the batches are
-    passed through once, so that they may come from a loader.
-
     Args:
       model: returns logits, or has a zero-shot head.
       tau: a task vector of its parameters.
@@ -55,18 +52,39 @@ def choose_scale(model: Model, tau: PyTree, scales: Sequence[float], batches: Ba
     (2.0, [0.0, 0.5, 1.0, 1.0])
     """
     grid = np.unique(np.asarray(scales, np.float64))
-    if not grid.size or not np.isfinite(grid).all():
-        raise ValueError(f"scales: found {list(scales)}, expected at least one finite number")
-    correct, total = np.zeros(len(grid), np.int64), 0
-    for batch in [batches] if isinstance(batches, Batch) else batches:
-        found = [accuracy(_edited(model, tau, float(scale)), batch) for scale in grid]
-        correct += [one.correct for one in found]
-        total += found[0].total
-    if not total:
-        raise ValueError("there are no examples to choose the scale on: give at least one batch")
-    curve = correct / total
+    curve = np.array([found.accuracy.fraction for found in scale_curve(model, tau, grid.tolist(), batches)])
     best = int(curve.argmax())
     return ChosenScale(float(grid[best]), float(curve[best]), grid, curve)
+
+
+def scale_curve(
+    model: Model, tau: PyTree, scales: Sequence[float], batches: Batch | Iterable[Batch]
+) -> list[Predictions]:
+    """What ``theta + scale * tau`` predicts, for each scale.
+
+    Nothing is compiled anew from one scale to the next, only one edited model is alive at a time, and the batches are
+    passed through once, so that they may come from a loader.
+
+    Args:
+      model: returns logits, or has a zero-shot head.
+      tau: a task vector of its parameters.
+      scales: finite numbers.
+      batches: labelled data.
+
+    Returns:
+      Predictions of each scale, all for the same examples.
+
+    Raises:
+      ValueError: for no scales, values that are not finite, no batches, or one without labels.
+    """
+    if not len(scales) or not np.isfinite(np.asarray(scales, np.float64)).all():
+        raise ValueError(f"scales: found {list(scales)}, expected at least one finite number")
+    parts: list[list[Predictions]] = [[] for _ in scales]
+    for batch in [batches] if isinstance(batches, Batch) else batches:
+        labels = labels_of(batch)
+        for scale, part in zip(scales, parts, strict=True):
+            part.append(Predictions(np.asarray(predict(_edited(model, tau, float(scale)), batch.inputs)), labels))
+    return [joined(part) for part in parts]
 
 
 @jax.jit

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tvjax.models.clip.modeling import text_model, vision_model
-from tvjax.stages import Model, PyTree
+from tvjax.stages import Batch, Model, PyTree
 
 Tokenize = Callable[[Sequence[str]], PyTree]
 
@@ -58,6 +59,28 @@ def normalise(embeddings: Float[Array, "*n embedding"]) -> Float[Array, "*n embe
     [[0.6000000238418579, 0.800000011920929]]
     """
     return embeddings / jnp.linalg.norm(embeddings, axis=-1, keepdims=True)
+
+
+def embed_images(model: Model, batches: Batch | Iterable[Batch]) -> Float[np.ndarray, "n embedding"]:
+    """Unit embeddings of images, such as herding and k-medoids choose by.
+
+    Args:
+      model: a vision tower that returns ``{"image": [batch, embedding]}``.
+      batches: one batch or several; labels are not looked at.
+
+    Raises:
+      ValueError: for no batches.
+
+    >>> from tvjax.stages import Stage
+    >>> tower = Model({}, (Stage("tower", lambda params, pixels: {"image": pixels}),))
+    >>> embed_images(tower, Batch(jnp.array([[3.0, 4.0]]))).tolist()
+    [[0.6000000238418579, 0.800000011920929]]
+    """
+    batches = [batches] if isinstance(batches, Batch) else batches
+    found = [np.asarray(normalise(model(batch.inputs)["image"].astype(jnp.float32))) for batch in batches]
+    if not found:
+        raise ValueError("there are no images to embed: give at least one batch")
+    return np.concatenate(found)
 
 
 def zero_shot_scores(loss_params: PyTree, outputs: PyTree) -> Float[Array, "batch classes"]:

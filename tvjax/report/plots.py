@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from tvjax.checkpoints.atomic import replacing
 from tvjax.compose.coefficients import Coefficients, entries
+from tvjax.evaluate.accuracy import Accuracy
 from tvjax.report.measurements import Measurement, accuracies, in_order
 
 # Okabe and Ito's colours, told apart by every kind of colour vision.
@@ -133,6 +134,49 @@ def plot_scales(curves: Sequence[Curve], file: str | os.PathLike[str], titles: d
         frameon=False,
         fontsize=STYLE["small"],
     )
+    _save(figure, file)
+
+
+def plot_scale_curve(
+    scales: Sequence[float],
+    found: Sequence[Accuracy],
+    file: str | os.PathLike[str],
+    title: str,
+    reference: float | None = None,
+) -> None:
+    """Accuracy of one edited model against the scale of its task vector, with the 95 % interval of each.
+
+    Args:
+      scales: in ascending order.
+      found: the accuracy at each.
+      file: the PNG.
+      title: above the plot.
+      reference: accuracy of the fine-tuned model, a line from side to side.
+    """
+    figure = Figure(figsize=(4.6, 3.3), layout="constrained")
+    axis = figure.subplots()
+    accuracy = np.array([100 * one.fraction for one in found])
+    low, high = (100 * np.array([one.interval() for one in found])).T
+    axis.fill_between(scales, low, high, color=COLOURS[0], alpha=0.18, linewidth=0, zorder=2, label="95 % interval")
+    marker = "o" if len(scales) < 15 else ""
+    axis.plot(scales, accuracy, color=COLOURS[0], marker=marker, markersize=3.5, linewidth=1.6, zorder=3)
+    best = int(accuracy.argmax())
+    label = rf"best: {accuracy[best]:.1f} % at $\alpha$ = {scales[best]:g}"
+    axis.plot(scales[best], accuracy[best], "o", color=COLOURS[5], markersize=6, zorder=4, label=label)
+    if reference is not None:
+        axis.axhline(
+            100 * reference,
+            color=DARK,
+            linestyle=":",
+            linewidth=1.2,
+            zorder=1,
+            label=f"reference: {100 * reference:.1f} %",
+        )
+    axis.set_title(title, fontsize=STYLE["title"], wrap=True)
+    axis.set_xlabel(r"scale $\alpha$", fontsize=STYLE["size"])
+    axis.set_ylabel("accuracy, %", fontsize=STYLE["size"])
+    axis.legend(frameon=False, fontsize=STYLE["small"])
+    _tidy(axis, "both")
     _save(figure, file)
 
 

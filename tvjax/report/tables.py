@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from rich import box
 from rich.table import Table
 
-from tvjax.evaluate.accuracy import Accuracy
 from tvjax.report.measurements import Comparison, Difference, Measurement, accuracies, in_order
 
 
@@ -69,21 +68,107 @@ def arithmetic_table(rows: Sequence[Mapping[str, Any]], title: str, **style: Any
     return table
 
 
-def evaluation_table(found: Mapping[str, Accuracy], title: str) -> Table:
-    """One row for each model: accuracy in per cent and its 95 % interval (Wilson).
+def evaluation_table(
+    rows: Sequence[Mapping[str, Any]], title: str, reference: Mapping[str, Any] | None = None
+) -> Table:
+    """One row for each model: accuracy in per cent and its 95 % interval.
 
-    >>> evaluation_table({"model": Accuracy(9, 10)}, "images").row_count
+    Args:
+      rows: with ``model``, ``accuracy``, ``interval``, ``correct``, ``total``, ``normalised``.
+      title: above the table.
+      reference: the same of the model that accuracies are normalised by; its row comes last.
+
+    >>> row = {"model": "m", "accuracy": 0.9, "interval": (0.6, 0.98), "correct": 9, "total": 10, "normalised": None}
+    >>> evaluation_table([row], "images").row_count
     1
     """
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    table.add_column("model", overflow="fold")
-    for column in ("accuracy", "95 % interval", "correct"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for name, accuracy in found.items():
-        low, high = accuracy.interval()
-        interval = f"{100 * low:.1f} to {100 * high:.1f}"
-        table.add_row(name, f"{100 * accuracy.fraction:.1f}", interval, f"{accuracy.correct} of {accuracy.total}")
+    table = _table(title, ["model"], ["accuracy", "95 % interval", "correct", *(["of reference"] if reference else [])])
+    for row in [*rows, *([{**reference, "normalised": 1.0}] if reference else [])]:
+        cells = [_of_one(row["accuracy"]), _interval(row["interval"]), f"{row['correct']} of {row['total']}"]
+        table.add_row(row["model"], *cells, *([_of_one(row["normalised"])] if reference else []))
     return table
+
+
+def pairs_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """One row for each pair of models: the difference in points, its interval, and McNemar's test.
+
+    Args:
+      rows: with ``model``, ``baseline``, ``difference``, ``interval`` and ``p_value``.
+      title: above the table.
+    """
+    table = _table(title, ["model", "minus"], ["difference", "95 % interval", "p"])
+    for row in rows:
+        numbers = [_signed(row["difference"]), _interval(row["interval"], _signed), f"{row['p_value']:.2g}"]
+        table.add_row(row["model"], row["baseline"], *numbers)
+    return table
+
+
+def agreement_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """One row for each pair of models: how often they predict the same, are both wrong, and the same where they are.
+
+    Args:
+      rows: with ``model``, ``baseline`` and ``agreement``.
+      title: above the table.
+    """
+    table = _table(title, ["model", "and"], ["same", "both wrong", "same of these"])
+    for row in rows:
+        shares = [_of_one(row["agreement"][name]) for name in ("same", "both_wrong", "same_when_both_wrong")]
+        table.add_row(row["model"], row["baseline"], *shares)
+    return table
+
+
+def curve_table(points: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """One row for each scale of a task vector: accuracy, and the difference to the model without it.
+
+    Args:
+      points: with ``scale``, ``accuracy``, ``interval``, ``normalised`` and ``difference_to_model``.
+      title: above the table.
+    """
+    normalised = any(point["normalised"] is not None for point in points)
+    columns = ["accuracy", "95 % interval", "difference", "its interval", *(["of reference"] if normalised else [])]
+    table = _table(title, [], ["scale", *columns])
+    for point in points:
+        gain = point["difference_to_model"]
+        cells = [_of_one(point["accuracy"]), _interval(point["interval"])]
+        cells += [_signed(gain["difference"]), _interval(gain["interval"], _signed)]
+        table.add_row(f"{point['scale']:g}", *cells, *([_of_one(point["normalised"])] if normalised else []))
+    return table
+
+
+def class_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """One row for each class: its number of examples, and the accuracy of each model on them.
+
+    Args:
+      rows: of the models, with ``model`` and ``by_class``, a list of ``class``, ``accuracy`` and ``total``.
+      title: above the table.
+    """
+    table = _table(title, ["class"], ["images"])
+    for row in rows:
+        table.add_column(row["model"], justify="right", overflow="fold")
+    for own in zip(*(row["by_class"] for row in rows), strict=True):
+        table.add_row(own[0]["class"], str(own[0]["total"]), *(_of_one(one["accuracy"]) for one in own))
+    return table
+
+
+def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for column in texts:
+        table.add_column(column, overflow="fold")
+    for column in numbers:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _of_one(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
+
+
+def _signed(share: float) -> str:
+    return f"{100 * share:+.1f}"
+
+
+def _interval(bounds: Sequence[float], text: Callable[[float], str] = _of_one) -> str:
+    return f"{text(bounds[0])} to {text(bounds[1])}"
 
 
 def _percent(values: np.ndarray) -> str:
