@@ -6,7 +6,7 @@ import pytest
 
 from tvjax.cli.main import run
 
-COMMANDS = ("demo", "transport", "evaluate", "extract", "apply", "merge", "compose")
+COMMANDS = ("demo", "transport", "evaluate", "extract", "apply", "merge", "compose", "inspect")
 
 
 def move(models, target, method, output, *more):

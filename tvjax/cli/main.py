@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from tvjax.cli import apply, compose, config, demo, evaluate, extract, merge, plan, transport
+from tvjax.cli import apply, compose, config, demo, evaluate, extract, inspect, merge, plan, transport
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command("demo")(demo.demo)
@@ -23,6 +23,7 @@ app.command("extract")(extract.extract)
 app.command("apply")(apply.apply)
 app.command("merge")(merge.merge)
 app.command("compose")(compose.compose)
+app.command("inspect")(inspect.inspect)
 
 
 def _print_version(wanted: bool) -> None:

@@ -45,7 +45,7 @@ def show(result: Mapping[str, Any], *texts: Any, as_json: bool = False, quiet: b
             from rich.console import Console
 
             console = Console()
-            (console if console.is_terminal else Console(width=WIDTH)).print(text)
+            (console if console.is_terminal else Console(width=WIDTH)).print(text, markup=False)
 
 
 def is_first_process() -> bool:
