@@ -12,6 +12,7 @@ from tvjax.cli import config as recipes
 from tvjax.cli.options import BatchSize, Classes, Images, Json, Options, PerClass, Quiet, Select, Task, Templates
 from tvjax.cli.output import show
 from tvjax.cli.transport import (
+    Depth,
     Maps,
     Method,
     SaveTaskVector,
@@ -19,10 +20,12 @@ from tvjax.cli.transport import (
     Seed,
     Source,
     Target,
+    Tokens,
     Validation,
     check_models,
     make_transport,
     read_calibration,
+    read_depth,
     reads_images,
 )
 
@@ -53,6 +56,8 @@ def plan(
     select: Select = "random",
     seed: Seed = 0,
     batch_size: BatchSize = 32,
+    depth: Depth = "uniform",
+    tokens: Tokens = "interpolate",
     maps: Maps = None,
     save_task_vector: SaveTaskVector = None,
     output: Annotated[
@@ -78,6 +83,7 @@ def plan(
     if save_task_vector is not None:
         inputs.check_file(save_task_vector)
     moving = make_transport(method, recipes.parse_options(options or ()))
+    pairing = read_depth(depth)
     check_models(moving, source, target, finetuned, validation)
     prompts = inputs.read_prompts(task, classes, templates)
     found = None
@@ -103,14 +109,17 @@ def plan(
                     sides[0].pop("projection", None)
                 jax.eval_shape(task_vector, *sides)
                 held.append(parameters(tuned))
-    found_plan = plan_fit(moving, *models, list(zip(*views, strict=True)) if reads_images(moving) else [])
+    pairs = list(zip(*views, strict=True)) if reads_images(moving) else []
+    pairing = "uniform" if pairing == "cka" else pairing  # which compares activations; sizes do not depend on it
+    found_plan = plan_fit(moving, *models, pairs, depth=pairing, tokens=tokens)
     result = summary(found_plan, held, [model.params for model in models], number)
     result["disk"] = {"edited model": bytes_of(held[1])}
     if maps is not None:
         result["disk"]["maps"] = found_plan.memory["maps"]
     if save_task_vector is not None:
         result["disk"]["task vector"] = bytes_of(models[1].params)
-    show(result, *texts(result, source, target, method), as_json=as_json, quiet=quiet)
+    notes = ["source layers are paired by cka when they have been run; shown is uniform"] if depth == "cka" else []
+    show({**result, "notes": notes}, *texts(result, source, target, method), *notes, as_json=as_json, quiet=quiet)
 
 
 def tower(checkpoint: Checkpoint, classes: int) -> Model:

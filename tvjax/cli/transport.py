@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -35,6 +35,14 @@ Validation = Annotated[
     typer.Option(metavar="IMAGES", help="Labelled images on which the scale is chosen, in the place of --scale."),
 ]
 Seed = Annotated[int, typer.Option(help="Of that draw.")]
+Depth = Annotated[
+    str,
+    typer.Option(help="Source layer of each target layer: uniform, cka (by likeness), or a list such as 0,0,1,1."),
+]
+Tokens = Annotated[
+    Literal["interpolate", "class_token", "mean"],
+    typer.Option(help="How activations are compared where the patch grids differ."),
+]
 Maps = Annotated[
     Path | None,
     typer.Option(
@@ -66,6 +74,8 @@ def transport(
     select: Select = "random",
     seed: Seed = 0,
     batch_size: BatchSize = 32,
+    depth: Depth = "uniform",
+    tokens: Tokens = "interpolate",
     maps: Maps = None,
     save_task_vector: SaveTaskVector = None,
     quiet: Quiet = False,
@@ -90,6 +100,7 @@ def transport(
     if not math.isfinite(scale):
         raise ValueError(f"--scale is {scale}, expected a finite number")
     moving = make_transport(method, given)
+    pairing = read_depth(depth)
     check_models(moving, source, target, finetuned, validation)
     prompts = inputs.read_prompts(task, classes, templates)
     found = None
@@ -118,6 +129,7 @@ def transport(
     store = None
     if maps is not None:
         depends_on = {"method": method, "options": json.dumps(given, sort_keys=True), "batch size": str(batch_size)}
+        depends_on |= {"depth": depth, "tokens": tokens}
         depends_on |= {"source": base.identity()["base_fingerprint"], "target": receiver.identity()["base_fingerprint"]}
         if found is not None:
             depends_on["images"] = found.sha256()
@@ -126,7 +138,7 @@ def transport(
         store = TransportStore(maps, depends_on)
     with progress(moving.name, quiet or as_json) as report:
         pairs = list(zip(*views, strict=True)) if views else []
-        state = fit(moving, a, b, pairs, progress=report, store=store)
+        state = fit(moving, a, b, pairs, depth=pairing, tokens=tokens, progress=report, store=store)
     state = dataclasses.replace(state, notes=(*state.notes, *inputs.notes(base, tuned)))
     moved = moving.apply(state, tau)
     chosen = None
@@ -171,6 +183,23 @@ def check_models(
         inputs.read_clip_config(finetuned)
 
 
+def read_depth(text: str) -> str | list[int]:
+    """The depth pairing that an option names.
+
+    Raises:
+      ValueError: neither a rule nor a list of layers.
+
+    >>> read_depth("0, 0, 1")
+    [0, 0, 1]
+    """
+    if text in ("uniform", "cka"):
+        return text
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--depth is {text!r}, expected uniform, cka, or source layers such as 0,0,1,1") from error
+
+
 def read_calibration(moving: Transport, place: str, prompts: Prompts) -> data.Images:
     """The calibration images of a transport, none of them decoded yet.
 
@@ -190,8 +219,10 @@ def read_calibration(moving: Transport, place: str, prompts: Prompts) -> data.Im
 
 def scales_of(moving: Transport) -> tuple[float, ...]:
     """The grid of scales: 0 to 5 where a task vector is rotated, else 0 to 1."""
+    from tvjax.compose.tuned import SCALES
+
     rotated = any(link.space == "bridge" and not link.same_shapes for link in moving.links)
-    return tuple(round((0.25 if rotated else 0.05) * step, 2) for step in range(21))
+    return SCALES if rotated else tuple(round(0.05 * step, 2) for step in range(21))
 
 
 def make_transport(method: str, options: Mapping[str, Any] | None = None) -> Transport:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tvjax.checkpoints import from_pretrained, load_processor, load_tree
+from tvjax.compose.tuned import SCALES
 from tvjax.data import digits
 from tvjax.data.batches import few_shot, take
 from tvjax.data.digits import Style
@@ -51,7 +52,7 @@ class Settings:
     validation_repeats: int = 1
     test_repeats: int = 2
     unit_scales: tuple[float, ...] = tuple(np.linspace(0, 1, 11).round(2).tolist())
-    rotation_scales: tuple[float, ...] = tuple(np.linspace(0, 5, 21).round(2).tolist())
+    rotation_scales: tuple[float, ...] = SCALES
     few_shot_steps: int = 60
     few_shot_checkpoints: int = 3
     learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)

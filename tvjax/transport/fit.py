@@ -151,7 +151,8 @@ def fit(
         views of the same examples; or a mapping from link names to such, for links that draw on different examples.
         Labels where a link reads gradients; none at all where every link needs only the parameters.
       depth: which source layer a target layer is paired with: ``"uniform"``, ``"cka"`` (the monotone pairing that
-        maximises linear CKA of the residual streams), or a list of source layers; or a mapping from groups to these.
+        maximises linear CKA of the residual streams of the first batch), or a list of source layers; or a mapping from
+        groups to these.
       tokens: how rows are matched where the models see different tokens: ``"interpolate"``, ``"class_token"`` or
         ``"mean"``.
       check: verify the gradient identity once for each kind of target stage before fitting.
