@@ -1,5 +1,6 @@
 """Models and trees of arrays on disk."""
 
+from tvjax.checkpoints.cards import model_card
 from tvjax.checkpoints.coefficients import TrainingStore, load_coefficients, save_coefficients
 from tvjax.checkpoints.huggingface import Pretrained, from_pretrained, save_pretrained
 from tvjax.checkpoints.maps import TransportStore, load_state, save_state
@@ -18,6 +19,7 @@ __all__ = [
     "load_state",
     "load_tree",
     "map_tree",
+    "model_card",
     "save_coefficients",
     "save_pretrained",
     "save_state",

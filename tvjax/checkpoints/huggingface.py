@@ -26,6 +26,8 @@ from tvjax.checkpoints.json_files import read_json, write_json
 from tvjax.checkpoints.memory import Scratch, contiguous, to_jax
 from tvjax.checkpoints.safetensors import (
     Tensors,
+    cast,
+    cast_header,
     fingerprint,
     numpy_dtype,
     open_tensors,
@@ -42,6 +44,8 @@ from tvjax.stages import Model, PyTree
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_CARD = "README.md"
+MAX_SHARD_SIZE = "5GB"
 _THREADS = 2  # read and transpose at once; more would only wait for the memory
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _PROCESSOR_FILES = (
@@ -220,7 +224,14 @@ def from_pretrained(
     )
 
 
-def save_pretrained(pretrained: Pretrained, folder: str | os.PathLike[str]) -> None:
+def save_pretrained(
+    pretrained: Pretrained,
+    folder: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    card: str | None = None,
+) -> None:
     """Writes a model as a Hugging Face folder, with the processors of the folder that it was read from.
 
     A new folder appears when it is complete. In a folder that holds this model already, with the same
@@ -229,6 +240,9 @@ def save_pretrained(pretrained: Pretrained, folder: str | os.PathLike[str]) -> N
     Args:
       pretrained: the model; ``pretrained.with_params(edited)`` for one with other parameters.
       folder: where to.
+      dtype: dtype of the parameters in the files; None keeps that of each.
+      max_shard_size: of one file, in bytes or like ``5GB``; a larger model has several, with an index.
+      card: the content of ``README.md``, such as that of `model_card`; None writes none.
 
     Raises:
       ValueError: for parameters that do not fit the config or are not finite, and for a folder with another model.
@@ -237,16 +251,25 @@ def save_pretrained(pretrained: Pretrained, folder: str | os.PathLike[str]) -> N
     family = family_of_config(pretrained.config)
     _check_params(family, pretrained.config, pretrained.params)
     tensors = to_checkpoint(family.keys, pretrained.params)
-    headers = {key: tensor_header(key, tensor) for key, tensor in tensors.items()}
+    headers = {key: tensor_header(key, tensor, dtype) for key, tensor in tensors.items()}
     settings = _with_dtype(pretrained.settings or pretrained.config.to_dict(), headers.values())
+    file_of = plan_shards(headers, max_shard_size)
     if folder.is_dir() and any(folder.iterdir()):
-        _replace_model(folder, settings, tensors)
+        if len(set(file_of.values())) > 1:
+            raise ValueError(
+                f"{folder} holds a model already, and several files cannot replace it at once: give a new folder, or a "
+                "greater max_shard_size"
+            )
+        _replace_model(folder, settings, tensors, dtype)
         _copy_processors(pretrained.folder, folder)
+        if card is not None:
+            _write_text(folder / _CARD, card)
         return
-    with new_folder(folder) as temporary:
-        write_json(temporary / "config.json", settings)
-        _copy_processors(pretrained.folder, temporary)
-        save_tensors(temporary / _WEIGHTS, tensors, {"format": "pt"})
+    with _new_model(folder, headers, file_of, settings, pretrained.folder) as (write, temporary):
+        for key, tensor in tensors.items():
+            write(key, cast(tensor, dtype))
+        if card is not None:
+            _write_text(temporary / _CARD, card)
 
 
 @contextlib.contextmanager
@@ -256,7 +279,7 @@ def write_checkpoint(
     *,
     dtype: DTypeLike | None = None,
     max_shard_size: int | str | None = None,
-    card: str | None = None,
+    card: Callable[[], str] | None = None,
 ) -> Iterator[Callable[[str, np.ndarray], None]]:
     """Opens a new Hugging Face folder like another one, to be written parameter by parameter.
 
@@ -267,48 +290,52 @@ def write_checkpoint(
       folder: where to; it appears when the block ends and every parameter was written.
       dtype: dtype of the parameters; None keeps that of each. Those that are written have it already.
       max_shard_size: of one file, in bytes or like ``5GB``; None keeps the files of the other folder.
-      card: the content of ``README.md``; None writes none.
+      card: gives the content of ``README.md`` when all is written; None writes none.
 
     Returns:
       A function of a path and its array, in our layout.
     """
-    check_new(folder)
     tensors = like.tensors
     keys = {source.key for source in like.sources.values()}
     headers = {
-        key: tensor_header(key, like_tensor, dtype) if key in keys else header
-        for key, header in tensors.headers.items()
-        for like_tensor in [jax.ShapeDtypeStruct(header.shape, numpy_dtype(key, header))]
+        key: cast_header(key, header, dtype) if key in keys else header for key, header in tensors.headers.items()
     }
     if max_shard_size is None:
         file_of = {key: Path(path).name for key, path in tensors.file_of.items()}
     else:
         file_of = plan_shards(headers, max_shard_size)
     settings = _with_dtype(like.settings, [headers[key] for key in keys])
-    with new_folder(folder) as temporary, contextlib.ExitStack() as stack:
-        writers = {
-            name: stack.enter_context(
-                write_tensors(
-                    temporary / name,
-                    {key: header for key, header in headers.items() if file_of[key] == name},
-                    {"format": "pt"},
-                )
-            )
-            for name in sorted(set(file_of.values()))
-        }
-
-        def write(path: str, array: np.ndarray) -> None:
-            source = like.sources[path]
-            writers[file_of[source.key]].write(source.key, source.to_theirs(array))
-
-        yield write
-        for key in headers.keys() - keys:
-            writers[file_of[key]].write(key, tensors.read(key))
-        _write_index(temporary, headers, file_of)
-        write_json(temporary / "config.json", settings)
-        _copy_processors(like.folder, temporary)
+    with _new_model(folder, headers, file_of, settings, like.folder) as (write, temporary):
+        yield lambda path, array: write(like.sources[path].key, like.sources[path].to_theirs(array))
+        for key in sorted(headers.keys() - keys):
+            write(key, tensors.read(key))
         if card is not None:
-            (temporary / "README.md").write_text(card, encoding="utf-8")
+            _write_text(temporary / _CARD, card())
+
+
+@contextlib.contextmanager
+def _new_model(
+    folder: str | os.PathLike[str],
+    headers: Mapping[str, Tensor],
+    file_of: Mapping[str, str],
+    settings: Settings,
+    processors: Path | None,
+) -> Iterator[tuple[Callable[[str, np.ndarray], None], Path]]:
+    """Opens a new folder; gives a function that writes a tensor under its key, and the folder as long as it is none."""
+    check_new(folder)
+    with new_folder(folder) as temporary, contextlib.ExitStack() as stack:
+        writers = {}
+        for name in sorted(set(file_of.values())):
+            part = {key: header for key, header in headers.items() if file_of[key] == name}
+            writers[name] = stack.enter_context(write_tensors(temporary / name, part, {"format": "pt"}))
+        yield lambda key, array: writers[file_of[key]].write(key, array), temporary
+        if set(file_of.values()) != {_WEIGHTS}:
+            total = sum(tensor_bytes(key, header) for key, header in headers.items())
+            count = sum(math.prod(header.shape) for header in headers.values())
+            about = {"total_size": total, "total_parameters": count}
+            write_json(temporary / _INDEX, {"metadata": about, "weight_map": dict(file_of)})
+        write_json(temporary / "config.json", settings)
+        _copy_processors(processors, temporary)
 
 
 def plan_shards(headers: Mapping[str, Tensor], max_shard_size: int | str) -> dict[str, str]:
@@ -342,15 +369,6 @@ def check_new(folder: str | os.PathLike[str]) -> None:
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"the output {str(folder)!r} exists: give a new folder, or remove it")
-
-
-def _write_index(folder: Path, headers: Mapping[str, Tensor], file_of: Mapping[str, str]) -> None:
-    if set(file_of.values()) == {_WEIGHTS}:
-        return
-    total = sum(tensor_bytes(key, header) for key, header in headers.items())
-    count = sum(math.prod(header.shape) for header in headers.values())
-    index = {"metadata": {"total_size": total, "total_parameters": count}, "weight_map": dict(file_of)}
-    write_json(folder / _INDEX, index)
 
 
 def fetch(source: str | os.PathLike[str], revision: str | None = None) -> tuple[Path, str | None]:
@@ -449,7 +467,7 @@ def _without_dtypes(settings: Settings) -> dict[str, Any]:
     return {name: _without_dtypes(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
-def _replace_model(folder: Path, settings: Settings, tensors: Mapping[str, Any]) -> None:
+def _replace_model(folder: Path, settings: Settings, tensors: Mapping[str, Any], dtype: DTypeLike | None) -> None:
     has_weights = (folder / _WEIGHTS).is_file() or (folder / _INDEX).is_file()
     same = (folder / "config.json").is_file() and read_json(folder / "config.json") == settings
     if has_weights and not same:
@@ -460,7 +478,7 @@ def _replace_model(folder: Path, settings: Settings, tensors: Mapping[str, Any])
     if not same:
         write_json(folder / "config.json", settings)
     shards = weight_files(folder) if (folder / _INDEX).is_file() and not (folder / _WEIGHTS).is_file() else []
-    save_tensors(folder / _WEIGHTS, tensors, {"format": "pt"})
+    save_tensors(folder / _WEIGHTS, tensors, {"format": "pt"}, dtype)
     for stale in ([folder / _INDEX, *shards]) if shards else ():
         stale.unlink()
 
@@ -470,3 +488,8 @@ def _copy_processors(source: Path | None, target: Path) -> None:
         if source and (source / name).is_file() and not (target / name).exists():
             with replacing(target / name) as temporary:
                 shutil.copyfile(source / name, temporary)
+
+
+def _write_text(path: Path, content: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Host memory for tensors: aligned as JAX wants it, reused from one to the next, filled from transposed views at speed."""
+"""Host memory for tensors: aligned as JAX wants it, reused from one to the next, filled fast from transposed views."""
 
 from __future__ import annotations
 

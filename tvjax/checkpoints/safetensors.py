@@ -12,6 +12,7 @@ import math
 import os
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO
 
 import jax.numpy as jnp
@@ -38,6 +39,7 @@ _DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+_SYNC_EVERY = 2**26  # bytes
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 # The bits of infinity: what is not finite has these or more, its sign aside.
 _INFINITY = {np.dtype(np.float64): 0x7FF << 52, np.dtype(np.float32): 0xFF << 23, np.dtype(np.float16): 0x1F << 10}
@@ -145,7 +147,9 @@ def open_tensors(*paths: str | os.PathLike[str]) -> Iterator[Tensors]:
 class TensorWriter:
     """One safetensors file that is written tensor by tensor, in any order; made by `write_tensors`."""
 
-    def __init__(self, file: BinaryIO, headers: Mapping[str, Tensor], metadata: Mapping[str, str]):
+    def __init__(
+        self, file: BinaryIO, pool: ThreadPoolExecutor, headers: Mapping[str, Tensor], metadata: Mapping[str, str]
+    ):
         # As the library orders them: by falling size of the entries, then by key, so that all are aligned.
         keys = sorted(headers, key=lambda key: (-numpy_dtype(key, headers[key]).itemsize, key))
         self._entries: dict[str, Any] = {}
@@ -154,8 +158,11 @@ class TensorWriter:
             start, end = end, end + tensor_bytes(key, headers[key])
             dtype, shape = headers[key]
             self._entries[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
-        self._file, self._metadata, self._left = file, dict(metadata), set(keys)
+        self._file, self._pool = file, pool
+        self._metadata, self._left = dict(metadata), set(keys)
         self._scratch = Scratch()
+        self._unsynced = 0
+        self._syncing: Future[None] | None = None
         self._start = file.write(self._header())
         file.truncate(self._start + end)
 
@@ -172,6 +179,14 @@ class TensorWriter:
         self._file.seek(self._start + entry["data_offsets"][0])
         self._file.write(array.reshape(-1).view(np.uint8).data)
         self._left.discard(key)
+        self._unsynced += array.nbytes
+        if self._unsynced > _SYNC_EVERY and (self._syncing is None or self._syncing.done()):
+            self._sync()
+
+    def _sync(self) -> None:
+        """Lets the disk write beside what comes next; at the end there is less to wait for."""
+        self._file.flush()
+        self._syncing, self._unsynced = self._pool.submit(os.fsync, self._file.fileno()), 0
 
     def set_metadata(self, metadata: Mapping[str, str]) -> None:
         """Replaces metadata by others of the same length, such as a fingerprint that is known at the end."""
@@ -181,9 +196,11 @@ class TensorWriter:
         self._file.seek(0)
         self._file.write(header)
 
-    def close(self) -> None:
+    def finish(self) -> None:
         """Every tensor that was announced must have been written."""
         assert not self._left, sorted(self._left)
+        if self._syncing is not None:
+            self._syncing.result()
         self._file.flush()
 
     def _header(self) -> bytes:
@@ -217,10 +234,10 @@ def write_tensors(
     ...     load_tree(f"{folder}/x.safetensors")
     ({'x': Array([1., 1.], dtype=float32)}, {'sum': '2'})
     """
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        writer = TensorWriter(file, headers, metadata or {})
+    with replacing(path) as temporary, open(temporary, "wb") as file, ThreadPoolExecutor(1) as pool:
+        writer = TensorWriter(file, pool, headers, metadata or {})
         yield writer
-        writer.close()
+        writer.finish()
 
 
 def save_tensors(
@@ -256,10 +273,23 @@ def tensor_header(key: str, tensor: Any, dtype: DTypeLike | None = None) -> Tens
     Tensor(dtype='BF16', shape=(2, 3))
     """
     own = np.dtype(tensor.dtype if hasattr(tensor, "dtype") else np.asarray(tensor).dtype)
-    stored = own if dtype is None or own not in _INFINITY else np.dtype(jnp.dtype(dtype))
-    if stored not in _NAMES:
-        raise ValueError(f"the tensor {key!r} is of dtype {stored.name}, expected one of {', '.join(map(str, _NAMES))}")
-    return Tensor(_NAMES[stored], tuple(np.shape(tensor)))
+    if own not in _NAMES:
+        raise ValueError(f"the tensor {key!r} is of dtype {own.name}, expected one of {', '.join(map(str, _NAMES))}")
+    return cast_header(key, Tensor(_NAMES[own], tuple(np.shape(tensor))), dtype)
+
+
+def cast_header(key: str, header: Tensor, dtype: DTypeLike | None) -> Tensor:
+    """The header of a tensor after `cast`.
+
+    Raises:
+      ValueError: a dtype that is not written, or that has no fractions.
+    """
+    if dtype is None or numpy_dtype(key, header) not in _INFINITY:
+        return header
+    stored = np.dtype(jnp.dtype(dtype))
+    if stored not in _INFINITY:
+        raise ValueError(f"weights are stored in {', '.join(item.name for item in _INFINITY)}, not in {stored.name}")
+    return header._replace(dtype=_NAMES[stored])
 
 
 def cast(array: np.ndarray, dtype: DTypeLike | None) -> np.ndarray:

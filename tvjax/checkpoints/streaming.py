@@ -8,6 +8,7 @@ from, and what was made for other weights never becomes a model.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,9 +18,10 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from tvjax import tree
+from tvjax.checkpoints.cards import model_card
 from tvjax.checkpoints.huggingface import Checkpoint, open_checkpoint, write_checkpoint
 from tvjax.checkpoints.memory import Scratch
-from tvjax.checkpoints.safetensors import Fingerprint, Tensors, cast, open_tensors, tensor_header, write_tensors
+from tvjax.checkpoints.safetensors import Fingerprint, Tensors, cast, cast_header, open_tensors, write_tensors
 from tvjax.models.key_table import Tensor
 
 Progress = Callable[[int, int, str], None]
@@ -101,10 +103,7 @@ def extract(
             "finetuned_revision": tuned.revision,
             "finetuned_fingerprint": _UNKNOWN,
         }
-        headers = {
-            leaf: Tensor(tensor_header(leaf, np.empty(0, np.float32), dtype).dtype, base.shapes[leaf])
-            for leaf in covered
-        }
+        headers = {leaf: cast_header(leaf, Tensor("F32", base.shapes[leaf]), dtype) for leaf in covered}
         squares, changed, scratch = 0.0, [], Scratch()
         with write_tensors(path, headers, metadata) as writer, _Reader(base, tuned) as reader:
             for leaf, (before, after) in reader.leaves(progress):
@@ -118,7 +117,7 @@ def extract(
             base_digest, tuned_digest = reader.fingerprints()
             found = {"base_fingerprint": base_digest, "finetuned_fingerprint": tuned_digest}
             writer.set_metadata(found)
-    parameters = sum(int(np.prod(base.shapes[leaf])) for leaf in covered)
+    parameters = sum(math.prod(base.shapes[leaf]) for leaf in covered)
     return Extracted(len(covered), parameters, squares**0.5, metadata | found, tuple(changed))
 
 
@@ -136,8 +135,8 @@ def apply(
 ) -> Applied:
     """Writes ``theta_0 + scale * sum_i tau_i`` as a Hugging Face folder, tensor by tensor.
 
-    The sum is taken in float32 and rounded once, to the dtype of each tensor of the model. What no task vector covers is
-    copied as it is. The folder has the keys, and unless told otherwise the shards, of the model's.
+    The sum is taken in float32 and rounded once, to the dtype of each tensor of the model. What no task vector covers
+    is copied as it is. The folder has the keys, and unless told otherwise the shards, of the model's.
 
     Args:
       model: theta_0, a folder or hub id.
@@ -168,7 +167,31 @@ def apply(
         written = Fingerprint()
         scratch, changed = Scratch(), []
         reader = stack.enter_context(_Reader(base))
-        with write_checkpoint(base, folder, dtype=dtype, max_shard_size=max_shard_size) as write:
+
+        def card() -> str:
+            settings = {"scale": scale, "any_base": any_base, "dtype": None if dtype is None else np.dtype(dtype).name}
+            about = {
+                "base_model": base.name,
+                "base_revision": base.revision,
+                "base_fingerprint": reader.fingerprints()[0],
+            }
+            return model_card(
+                Path(folder).name,
+                f"{len(names)} task vector{'s' if len(names) > 1 else ''} added to the weights of the base model.",
+                about,
+                inputs={name: tau.metadata for name, tau in zip(names, taus, strict=True)},
+                settings=settings,
+                results={
+                    "fingerprint": written.hexdigest(),
+                    "parameters": count,
+                    "leaves changed": len(changed),
+                    "leaves copied": len(base.shapes) - len(changed),
+                },
+            )
+
+        count = sum(math.prod(shape) for shape in base.shapes.values())
+        writing = write_checkpoint(base, folder, dtype=dtype, max_shard_size=max_shard_size, card=card)
+        with writing as write:
             for leaf, (theta,) in reader.leaves(progress):
                 parts = [tau for tau in taus if leaf in tau.headers]
                 edited = theta
@@ -187,8 +210,7 @@ def apply(
                 )
     covered = set(changed)
     copied = tuple(leaf for leaf in sorted(base.shapes) if leaf not in covered)
-    parameters = sum(int(np.prod(shape)) for shape in base.shapes.values())
-    return Applied(tuple(changed), copied, parameters, written.hexdigest())
+    return Applied(tuple(changed), copied, count, written.hexdigest())
 
 
 def check_same_base(files: Sequence[str], metadata: Sequence[Mapping[str, str]], any_base: bool) -> dict[str, str]:
@@ -281,7 +303,7 @@ def _edit(theta: np.ndarray, parts: Sequence[Tensors], leaf: str, scale: float, 
 
 
 def _wide_memory(scratch: Scratch, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    size = int(np.prod(shape))
+    size = math.prod(shape)
     return scratch.take(name, 4 * size).view(np.float32).reshape(shape)
 
 

@@ -23,7 +23,7 @@ def extract(
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     quiet: Quiet = False,
 ) -> None:
-    """Write a task vector, fine-tuned minus pre-trained parameters, tensor by tensor: by default of the vision tower."""
+    """Write a task vector, fine-tuned minus pre-trained parameters: by default of the vision tower."""
     from tvjax.checkpoints import streaming
     from tvjax.cli import inputs
     from tvjax.cli.progress import progress
