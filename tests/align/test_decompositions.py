@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tvjax.align.decompositions import eigh, qr, singular_values, svd
+from tvjax.align.decompositions import eigh, qr, range_basis, singular_values, svd
 
 
 def batches_in_lapack(function, *arguments):
@@ -22,7 +22,7 @@ def matrices():
     return random + random.mT
 
 
-@pytest.mark.parametrize("decomposition", [eigh, svd, singular_values, qr])
+@pytest.mark.parametrize("decomposition", [eigh, svd, singular_values, qr, range_basis])
 def test_a_batch_is_decomposed_in_turn_to_the_same_bits(decomposition, matrices):
     nested = jax.vmap(jax.vmap(decomposition))
     found = jax.jit(nested)(matrices)
@@ -46,3 +46,6 @@ def test_what_they_are(matrices):
     values, vectors = eigh(matrices[1, 1])
     np.testing.assert_allclose((vectors * values) @ vectors.T, matrices[1, 1], atol=1e-5)
     assert np.all(np.diff(values) >= 0)
+    basis = range_basis(matrix)
+    np.testing.assert_allclose(basis @ jnp.linalg.lstsq(basis, matrix)[0], matrix, atol=1e-5)
+    assert float(jnp.abs(basis).max()) == 1.0 and np.linalg.cond(basis) < 20

@@ -160,6 +160,25 @@ def test_product_form_of_a_linear_output_equals_the_dense_form(rng, method):
     np.testing.assert_allclose(matrix(product), reference(p @ core @ q.T, 7), atol=5e-3 if method == "gram" else 5e-4)
 
 
+@pytest.mark.parametrize("core", [False, True], ids=["rows", "linear outputs"])
+def test_a_sketch_of_a_product_agrees_with_the_svd_where_the_spectrum_decays(rng, core):
+    decay = np.exp(-np.arange(40) / 3.0)
+    p, q = orthogonal(rng, 60)[:, :40] * decay, orthogonal(rng, 50)[:, :40]
+    middle = orthogonal(rng, 40) if core else None
+    c = p @ q.T if middle is None else p @ middle @ q.T
+    factors = [None if x is None else x.astype(np.float32) for x in (p, middle, q)]
+    rotation = polar_of_product(*factors, method="randomised", rank=6)
+    assert rotation.left.shape == (60, 6) and rotation.right.shape == (6, 50)
+    np.testing.assert_allclose(matrix(rotation), reference(c, 6), atol=5e-3)
+
+
+def test_a_sketch_keeps_nearly_all_that_the_leading_directions_hold(rng):
+    c = orthogonal(rng, 100) / np.sqrt(np.arange(1, 101)) @ orthogonal(rng, 100)  # decays slowly
+    best = 1 / np.sqrt(np.arange(1, 26))
+    rotation = polar(c.astype(np.float32), rank=0.25, method="randomised")
+    assert np.sum(np.asarray(matrix(rotation)) * c) > 0.97 * best.sum()
+
+
 def test_product_form_completes_like_the_dense_form(rng):
     p, q = rng.standard_normal((16, 3)).astype(np.float32), rng.standard_normal((16, 3)).astype(np.float32)
     r = matrix(polar_of_product(p, None, q, complete="eye"))

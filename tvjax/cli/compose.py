@@ -79,6 +79,7 @@ def compose(
         from_pretrained,
         load_processor,
         map_tree,
+        model_card,
         save_coefficients,
         save_pretrained,
     )
@@ -162,7 +163,15 @@ def compose(
     else:
         coefficients = trained.trainable
         params = jax.jit(learned.combine)(base.params, taus, coefficients)
-    save_pretrained(base.with_params(params), output)
+    card = model_card(
+        output.name,
+        f"Task vectors with coefficients learned by {objective} were added to the weights of the base model.",
+        base.identity(),
+        inputs={str(file): made for file, (_, made) in zip(task_vectors, loaded, strict=True)},
+        settings={"objective": objective, "start": start, "tune": tuned, "learning rate": trained.learning_rate},
+        results={"epochs": trained.epochs, "validation accuracy": trained.score},
+    )
+    save_pretrained(base.with_params(params), output, card=card)
     save_coefficients(output / "coefficients.safetensors", coefficients, metadata)
     plot_coefficients(coefficients, output / "coefficients.png")
     inputs.write_json(output / "images.json", looked_at)

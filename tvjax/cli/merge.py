@@ -48,7 +48,7 @@ def merge(
 
     from tvjax import arithmetic, tree
     from tvjax import merge as methods
-    from tvjax.checkpoints import from_pretrained, map_tree, save_pretrained, save_tree
+    from tvjax.checkpoints import from_pretrained, map_tree, model_card, save_pretrained, save_tree
     from tvjax.cli import inputs
     from tvjax.cli.output import show
     from tvjax.cli.progress import progress
@@ -91,7 +91,14 @@ def merge(
     if base is None:
         save_tree(output, arithmetic.scale(tau, scale), metadata, dtype)
     else:
-        save_pretrained(base.with_params(arithmetic.apply(base.params, tau, scale)), output)
+        card = model_card(
+            output.name,
+            f"{len(loaded)} task vectors, merged by {method}, were added to the weights of the base model.",
+            base.identity(),
+            inputs={str(file): made for file, (_, made) in zip(task_vectors, loaded, strict=True)},
+            settings={"method": method, "scale": scale, **chosen},
+        )
+        save_pretrained(base.with_params(arithmetic.apply(base.params, tau, scale)), output, card=card)
     about = {"method": method, "scale": scale, "task_vectors": [str(file) for file in task_vectors]}
     write_report(output, rows, about)
     recipes.write(context, output)

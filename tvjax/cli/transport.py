@@ -84,7 +84,14 @@ def transport(
     """Move what a fine-tuning learned into another CLIP, and save the edited model with a report by leaf."""
     from tvjax import tree
     from tvjax.arithmetic import apply
-    from tvjax.checkpoints import TransportStore, from_pretrained, load_processor, save_pretrained, save_tree
+    from tvjax.checkpoints import (
+        TransportStore,
+        from_pretrained,
+        load_processor,
+        model_card,
+        save_pretrained,
+        save_tree,
+    )
     from tvjax.cli import inputs
     from tvjax.cli.progress import progress
     from tvjax.data.loader import Loader
@@ -148,7 +155,15 @@ def transport(
         head = zero_shot_model(whole, processor.tokens, held_out.class_names, prompts.templates)
         chosen = choose_scale(head, moved, scales_of(moving), Loader(held_out, processor.pixels, batch_size))
         scale = chosen.scale
-    save_pretrained(receiver.with_params(apply(receiver.params, moved, scale)), output)
+    card = model_card(
+        output.name,
+        f"What a fine-tuning taught the source was moved into the base model by {method}, without training.",
+        receiver.identity(),
+        inputs={source: base.identity(), finetuned: tuned.identity()},
+        settings={"method": method, "scale": scale, "depth": depth, "tokens": tokens, **given},
+        results={"images": about["images"]} if found is not None else None,
+    )
+    save_pretrained(receiver.with_params(apply(receiver.params, moved, scale)), output, card=card)
     norms = {"source": float(tree.norm(tau)), "target": float(tree.norm(moved))}
     about |= {"method": method, "scale": scale}
     about |= {"source": source, "finetuned": finetuned, "target": target}
