@@ -110,6 +110,11 @@ def test_labels_that_are_no_classes_are_refused(labels, message):
         shades([1, 2], np.array(labels), ("a", "b"))
 
 
+def test_classes_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="names a class more than once: a, a"):
+        shades([1, 2], np.array([0, 1]), ("a", "a"))
+
+
 def test_no_images_are_refused():
     with pytest.raises(ValueError, match="'nothing' has no images"):
         Images("nothing", [], lambda key: b"")
@@ -136,6 +141,14 @@ def test_grey_transparent_and_turned_images(tmp_path):
     turned[0x0112] = 6  # the camera was held on its side
     Image.new("RGB", (2, 5)).save(tmp_path / "turned.jpg", exif=turned)
     assert read_image(tmp_path / "turned.jpg").shape == (2, 5, 3)
+
+
+def test_images_of_more_than_8_bits(tmp_path):
+    Image.fromarray(np.array([[0, 1000, 30000, 65535]], np.uint16)).save(tmp_path / "16.png")
+    assert read_image(tmp_path / "16.png")[0, :, 1].tolist() == [0, 3, 117, 255]
+    Image.fromarray(np.zeros((2, 2), np.float32)).save(tmp_path / "32.tiff")
+    with pytest.raises(ValueError, match="32.tiff' has numbers of 32 bits"):
+        read_image(tmp_path / "32.tiff")
 
 
 def test_an_absent_image_is_named(tmp_path):

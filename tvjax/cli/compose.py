@@ -101,8 +101,7 @@ def compose(
     labelled = objective == "few_shot"
     prompts = inputs.read_prompts(task, classes, templates)
     found = inputs.read_images(inputs.images_of(images, task, "train"), prompts, objective if labelled else "")
-    if labelled:
-        found = inputs.draw_images(found, per_class, select, seed, inputs.embeddings(model, batch_size))
+    found = inputs.draw_images(found, per_class, select, seed, inputs.embeddings(model, batch_size))
     names = found.class_names or prompts.class_names
     if not names:
         raise ValueError(f"{objective} needs the names of the classes: give --classes, or images in one folder a class")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -49,6 +48,8 @@ class Images:
     def __post_init__(self) -> None:
         if not len(self.keys):
             raise ValueError(f"{self.name!r} has no images")
+        if len(set(self.class_names)) < len(self.class_names):
+            raise ValueError(f"{self.name!r} names a class more than once: {', '.join(self.class_names)}")
         if self.labels is None:
             return
         labels = np.asarray(self.labels)
@@ -73,7 +74,7 @@ class Images:
     def __iter__(self) -> Iterator[Pixels]:
         return (self[index] for index in range(len(self)))
 
-    def take(self, indices: ArrayLike) -> Images:
+    def take(self, indices: Sequence[int] | np.ndarray) -> Images:
         """The images at these indices; none is read."""
         chosen = np.asarray(indices)
         labels = None if self.labels is None else self.labels[chosen]
@@ -196,7 +197,12 @@ def _decode(stored: bytes | np.ndarray, place: str) -> Pixels:
         return _rgb(stored, place)
     try:
         with _open(stored, place) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16"):  # Pillow would cut what is above 255
+                return _rgb((np.asarray(upright) >> 8).astype(np.uint8), place)
+            if upright.mode in ("I", "F"):
+                raise ValueError(f"the image {place} has numbers of 32 bits, expected 8 or 16: save it as one of those")
+            return np.asarray(upright.convert("RGB"))
     except (OSError, SyntaxError) as error:  # the header is sound, and what follows is not
         raise ValueError(f"the image {place} cannot be read ({error}): remove it, or copy it again") from error
 
