@@ -1,5 +1,6 @@
 """Models and trees of arrays on disk."""
 
+from tvjax.checkpoints.adapters import load_adapter
 from tvjax.checkpoints.cards import model_card
 from tvjax.checkpoints.coefficients import TrainingStore, load_coefficients, save_coefficients
 from tvjax.checkpoints.huggingface import Pretrained, from_pretrained, save_pretrained
@@ -13,6 +14,7 @@ __all__ = [
     "TrainingStore",
     "fingerprint",
     "from_pretrained",
+    "load_adapter",
     "load_coefficients",
     "load_processor",
     "load_state",

@@ -170,11 +170,11 @@ def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None)
       ValueError: naming what is wrong and the way out.
     """
     folder, revision = fetch(source, revision)
-    settings = _read_json(folder / "config.json")
+    settings = read_json(folder / "config.json")
     try:
         family = family_of_settings(settings)
         config = family.config.from_dict(settings)
-        shapes = _shapes(family, config)
+        shapes = shapes_of(config)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     with open_tensors(*weight_files(folder)) as tensors:
@@ -393,7 +393,7 @@ def fetch(source: str | os.PathLike[str], revision: str | None = None) -> tuple[
         snapshot = huggingface_hub.snapshot_download(
             os.fspath(source),
             revision=revision,
-            allow_patterns=["model.safetensors", "model-*.safetensors", "*.json", "*.txt"],
+            allow_patterns=["model.safetensors", "model-*.safetensors", "adapter_model.safetensors", "*.json", "*.txt"],
             ignore_patterns=["*/*"],
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
@@ -419,7 +419,7 @@ def weight_files(folder: Path) -> list[Path]:
             + (f", only {', '.join(pickles)}: pickles can run code and are never opened" if pickles else "")
             + ". Load the model with transformers where you trust it, and save it with save_pretrained"
         )
-    shard_of = _read_json(folder / _INDEX).get("weight_map")
+    shard_of = read_json(folder / _INDEX).get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(name, str) for name in shard_of.values()):
         raise ValueError(f"{folder / _INDEX} has no weight_map from keys to files: download it again")
     names = sorted(set(shard_of.values()))
@@ -429,12 +429,13 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _shapes(family: Family, config: Any) -> dict[str, tuple[int, ...]]:
-    return parameter_shapes(family.build(config, {}).stages)
+def shapes_of(config: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters of a config's model, by path."""
+    return parameter_shapes(family_of_config(config).build(config, {}).stages)
 
 
 def _check_params(family: Family, config: Any, params: PyTree) -> None:
-    expected = _shapes(family, config)
+    expected = shapes_of(config)
     leaves = tree.flatten(params)
     problems = [f"{path} is missing" for path in expected.keys() - leaves.keys()]
     problems += [f"{path} is surplus" for path in leaves.keys() - expected.keys()]
@@ -469,7 +470,7 @@ def _without_dtypes(settings: Settings) -> dict[str, Any]:
 
 def _replace_model(folder: Path, settings: Settings, tensors: Mapping[str, Any], dtype: DTypeLike | None) -> None:
     has_weights = (folder / _WEIGHTS).is_file() or (folder / _INDEX).is_file()
-    same = (folder / "config.json").is_file() and _read_json(folder / "config.json") == settings
+    same = (folder / "config.json").is_file() and read_json(folder / "config.json") == settings
     if has_weights and not same:
         raise ValueError(
             f"{folder} holds another model (its config.json differs), which one rename cannot replace: give "
@@ -490,12 +491,13 @@ def _copy_processors(source: Path | None, target: Path) -> None:
                 shutil.copyfile(source / name, temporary)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, hint: str = "is it the folder of a Hugging Face model?") -> dict[str, Any]:
+    """The object of a JSON file; a ValueError says what is wrong with it."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ValueError(f"{path.parent} has no {path.name}: is it the folder of a Hugging Face model?") from error
-    except ValueError as error:  # malformed JSON or UTF-8
+        raise ValueError(f"{path.parent} has no {path.name}: {hint}") from error
+    except (ValueError, RecursionError) as error:  # malformed JSON or UTF-8
         raise ValueError(f"{path} is no JSON ({error}): download it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected an object: download it again")
