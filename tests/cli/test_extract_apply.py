@@ -23,7 +23,8 @@ def error_of(capsys):
 
 
 def test_extract_says_what_it_wrote_and_what_stays(models, tmp_path, capsys):
-    assert extract(models, tmp_path / "tau.safetensors", finetuned="same", *("--dtype", "bfloat16")) == 0
+    words = ("--dtype", "bfloat16")
+    assert extract(models, tmp_path / "tau.safetensors", *words, finetuned="same") == 0
     printed = capsys.readouterr()
     assert "leaves outside 'vision' too (logit_scale, ...), which stay" in printed.out and printed.err == ""
     tau, about = load_tree(tmp_path / "tau.safetensors")

@@ -5,6 +5,7 @@ from tvjax.checkpoints.cards import model_card
 from tvjax.checkpoints.coefficients import TrainingStore, load_coefficients, save_coefficients
 from tvjax.checkpoints.huggingface import Pretrained, from_pretrained, save_pretrained
 from tvjax.checkpoints.maps import load_state, save_state
+from tvjax.checkpoints.orbax import load_orbax, save_orbax
 from tvjax.checkpoints.processors import Processor, load_processor
 from tvjax.checkpoints.safetensors import fingerprint, load_tree, map_tree, save_tree
 
@@ -16,12 +17,14 @@ __all__ = [
     "from_pretrained",
     "load_adapter",
     "load_coefficients",
+    "load_orbax",
     "load_processor",
     "load_state",
     "load_tree",
     "map_tree",
     "model_card",
     "save_coefficients",
+    "save_orbax",
     "save_pretrained",
     "save_state",
     "save_tree",

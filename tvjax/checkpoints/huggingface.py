@@ -97,7 +97,7 @@ class Pretrained:
         Raises:
           ValueError: naming every parameter that is missing, surplus or of another shape.
         """
-        _check_params(family_of_config(self.config), self.config, params)
+        check_params(self.config, params)
         return dataclasses.replace(self, model=self.model.replace(params=params))
 
     def identity(self) -> dict[str, str]:
@@ -249,10 +249,10 @@ def save_pretrained(
     """
     folder = Path(folder)
     family = family_of_config(pretrained.config)
-    _check_params(family, pretrained.config, pretrained.params)
+    check_params(pretrained.config, pretrained.params)
     tensors = to_checkpoint(family.keys, pretrained.params)
     headers = {key: tensor_header(key, tensor, dtype) for key, tensor in tensors.items()}
-    settings = _with_dtype(pretrained.settings or pretrained.config.to_dict(), headers.values())
+    settings = settings_with_dtype(pretrained.settings or pretrained.config.to_dict(), headers.values())
     file_of = plan_shards(headers, max_shard_size)
     if folder.is_dir() and any(folder.iterdir()):
         if len(set(file_of.values())) > 1:
@@ -261,7 +261,7 @@ def save_pretrained(
                 "greater max_shard_size"
             )
         _replace_model(folder, settings, tensors, dtype)
-        _copy_processors(pretrained.folder, folder)
+        copy_processors(pretrained.folder, folder)
         if card is not None:
             _write_text(folder / _CARD, card)
         return
@@ -304,7 +304,7 @@ def write_checkpoint(
         file_of = {key: Path(path).name for key, path in tensors.file_of.items()}
     else:
         file_of = plan_shards(headers, max_shard_size)
-    settings = _with_dtype(like.settings, [headers[key] for key in keys])
+    settings = settings_with_dtype(like.settings, [headers[key] for key in keys])
     with _new_model(folder, headers, file_of, settings, like.folder) as (write, temporary):
         yield lambda path, array: write(like.sources[path].key, like.sources[path].to_theirs(array))
         for key in sorted(headers.keys() - keys):
@@ -333,9 +333,9 @@ def _new_model(
             total = sum(tensor_bytes(key, header) for key, header in headers.items())
             count = sum(math.prod(header.shape) for header in headers.values())
             about = {"total_size": total, "total_parameters": count}
-            _write_json(temporary / _INDEX, {"metadata": about, "weight_map": dict(file_of)})
-        _write_json(temporary / "config.json", settings)
-        _copy_processors(processors, temporary)
+            write_json(temporary / _INDEX, {"metadata": about, "weight_map": dict(file_of)})
+        write_json(temporary / "config.json", settings)
+        copy_processors(processors, temporary)
 
 
 def plan_shards(headers: Mapping[str, Tensor], max_shard_size: int | str) -> dict[str, str]:
@@ -434,7 +434,8 @@ def shapes_of(config: Any) -> dict[str, tuple[int, ...]]:
     return parameter_shapes(family_of_config(config).build(config, {}).stages)
 
 
-def _check_params(family: Family, config: Any, params: PyTree) -> None:
+def check_params(config: Any, params: PyTree) -> None:
+    """Raises a ValueError that names every parameter that is missing, surplus, or of another shape or dtype."""
     expected = shapes_of(config)
     leaves = tree.flatten(params)
     problems = [f"{path} is missing" for path in expected.keys() - leaves.keys()]
@@ -457,7 +458,7 @@ def _check_params(family: Family, config: Any, params: PyTree) -> None:
         )
 
 
-def _with_dtype(settings: Settings, headers: Iterable[Tensor]) -> dict[str, Any]:
+def settings_with_dtype(settings: Settings, headers: Iterable[Tensor]) -> dict[str, Any]:
     """The settings with the dtype that transformers is to load the weights in, so that it changes no value."""
     dtypes = {numpy_dtype("", header).name for header in headers}
     return {**_without_dtypes(settings), "dtype": dtypes.pop() if len(dtypes) == 1 else "float32"}
@@ -477,14 +478,15 @@ def _replace_model(folder: Path, settings: Settings, tensors: Mapping[str, Any],
             "a new folder, or remove the old one"
         )
     if not same:
-        _write_json(folder / "config.json", settings)
+        write_json(folder / "config.json", settings)
     shards = weight_files(folder) if (folder / _INDEX).is_file() and not (folder / _WEIGHTS).is_file() else []
     save_tensors(folder / _WEIGHTS, tensors, {"format": "pt"}, dtype)
     for stale in ([folder / _INDEX, *shards]) if shards else ():
         stale.unlink()
 
 
-def _copy_processors(source: Path | None, target: Path) -> None:
+def copy_processors(source: Path | None, target: Path) -> None:
+    """Copies the files of tokenizer and image processor that a folder has."""
     for name in _PROCESSOR_FILES:
         if source and (source / name).is_file() and not (target / name).exists():
             with replacing(target / name) as temporary:
@@ -504,7 +506,8 @@ def read_json(path: Path, hint: str = "is it the folder of a Hugging Face model?
     return content
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes an object as JSON, atomically."""
     _write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
