@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -54,3 +55,10 @@ def test_a_block_that_raises_leaves_no_folder(tmp_path):
         (temporary / "file").write_text("half")
         raise RuntimeError
     assert not list(tmp_path.iterdir())
+
+
+def test_killing_writes_at_random_moments_leaves_whole_targets():
+    script = Path(__file__).parents[2] / "scripts" / "kill_writes.py"
+    command = [sys.executable, str(script), "--kills", "8", "--megabytes", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "8 kills, no corrupt target" in done.stdout, done.stdout + done.stderr

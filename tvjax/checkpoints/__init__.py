@@ -1,9 +1,11 @@
 """Models and trees of arrays on disk."""
 
+from tvjax.checkpoints.adapters import load_adapter
 from tvjax.checkpoints.cards import model_card
 from tvjax.checkpoints.coefficients import TrainingStore, load_coefficients, save_coefficients
 from tvjax.checkpoints.huggingface import Pretrained, from_pretrained, save_pretrained
 from tvjax.checkpoints.maps import TransportStore, load_state, save_state
+from tvjax.checkpoints.orbax import load_orbax, save_orbax
 from tvjax.checkpoints.processors import Processor, load_processor
 from tvjax.checkpoints.safetensors import fingerprint, load_tree, map_tree, save_tree
 
@@ -14,13 +16,16 @@ __all__ = [
     "TransportStore",
     "fingerprint",
     "from_pretrained",
+    "load_adapter",
     "load_coefficients",
+    "load_orbax",
     "load_processor",
     "load_state",
     "load_tree",
     "map_tree",
     "model_card",
     "save_coefficients",
+    "save_orbax",
     "save_pretrained",
     "save_state",
     "save_tree",

@@ -41,10 +41,8 @@ def model_card(
       license: the hub's identifier of one.
 
     >>> card = model_card("edited", "A task vector was added.", {"base_model": "openai/clip-vit-base-patch32"})
-    >>> print(card[:69])
-    ---
-    base_model: openai/clip-vit-base-patch32
-    library_name: transformers
+    >>> card.splitlines()[:3]
+    ['---', 'base_model: openai/clip-vit-base-patch32', 'library_name: transformers']
     """
     name = base.get("base_model", "")
     data = ModelCardData(

@@ -97,7 +97,7 @@ class Pretrained:
         Raises:
           ValueError: naming every parameter that is missing, surplus or of another shape.
         """
-        _check_params(family_of_config(self.config), self.config, params)
+        check_params(self.config, params)
         return dataclasses.replace(self, model=self.model.replace(params=params))
 
     def identity(self) -> dict[str, str]:
@@ -174,7 +174,7 @@ def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None)
     try:
         family = family_of_settings(settings)
         config = family.config.from_dict(settings)
-        shapes = _shapes(family, config)
+        shapes = shapes_of(config)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     with open_tensors(*weight_files(folder)) as tensors:
@@ -249,10 +249,10 @@ def save_pretrained(
     """
     folder = Path(folder)
     family = family_of_config(pretrained.config)
-    _check_params(family, pretrained.config, pretrained.params)
+    check_params(pretrained.config, pretrained.params)
     tensors = to_checkpoint(family.keys, pretrained.params)
     headers = {key: tensor_header(key, tensor, dtype) for key, tensor in tensors.items()}
-    settings = _with_dtype(pretrained.settings or pretrained.config.to_dict(), headers.values())
+    settings = settings_with_dtype(pretrained.settings or pretrained.config.to_dict(), headers.values())
     file_of = plan_shards(headers, max_shard_size)
     if folder.is_dir() and any(folder.iterdir()):
         if len(set(file_of.values())) > 1:
@@ -261,7 +261,7 @@ def save_pretrained(
                 "greater max_shard_size"
             )
         _replace_model(folder, settings, tensors, dtype)
-        _copy_processors(pretrained.folder, folder)
+        copy_processors(pretrained.folder, folder)
         if card is not None:
             _write_text(folder / _CARD, card)
         return
@@ -304,7 +304,7 @@ def write_checkpoint(
         file_of = {key: Path(path).name for key, path in tensors.file_of.items()}
     else:
         file_of = plan_shards(headers, max_shard_size)
-    settings = _with_dtype(like.settings, [headers[key] for key in keys])
+    settings = settings_with_dtype(like.settings, [headers[key] for key in keys])
     with _new_model(folder, headers, file_of, settings, like.folder) as (write, temporary):
         yield lambda path, array: write(like.sources[path].key, like.sources[path].to_theirs(array))
         for key in sorted(headers.keys() - keys):
@@ -335,7 +335,7 @@ def _new_model(
             about = {"total_size": total, "total_parameters": count}
             write_json(temporary / _INDEX, {"metadata": about, "weight_map": dict(file_of)})
         write_json(temporary / "config.json", settings)
-        _copy_processors(processors, temporary)
+        copy_processors(processors, temporary)
 
 
 def plan_shards(headers: Mapping[str, Tensor], max_shard_size: int | str) -> dict[str, str]:
@@ -393,7 +393,7 @@ def fetch(source: str | os.PathLike[str], revision: str | None = None) -> tuple[
         snapshot = huggingface_hub.snapshot_download(
             os.fspath(source),
             revision=revision,
-            allow_patterns=["model.safetensors", "model-*.safetensors", "*.json", "*.txt"],
+            allow_patterns=["model.safetensors", "model-*.safetensors", "adapter_model.safetensors", "*.json", "*.txt"],
             ignore_patterns=["*/*"],
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
@@ -429,12 +429,14 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _shapes(family: Family, config: Any) -> dict[str, tuple[int, ...]]:
-    return parameter_shapes(family.build(config, {}).stages)
+def shapes_of(config: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters of a config's model, by path."""
+    return parameter_shapes(family_of_config(config).build(config, {}).stages)
 
 
-def _check_params(family: Family, config: Any, params: PyTree) -> None:
-    expected = _shapes(family, config)
+def check_params(config: Any, params: PyTree) -> None:
+    """Raises a ValueError that names every parameter that is missing, surplus, or of another shape or dtype."""
+    expected = shapes_of(config)
     leaves = tree.flatten(params)
     problems = [f"{path} is missing" for path in expected.keys() - leaves.keys()]
     problems += [f"{path} is surplus" for path in leaves.keys() - expected.keys()]
@@ -456,7 +458,7 @@ def _check_params(family: Family, config: Any, params: PyTree) -> None:
         )
 
 
-def _with_dtype(settings: Settings, headers: Iterable[Tensor]) -> dict[str, Any]:
+def settings_with_dtype(settings: Settings, headers: Iterable[Tensor]) -> dict[str, Any]:
     """The settings with the dtype that transformers is to load the weights in, so that it changes no value."""
     dtypes = {numpy_dtype("", header).name for header in headers}
     return {**_without_dtypes(settings), "dtype": dtypes.pop() if len(dtypes) == 1 else "float32"}
@@ -483,7 +485,8 @@ def _replace_model(folder: Path, settings: Settings, tensors: Mapping[str, Any],
         stale.unlink()
 
 
-def _copy_processors(source: Path | None, target: Path) -> None:
+def copy_processors(source: Path | None, target: Path) -> None:
+    """Copies the files of tokenizer and image processor that a folder has."""
     for name in _PROCESSOR_FILES:
         if source and (source / name).is_file() and not (target / name).exists():
             with replacing(target / name) as temporary:

@@ -10,8 +10,12 @@ from typing import Any
 from tvjax.checkpoints.atomic import replacing
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, hint: str = "is it the folder of a Hugging Face model?") -> dict[str, Any]:
     """The object in a file.
+
+    Args:
+      path: of the file.
+      hint: what the error says where there is no such file.
 
     Raises:
       ValueError: a file that is absent, malformed, or holds something else.
@@ -19,7 +23,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ValueError(f"{path.parent} has no {path.name}: is it the folder of a Hugging Face model?") from error
+        raise ValueError(f"{path.parent} has no {path.name}: {hint}") from error
     except (ValueError, RecursionError) as error:  # malformed JSON or UTF-8
         raise ValueError(f"{path} is no JSON ({error}): download it again") from error
     if not isinstance(content, dict):

@@ -18,6 +18,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from tvjax import tree
+from tvjax.checkpoints.adapters import open_adapter, product
 from tvjax.checkpoints.cards import model_card
 from tvjax.checkpoints.huggingface import Checkpoint, open_checkpoint, write_checkpoint
 from tvjax.checkpoints.memory import Scratch
@@ -119,6 +120,59 @@ def extract(
             writer.set_metadata(found)
     parameters = sum(math.prod(base.shapes[leaf]) for leaf in covered)
     return Extracted(len(covered), parameters, squares**0.5, metadata | found, tuple(changed))
+
+
+def extract_adapter(
+    pretrained: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike = np.float32,
+    revision: str | None = None,
+    adapter_revision: str | None = None,
+    progress: Progress | None = None,
+) -> Extracted:
+    """Writes the task vector of a LoRA adapter of PEFT, the products of its factors, tensor by tensor.
+
+    Args:
+      pretrained: the model that it was trained on, a folder or hub id.
+      adapter: a folder or hub id, see `tvjax.checkpoints.load_adapter`.
+      path: the file to write (.safetensors).
+      dtype: dtype that tau is stored in; the products are taken in float32.
+      revision: branch, tag or commit of the pre-trained model.
+      adapter_revision: the same of the adapter.
+      progress: called with leaves done, leaves in all, and the path of the last.
+
+    Returns:
+      What was written.
+
+    Raises:
+      ValueError: an adapter of another kind or another model, before anything is written; values that are not finite,
+        and nothing is left behind.
+    """
+    with open_checkpoint(pretrained, revision) as base, open_adapter(adapter, base, adapter_revision) as opened:
+        metadata = {
+            "base_model": base.name,
+            "base_revision": base.revision,
+            "base_fingerprint": _UNKNOWN,
+            "finetuned_model": opened.name,
+            "finetuned_revision": opened.revision,
+            "finetuned_fingerprint": opened.fingerprint(),
+        }
+        covered = sorted(opened.factors)
+        headers = {leaf: cast_header(leaf, Tensor("F32", base.shapes[leaf]), dtype) for leaf in covered}
+        squares, scratch = 0.0, Scratch()
+        with write_tensors(path, headers, metadata) as writer, _Reader(base) as reader:
+            for leaf, _ in reader.leaves(progress):
+                if leaf in headers:
+                    with np.errstate(over="ignore"):  # reported where it is written
+                        change = product(opened.adapter(leaf), _wide_memory(scratch, "change", base.shapes[leaf]))
+                    squares += float(np.vdot(change, change))
+                    writer.write(leaf, cast(change, dtype))
+            found = {"base_fingerprint": reader.fingerprints()[0]}
+            writer.set_metadata(found)
+    parameters = sum(math.prod(base.shapes[leaf]) for leaf in covered)
+    return Extracted(len(covered), parameters, squares**0.5, metadata | found, ())
 
 
 def apply(

@@ -15,8 +15,13 @@ from tvjax.cli.options import Quiet
 def extract(
     context: typer.Context,
     pretrained: Annotated[str, typer.Option(metavar="MODEL", help="The model before fine-tuning: folder or hub id.")],
-    finetuned: Annotated[str, typer.Option(metavar="MODEL", help="The fine-tuned model; its vision tower suffices.")],
     output: Annotated[Path, typer.Option(metavar="FILE", help="Where the task vector goes (.safetensors).")],
+    finetuned: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The fine-tuned model; its vision tower suffices.")
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="A LoRA adapter of PEFT instead: folder or hub id.")
+    ] = None,
     subtree: Annotated[
         str, typer.Option(metavar="PATH", help="The part of the model to take: vision, text; '' for all of it.")
     ] = "vision",
@@ -28,10 +33,15 @@ def extract(
     from tvjax.cli import inputs
     from tvjax.cli.progress import progress
 
+    if (finetuned is None) == (adapter is None):
+        raise ValueError("give either --finetuned, a model, or --adapter, a LoRA adapter of PEFT")
     inputs.check_dtype(dtype)
     inputs.check_file(output)
     with progress("extract", quiet or not sys.stderr.isatty()) as report:
-        found = streaming.extract(pretrained, finetuned, output, subtree=subtree, dtype=dtype, progress=report)
+        if finetuned is not None:
+            found = streaming.extract(pretrained, finetuned, output, subtree=subtree, dtype=dtype, progress=report)
+        elif adapter is not None:
+            found = streaming.extract_adapter(pretrained, adapter, output, dtype=dtype, progress=report)
     recipes.write(context, output)
     if quiet:
         return

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -174,6 +174,11 @@ def to_checkpoint(table: KeyTable, params: PyTree) -> dict[str, np.ndarray]:
         key, layout = _locate(table, path)
         tensors[key] = layout.to_theirs(np.asarray(leaf))
     return tensors
+
+
+def keys_of(table: KeyTable, paths: Iterable[str]) -> dict[str, str]:
+    """The key of each parameter, as the table spells it, by path."""
+    return {path: _locate(table, path)[0] for path in paths}
 
 
 def _locate(table: KeyTable, path: str) -> tuple[str, Leaf]:

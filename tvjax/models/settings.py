@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,8 @@ def architecture(settings: Settings, defaults: Mapping[str, str]) -> str:
       The first of ``architectures``, or the default of the ``model_type``.
     """
     names = settings.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"architectures is {names!r}, expected a list of names")
     return names[0] if names else defaults[settings["model_type"]]
 
 
@@ -36,16 +39,42 @@ def fields(config_class: type, settings: Settings) -> dict[str, Any]:
     for field in dataclasses.fields(config_class):
         value = values.get(field.name, field.default)
         kinds = (int, float) if isinstance(field.default, float) else type(field.default)
-        if not isinstance(value, kinds):
+        if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(field.default, bool):
             raise ValueError(f"{field.name} is {value!r}, expected {type(field.default).__name__}")
+        if not isinstance(value, bool | str):
+            _check_range(field.name, value)
+    if values.get("patch_size", 0) > values.get("image_size", math.inf):
+        raise ValueError(f"patch_size {values['patch_size']} is greater than image_size {values['image_size']}")
     channels = settings.get("num_channels", 3)
     if channels != 3:
         raise ValueError(f"num_channels is {channels}, expected 3: images of other channels are not supported")
     return values
 
 
+def part(settings: Settings, key: str) -> Settings:
+    """The object that stands in settings under a key; empty where there is none.
+
+    Raises:
+      ValueError: something else stands there.
+    """
+    found = settings.get(key)
+    if found is not None and not isinstance(found, dict):
+        raise ValueError(f"{key} is {found!r}, expected an object")
+    return found or {}
+
+
+def _check_range(name: str, value: int | float) -> None:
+    """Numbers that no model has are refused here: sizes would be multiplied, and blocks counted, before any weight."""
+    greatest = 10_000 if name == "num_hidden_layers" else 2**24
+    least = 0 if isinstance(value, float) or name in ("eos_token_id", "projection_dim") else 1
+    if not name.endswith("init_value") and not least <= value <= greatest:
+        raise ValueError(f"{name} is {value!r}, expected a number from {least} to {greatest}")
+
+
 def _square(name: str, size: int | list[int]) -> int:
-    sides = [size] if isinstance(size, int) else list(size)
+    if not (isinstance(size, int) or (isinstance(size, list) and all(isinstance(side, int) for side in size))):
+        raise ValueError(f"{name} is {size!r}, expected a number or two")
+    sides = [size] if isinstance(size, int) else size
     if len(set(sides)) != 1:
         raise ValueError(f"{name} is {size}, expected a square: images and patches of unequal sides are not supported")
     return sides[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from tvjax.models.settings import Settings, architecture, fields
+from tvjax.models.settings import Settings, architecture, fields, part
 from tvjax.models.transformer import BlockConfig
 
 # What each architecture of transformers consists of: (vision, text, projection).
@@ -173,8 +173,7 @@ def _tower_settings(settings: Settings, key: str) -> Settings:
     """A tower's settings: its part of a full model's, under the older key ``<key>_dict`` where a folder has both."""
     if settings["model_type"] != "clip":
         return settings
-    legacy = settings.get(f"{key}_dict")
-    return (settings.get(key) or {}) if legacy is None else legacy
+    return part(settings, key if settings.get(f"{key}_dict") is None else f"{key}_dict")
 
 
 def _tower_config(config_class: type, settings: Settings | None, with_projection: bool) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from tvjax.models.settings import Settings, architecture, fields
+from tvjax.models.settings import Settings, architecture, fields, part
 from tvjax.models.transformer import BlockConfig
 
 _ARCHITECTURE = "ViTForImageClassification"
@@ -68,7 +68,7 @@ class ViTConfig:
             raise ValueError(f"architecture {name!r} is not supported, only {_ARCHITECTURE}")
         values = fields(cls, settings)
         if settings.get("id2label"):
-            values["num_labels"] = len(settings["id2label"])
+            values["num_labels"] = len(part(settings, "id2label"))
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:

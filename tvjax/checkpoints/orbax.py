@@ -1,0 +1,157 @@
+"""Models as Orbax directories: sharded state that is read straight to where an abstract tree says.
+
+A folder of ours holds ``config.json``, the processors, and the parameters as an Orbax directory ``params``. What a
+training run wrote is read too, given the config and where in its state the parameters are.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from tvjax import tree
+from tvjax.checkpoints.atomic import new_folder
+from tvjax.checkpoints.huggingface import (
+    Pretrained,
+    check_new,
+    check_params,
+    copy_processors,
+    settings_with_dtype,
+)
+from tvjax.checkpoints.json_files import read_json, write_json
+from tvjax.checkpoints.safetensors import tensor_header
+from tvjax.models.families import family_of_config, family_of_settings
+from tvjax.stages import PyTree
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
+
+PARAMS = "params"
+
+
+def save_orbax(pretrained: Pretrained, folder: str | os.PathLike[str]) -> None:
+    """Writes a model as a new folder with an Orbax directory, every process its own shards.
+
+    Args:
+      pretrained: the model.
+      folder: where to; it appears when it is complete.
+
+    Raises:
+      ValueError: parameters that do not fit the config, and a folder that is taken.
+    """
+    check_new(folder)
+    check_params(pretrained.config, pretrained.params)
+    headers = [tensor_header(path, leaf) for path, leaf in tree.flatten(pretrained.params).items()]
+    settings = settings_with_dtype(pretrained.settings or pretrained.config.to_dict(), headers)
+    with new_folder(folder) as temporary:
+        write_json(temporary / "config.json", settings)
+        copy_processors(pretrained.folder, temporary)
+        with _checkpointer() as checkpointer:
+            checkpointer.save(temporary.absolute() / PARAMS, jax.tree.map(jnp.asarray, pretrained.params))
+
+
+def load_orbax(
+    folder: str | os.PathLike[str],
+    *,
+    config: Any = None,
+    subtree: str = "",
+    abstract: PyTree = None,
+    dtype: DTypeLike = jnp.float32,
+) -> Pretrained:
+    """Reads a model from an Orbax directory.
+
+    Args:
+      folder: of `save_orbax`; or an Orbax directory of a training run, with `config`.
+      config: of the model; None reads the folder's ``config.json``.
+      subtree: path of the parameters in the state (``params``); nothing else of it is read.
+      abstract: the parameters as ``jax.ShapeDtypeStruct`` with the dtype and the sharding that each is to have; None
+        gives the dtypes of the files, on the default device.
+      dtype: dtype that activations are computed in.
+
+    Returns:
+      The model, its config, and where they come from.
+
+    Raises:
+      ValueError: no such directory, or one that does not fit the config; the message names every parameter that is
+        missing, surplus or of another shape, before anything is read.
+
+    >>> import tempfile
+    >>> from tvjax.models.vit import ViTConfig, modeling, vit
+    >>> shape = ViTConfig(8, 16, 1, 2, image_size=8, patch_size=4)
+    >>> made = Pretrained(vit(shape, modeling.init(shape, jax.random.key(0))), shape)
+    >>> with tempfile.TemporaryDirectory() as parent:
+    ...     save_orbax(made, f"{parent}/model")
+    ...     load_orbax(f"{parent}/model").params["head"]["kernel"].shape
+    (8, 2)
+    """
+    import orbax.checkpoint as ocp
+
+    folder = Path(folder).absolute()
+    settings, where = None, folder
+    if config is None:
+        settings, where = read_json(folder / "config.json", "is it a folder of save_orbax? Else give the config"), None
+        where = folder / PARAMS
+        try:
+            config = family_of_settings(settings).config.from_dict(settings)
+        except ValueError as error:
+            raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    stored = tree.get(_stored(where), subtree)
+    leaves = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in tree.flatten(stored).items()}
+    check_params(config, tree.nest(leaves))
+    wanted = tree.flatten(abstract) if abstract is not None else {}
+    if abstract is not None:
+        check_params(config, abstract)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def target(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
+        asked = wanted.get(path, leaf)
+        sharding = getattr(asked, "sharding", None) if path in wanted else None
+        return jax.ShapeDtypeStruct(leaf.shape, asked.dtype, sharding=sharding or here)
+
+    item = tree.put({}, subtree, tree.map_with_path(target, stored))
+    with _checkpointer() as checkpointer:
+        arguments = ocp.args.PyTreeRestore(
+            item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=bool(subtree)
+        )
+        restored = checkpointer.restore(where, args=arguments)
+    params = tree.nest(tree.flatten(tree.get(restored, subtree)))
+    _check_all_finite(params)
+    model = family_of_config(config).build(config, params, dtype)
+    return Pretrained(model, config, str(folder), "", folder if settings else None, settings)
+
+
+def _stored(folder: Path) -> Mapping[str, Any]:
+    """What the directory holds, as a tree of shapes and dtypes."""
+    if not (folder / "_METADATA").is_file():
+        raise ValueError(f"{folder} is no complete Orbax directory: give the one that holds _METADATA")
+    with _checkpointer() as checkpointer:
+        metadata = checkpointer.metadata(folder).item_metadata
+    return metadata.tree
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    import orbax.checkpoint as ocp
+
+    logging.getLogger("absl").addFilter(_is_important)
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+
+
+def _is_important(record: logging.LogRecord) -> bool:
+    """Orbax warns of metadata that directories of other handlers lack; what is missing is found here."""
+    return record.levelno > logging.WARNING
+
+
+def _check_all_finite(params: PyTree) -> None:
+    wrong = [path for path, leaf in tree.flatten(params).items() if not jnp.all(jnp.isfinite(leaf))]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} parameters have values that are NaN or infinite:\n{tree.list_some(wrong)}\ntake an earlier "
+            "checkpoint of the run"
+        )
