@@ -84,7 +84,7 @@ def _qr(matrix: Array) -> tuple[Array, Array]:
 
 def _range_basis(matrix: Array) -> Array:
     factors, _, rows = jax.lax.linalg.lu(matrix)
-    lower = jnp.tril(factors, -1) + jnp.eye(*matrix.shape, dtype=matrix.dtype)
+    lower = jnp.tril(factors, -1) + jnp.eye(matrix.shape[0], matrix.shape[1], dtype=matrix.dtype)
     return jnp.zeros_like(lower).at[rows].set(lower)
 
 

@@ -97,10 +97,8 @@ def plan(
     sizes = [min(batch_size, number - start) for start in range(0, number, batch_size)]
     names = len(found.class_names) if found is not None and found.labels is not None else 10
     with open_checkpoint(source) as theirs, open_checkpoint(target) as mine:
-        models, views = [], []
-        for checkpoint in (theirs, mine):
-            models.append(tower(checkpoint, names))
-            views.append([batch(checkpoint, size, names) for size in sizes])
+        a, b = (tower(checkpoint, names) for checkpoint in (theirs, mine))
+        views = [[batch(checkpoint, size, names) for size in sizes] for checkpoint in (theirs, mine)]
         held = [parameters(checkpoint) for checkpoint in (theirs, mine)]
         if finetuned is not None:
             with open_checkpoint(finetuned) as tuned:
@@ -111,13 +109,13 @@ def plan(
                 held.append(parameters(tuned))
     pairs = list(zip(*views, strict=True)) if reads_images(moving) else []
     pairing = "uniform" if pairing == "cka" else pairing  # which compares activations; sizes do not depend on it
-    found_plan = plan_fit(moving, *models, pairs, depth=pairing, tokens=tokens)
-    result = summary(found_plan, held, [model.params for model in models], number)
+    found_plan = plan_fit(moving, a, b, pairs, depth=pairing, tokens=tokens)
+    result = summary(found_plan, held, [a.params, b.params], number)
     result["disk"] = {"edited model": bytes_of(held[1])}
     if maps is not None:
         result["disk"]["maps"] = found_plan.memory["maps"]
     if save_task_vector is not None:
-        result["disk"]["task vector"] = bytes_of(models[1].params)
+        result["disk"]["task vector"] = bytes_of(b.params)
     notes = ["source layers are paired by cka when they have been run; shown is uniform"] if depth == "cka" else []
     show({**result, "notes": notes}, *texts(result, source, target, method), *notes, as_json=as_json, quiet=quiet)
 
