@@ -92,7 +92,7 @@ def test_the_curve_of_a_task_vector(models, images, task_vector, tmp_path, capfd
     assert points[0]["correct"] == found["models"][0]["correct"]
     assert points[0]["difference_to_model"]["difference"] == 0
     assert points[2]["correct"] == found["reference"]["correct"]
-    assert found["curve"]["best_scale"] == max(points, key=lambda point: (point["correct"], -point["scale"]))["scale"]
+    assert found["curve"]["best_scale"] == max(points, key=lambda point: point["correct"])["scale"]
     with Image.open(plot) as image:
         assert image.format == "PNG"
 
@@ -143,6 +143,7 @@ def test_images_of_each_class_are_drawn(models, images, tmp_path, select):
         (["--images", "digits:thick/test", "--task-vector", "x", "--scales", "1,b"], "numbers with commas"),
         (["--images", "digits:thick/test", "--task-vector", "x", "--scales", "inf"], "finite numbers"),
         (["--images", "digits:thick/test", "--output", "/nowhere/r.json"], "its folder does not exist"),
+        (["--images", "digits:thick/test", "--task-vector", "/nowhere/x.safetensors"], "/nowhere/x.safetensors"),
         (["{model}", "--images", "digits:thick/test"], "given twice"),
         (["{other}", "--images", "digits:thick/test", "--task-vector", "x"], "is added to one model, found 2"),
     ],

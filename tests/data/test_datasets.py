@@ -126,6 +126,15 @@ def test_rows_without_images_or_classes(tmp_path):
         found[2]
 
 
+def test_files_that_are_no_dataset(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.json").write_text('{"a": 1}')
+    (tmp_path / "set" / "b.json").write_text('{"b": {"c": 2}}')
+    with pytest.raises(ValueError, match="set' (cannot be read|has no columns)"):
+        open_images(f"hf:{tmp_path}/set")
+
+
 def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"pip install 'tvjax\[datasets\]'"):

@@ -40,6 +40,8 @@ def test_unknown_classes_are_refused(folder):
 def test_folders_that_are_no_images(tmp_path):
     with pytest.raises(ValueError, match="there is no folder"):
         read_folder(tmp_path / "absent")
+    with pytest.raises(ValueError, match="is a file: give a folder"):
+        read_folder(__file__)
     with pytest.raises(ValueError, match="has no subfolders and no images"):
         read_folder(tmp_path)
     (tmp_path / "dataset_info.json").write_text("{}")

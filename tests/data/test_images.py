@@ -127,6 +127,7 @@ def test_names_of_numbered_classes():
         ([], None, "numbers without names"),
         (["a"], ["a", "b"], "has 1 classes, but 2 class names"),
         (["a", "b"], ["b", "a"], "in the order a, b, but the names are given as b, a"),
+        (["Polar_Bear", "cat"], ["cat", "polar bear"], "in the order Polar_Bear, cat"),
     ):
         with pytest.raises(ValueError, match=message):
             with_names("x", own, given)

@@ -79,6 +79,7 @@ def evaluate(
     full = [name for name in every if inputs.read_clip_config(name).text is not None]
     if not full:
         raise ValueError(f"{every[0]!r} has no text tower to make a zero-shot head from: give a full CLIP first")
+    tau, about = map_tree(task_vector) if task_vector is not None else (None, {})
     prompts = inputs.read_prompts(task, classes, templates)
     found = inputs.read_images(inputs.images_of(images, task, "test"), prompts, "an accuracy")
     results: dict[str, Any] = {
@@ -98,7 +99,6 @@ def evaluate(
             head = zero_shot_model(whole, processor.tokens, found.class_names, prompts.templates)
             loader = Loader(found, processor.pixels, batch_size)
             if task_vector is not None and name == models[0]:
-                tau, about = map_tree(task_vector)
                 inputs.check_base(about, clip, [task_vector], any_base)
                 *curve, seen[name] = scale_curve(head, tau, (*grid, 0.0), loader)
             else:
@@ -114,7 +114,7 @@ def evaluate(
     ]
     if task_vector is not None:
         points = records.of_curve(grid, curve, seen[models[0]], norm)
-        best = max(points, key=lambda point: (point["accuracy"], -abs(point["scale"])))
+        best = max(points, key=lambda point: point["accuracy"])  # of those that tie, the smallest scale
         results["curve"] = {"task_vector": str(task_vector), "best_scale": best["scale"], "points": points}
     if output is not None:
         inputs.write_json(output, results)

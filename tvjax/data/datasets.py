@@ -88,8 +88,10 @@ def _rows(datasets: Any, path: str, split: str | None, config: str | None, revis
         names = datasets.get_dataset_split_names(path, config, revision=revision)
         split = _split(path, split, names)
         return datasets.load_dataset(path, config, split=split, revision=revision)
-    except (OSError, RuntimeError, ValueError) as error:  # no such dataset, no network, a config to be chosen
-        raise ValueError(f"'hf:{path}' cannot be read: {str(error) or type(error).__name__}") from error
+    except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
+        # no such dataset, no network, a config to be chosen, files that are no dataset
+        causes = [line for one in (error, error.__cause__) for line in str(one or "").splitlines()[:1]]
+        raise ValueError(f"'hf:{path}' cannot be read: {'; '.join(causes) or type(error).__name__}") from error
 
 
 def _split(path: str, split: str | None, names: Sequence[str]) -> str:

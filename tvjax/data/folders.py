@@ -38,6 +38,8 @@ def read_folder(folder: str | os.PathLike[str], class_names: Sequence[str] | Non
     (('polar bear',), [0], (3, 4, 3))
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise ValueError(f"{str(folder)!r} is a file: give a folder of images, or an archive that ends in .npz")
     if not folder.is_dir():
         raise ValueError(f"there is no folder {str(folder)!r}: give one whose subfolders are the classes")
     if any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,8 @@ def with_names(name: str, own: Sequence[str], given: Sequence[str] | None) -> tu
       given: the names that are asked for.
 
     Raises:
-      ValueError: where neither is there, they differ in number, or they are the same names in another order.
+      ValueError: where neither is there, they differ in number, or they are the same names in another order, but for
+        capitals and signs.
 
     >>> with_names("photos", ["annual crop", "forest"], ["annual crop land", "forest"])
     ('annual crop land', 'forest')
@@ -161,7 +163,8 @@ def with_names(name: str, own: Sequence[str], given: Sequence[str] | None) -> tu
         return tuple(own)
     if own and len(given) != len(own):
         raise ValueError(f"{name!r} has {len(own)} classes, but {len(given)} class names are given")
-    if own and set(own) == set(given) and list(own) != list(given):
+    stored, asked = ([re.sub(r"[^a-z0-9]+", " ", one.lower()).strip() for one in names] for names in (own, given))
+    if sorted(stored) == sorted(asked) and stored != asked:
         raise ValueError(
             f"{name!r} stores its classes as numbers in the order {', '.join(own)}, but the names are given as "
             f"{', '.join(given)}: give them in the order of the numbers"
