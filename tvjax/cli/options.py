@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+LARGEST_SEED = 2**31 - 1
+LARGEST_COUNT = 2**20  # of what arrays are made for
+
+
+def finite(value: Any) -> Any:
+    """An option's number, or numbers, unless they are NaN or infinite."""
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, float) and not math.isfinite(number):
+            raise typer.BadParameter(f"{number} is no finite number.")
+    return value
+
 
 Images = Annotated[
     Path, typer.Option("--images", metavar="FOLDER", help="Images in one folder a class; the folders name the classes.")

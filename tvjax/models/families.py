@@ -47,7 +47,7 @@ def family_of_settings(settings: Settings) -> Family:
     'CLIPConfig'
     """
     model_type = settings.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"model_type {model_type!r} is not supported, only {sorted(FAMILIES)}")
     return FAMILIES[model_type]
 

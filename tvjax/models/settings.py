@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,8 +20,13 @@ def architecture(settings: Settings, defaults: Mapping[str, str]) -> str:
 
     Returns:
       The first of ``architectures``, or the default of the ``model_type``.
+
+    Raises:
+      ValueError: ``architectures`` is no list of names.
     """
     names = settings.get("architectures")
+    if names and not (isinstance(names, list) and isinstance(names[0], str)):
+        raise ValueError(f"architectures is {names!r}, expected a list of names")
     return names[0] if names else defaults[settings["model_type"]]
 
 
@@ -28,6 +35,8 @@ def fields(config_class: type, settings: Settings) -> dict[str, Any]:
 
     Absent and null entries are left to the class's defaults, which are those of transformers.
     """
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"the settings of {config_class.__name__} are {settings!r}, expected an object")
     names = [field.name for field in dataclasses.fields(config_class)]
     values = {name: settings[name] for name in names if settings.get(name) is not None}
     for name in ("image_size", "patch_size"):
@@ -36,8 +45,12 @@ def fields(config_class: type, settings: Settings) -> dict[str, Any]:
     for field in dataclasses.fields(config_class):
         value = values.get(field.name, field.default)
         kinds = (int, float) if isinstance(field.default, float) else type(field.default)
-        if not isinstance(value, kinds):
+        if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(field.default, bool)):
             raise ValueError(f"{field.name} is {value!r}, expected {type(field.default).__name__}")
+        if re.search("size|layers|heads|positions|dim|labels", field.name) and value <= 0:
+            raise ValueError(f"{field.name} is {value}, expected a number greater than 0")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{field.name} is {value}, expected a finite number")
     channels = settings.get("num_channels", 3)
     if channels != 3:
         raise ValueError(f"num_channels is {channels}, expected 3: images of other channels are not supported")

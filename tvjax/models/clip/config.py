@@ -174,7 +174,10 @@ def _tower_settings(settings: Settings, key: str) -> Settings:
     if settings["model_type"] != "clip":
         return settings
     legacy = settings.get(f"{key}_dict")
-    return (settings.get(key) or {}) if legacy is None else legacy
+    found = (settings.get(key) or {}) if legacy is None else legacy
+    if not isinstance(found, dict):
+        raise ValueError(f"{key} is {found!r}, expected an object")
+    return found
 
 
 def _tower_config(config_class: type, settings: Settings | None, with_projection: bool) -> Any:
