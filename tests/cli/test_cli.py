@@ -98,7 +98,7 @@ def test_bad_files_are_one_line(models, images, tmp_path, capsys):
             ["apply", str(tmp_path / "classes.txt"), "--model", models["same"], "--output", str(tmp_path / "o")],
             "safetensors",
         ),
-        (["demo", "--output", str(tmp_path / "classes.txt")], "is a file: give a folder"),
+        (["demo", "--output", str(tmp_path / "classes.txt")], "is a file, or lies below one: give a folder"),
     ):
         assert run(arguments) == 2
         line = one_line_of(capsys)

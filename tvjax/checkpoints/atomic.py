@@ -16,6 +16,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     The data are on the disk before the rename. When the block raises, what it wrote is removed and `path` is untouched.
 
+    Raises:
+      ValueError: `path` is something else than a file, such as a folder or a device.
+
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = Path(folder) / "note.txt"
@@ -25,6 +28,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     ('new', 1)
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # a rename would replace a device such as /dev/null
+        raise ValueError(f"{str(path)!r} is a folder or a device, not a file: give the name of a new file")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         yield temporary

@@ -9,7 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from tvjax.cli import config as recipes
-from tvjax.cli.options import AnyBase, Classes, Images, Json, PerClass, Quiet, Select, Task, Templates
+from tvjax.cli.options import (
+    LARGEST_COUNT,
+    LARGEST_SEED,
+    AnyBase,
+    Classes,
+    Images,
+    Json,
+    PerClass,
+    Quiet,
+    Select,
+    Task,
+    Templates,
+    finite,
+)
 
 if TYPE_CHECKING:
     from tvjax.stages import PyTree
@@ -32,7 +45,9 @@ def compose(
     blocks: Annotated[
         Literal["leaf", "vector"], typer.Option(help="One coefficient for each leaf, or for each vector.")
     ] = "leaf",
-    partitions: Annotated[int, typer.Option(min=1, help="Random parts of each block, a coefficient each.")] = 1,
+    partitions: Annotated[
+        int, typer.Option(min=1, max=LARGEST_COUNT, help="Random parts of each block, a coefficient each.")
+    ] = 1,
     start: Annotated[
         Literal["best", "zero"] | None,
         typer.Option(
@@ -48,17 +63,17 @@ def compose(
         typer.Option(metavar="IMAGES", help="Labelled images by which learning rate and epoch are chosen."),
     ] = None,
     learning_rates: Annotated[
-        list[float] | None, typer.Option("--learning-rate", help="One, or several to choose from.")
+        list[float] | None, typer.Option("--learning-rate", help="One, or several to choose from.", callback=finite)
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the images, at most.")] = 10,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images of each step.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, max=LARGEST_COUNT, help="Images of each step.")] = 128,
     micro_batches: Annotated[int, typer.Option(min=1, help="Pieces of a batch, to save memory.")] = 1,
     per_class: PerClass = 0,
     select: Select = "random",
     classes: Classes = None,
     templates: Templates = None,
     flip: Annotated[bool, typer.Option(help="Whether a mirrored image is of the same class (fix_match).")] = True,
-    seed: Annotated[int, typer.Option(help="Of every draw.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of every draw.")] = 0,
     state: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Keep the training's state here; a later run goes on.")
     ] = None,

@@ -8,9 +8,9 @@ The schema is the command itself: a key is the name of one of its options or arg
 from __future__ import annotations
 
 import difflib
-import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import typer
 import yaml
 from typer.main import get_command
 
+LARGEST = 2**20  # bytes of a recipe
 COMMAND = "command"  # the key that says which command a recipe is for
 
 
@@ -54,6 +55,8 @@ def read(app: typer.Typer, arguments: Sequence[str]) -> tuple[list[str], dict[st
         _put(recipe, key, _parse(text, override))
     commands = getattr(get_command(app), "commands")  # noqa: B009 - typed as any command
     named = recipe.pop(COMMAND, None)
+    if not isinstance(named, str | None):
+        raise ValueError(f"{str(file)!r}: the command is {_short(named)}, expected one of {sorted(commands)}")
     called = next((word for word in rest if word in commands), None)
     planned = (named, called) == ("transport", "plan")  # a plan takes what it plans
     if named is not None and called is not None and named != called and not planned:
@@ -64,13 +67,18 @@ def read(app: typer.Typer, arguments: Sequence[str]) -> tuple[list[str], dict[st
     if called is None:
         rest.insert(0, name)
     names = _names(commands[name])
+    parameters = {parameter.name: parameter for parameter in commands[name].params}
     values = {}
     for key, value in recipe.items():
         plain = str(key).replace("-", "_")
         if plain not in names:
             near = difflib.get_close_matches(plain, names, n=1, cutoff=0.0)
-            raise ValueError(f"{str(file)!r}: tvjax {name} has no option {key!r}; the nearest is {near[0]!r}")
-        values[names[plain]] = _words(value) if isinstance(value, dict) else value
+            raise ValueError(f"{str(file)!r}: tvjax {name} has no option {_short(key)}; the nearest is {near[0]!r}")
+        if value is not None:  # else the default
+            try:
+                values[names[plain]] = _words(plain, parameters[names[plain]], value)
+            except ValueError as error:
+                raise ValueError(f"{str(file)!r}: {plain}: {error}") from error
     return rest, {name: values}
 
 
@@ -80,7 +88,8 @@ def resolved(context: typer.Context) -> str:
     values = {names[name]: _plain(value) for name, value in context.params.items() if name in names}
     if values.get("options"):
         values["options"] = parse_options(values["options"])
-    return yaml.safe_dump({COMMAND: context.info_name, **values}, sort_keys=False, allow_unicode=True)
+    content = {COMMAND: context.info_name, **values}
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def write(context: typer.Context, output: Path) -> None:
@@ -112,8 +121,34 @@ def parse_options(words: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def _words(options: dict[str, Any]) -> list[str]:
-    return [f"{name}={json.dumps(value)}" for name, value in options.items()]  # JSON is YAML
+def _words(key: str, parameter: Any, value: Any) -> Any:
+    """A value of a recipe as it would be typed, so that both are read alike: 1.5 is no whole number."""
+    many = getattr(parameter, "multiple", False) or parameter.nargs != 1
+    if isinstance(value, dict):
+        if key != "options":
+            raise ValueError(f"found the keys {_short(list(value))}, expected {'values' if many else 'a value'}")
+        return [f"{name}={_dump(item)}" for name, item in value.items()]
+    if isinstance(value, list):
+        if not many:
+            raise ValueError(f"found the list {_short(value)}, expected one value")
+        return [_word(item) for item in value]
+    if getattr(parameter, "is_flag", False):
+        if not isinstance(value, bool):
+            raise ValueError(f"found {_short(value)}, expected true or false")
+        return value
+    return [_word(value)] if many else _word(value)
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"found {_short(value)}, expected a number or text; quote a word such as 'yes' or 'null'")
+    return str(value)
+
+
+def _short(value: Any) -> str:
+    """A value in a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _names(command: Any) -> dict[str, str]:
@@ -130,9 +165,11 @@ def _names(command: Any) -> dict[str, str]:
 def _load(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"there is no recipe {str(file)!r}")
+    if file.stat().st_size > LARGEST:
+        raise ValueError(f"{str(file)!r} has {file.stat().st_size:,} bytes, too many for a recipe")
     try:
-        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        recipe = _read_yaml(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{str(file)!r} is no YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"{str(file)!r} holds a {type(recipe).__name__}, expected keys with values")
@@ -141,9 +178,59 @@ def _load(file: Path) -> dict[str, Any]:
 
 def _parse(text: str, override: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return _read_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"the value of {_short(override)} is no YAML: {error}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML: no tags and no aliases, no key twice; ``1e-3`` is a number, and a date is text."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
+            found = f"*{event.anchor}" if isinstance(event, yaml.AliasEvent) else event.tag
+            raise yaml.composer.ComposerError(None, None, f"{found}: aliases and tags are not read", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key, _ in node.value:
+            name = self.construct_object(key, deep=True)
+            if isinstance(name, Hashable) and name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} stands twice", key.start_mark)
+            seen |= {name} if isinstance(name, Hashable) else set()  # the other kind is refused below
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+for _side in (_Loader, _Dumper):
+    _side.yaml_implicit_resolvers = {
+        letter: [(tag, rule) for tag, rule in rules if not tag.endswith((":timestamp", ":float", ":merge"))]
+        for letter, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _side.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(rf"(?:{_FLOAT.pattern})$"), list("-+.0123456789"))
+
+
+def _read_yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - a safe loader
     except yaml.YAMLError as error:
-        raise ValueError(f"the value of {override!r} is no YAML: {error}") from error
+        raise ValueError(str(error)) from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _dump(value: Any) -> str:
+    """A value on one line, as `_Loader` reads it again."""
+    return yaml.dump([value], Dumper=_Dumper, default_flow_style=True, width=math.inf, allow_unicode=True).strip()[1:-1]
 
 
 def _put(recipe: dict[str, Any], key: str, value: Any) -> None:

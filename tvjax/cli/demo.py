@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -19,8 +20,11 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Move task vectors of a small CLIP into three others by every method, and evaluate them on real images."""
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"the output {str(output)!r} is a file: give a folder")
+    standing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not standing.is_dir():
+        raise ValueError(f"the output {str(output)!r} is a file, or lies below one: give a folder")
+    if not os.access(standing, os.W_OK):
+        raise ValueError(f"the output {str(output)!r} cannot be written in {str(standing)!r}: give another folder")
 
     from tvjax.cli.output import show
     from tvjax.cli.progress import progress

@@ -61,9 +61,9 @@ def inspect(
     from tvjax.cli.output import show
 
     if len(things) == 2:
-        result, texts = _compare(*things, leaves, plot, quiet)
+        result, texts = _compare(things[0], things[1], leaves, plot, quiet)
     else:
-        result, texts = _describe(*things, norms, leaves, sites, model, plot, quiet)
+        result, texts = _describe(things[0], norms, leaves, sites, model, plot, quiet)
     if plot is not None:
         recipes.write(context, plot)
     show(result, *texts, as_json=as_json, quiet=quiet)
@@ -148,7 +148,7 @@ def _compare(
 
     found = [inspection.contents(thing) for thing in (first, second)]
     with progress("compare", quiet) as report:
-        compared = inspection.compare(*found, report)
+        compared = inspection.compare(found[0], found[1], report)
 
     def numbers(paths: Sequence[str]) -> dict[str, Any]:
         own = inspection.total(compared.sums, paths)

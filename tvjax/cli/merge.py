@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tvjax.cli import config as recipes
-from tvjax.cli.options import AnyBase, Json, Options, Quiet
+from tvjax.cli.options import LARGEST_SEED, AnyBase, Json, Options, Quiet, finite
 
 if TYPE_CHECKING:
     from tvjax.merge import MergedLeaf
@@ -36,8 +36,8 @@ def merge(
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The pre-trained model, to add the merged task vector to.")
     ] = None,
-    scale: Annotated[float, typer.Option(help="Factor of the merged task vector.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of methods that draw at random.")] = 0,
+    scale: Annotated[float, typer.Option(help="Factor of the merged task vector.", callback=finite)] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of methods that draw at random.")] = 0,
     dtype: Annotated[str, typer.Option(help="Of the task vector: float32, float16 or bfloat16.")] = "float32",
     any_base: AnyBase = False,
     as_json: Json = False,
@@ -67,6 +67,10 @@ def merge(
     as_file = output.suffix == ".safetensors"
     if not as_file and model is None:
         raise ValueError(f"the output {str(output)!r} is a folder of a model: give --model, or a name in .safetensors")
+    if output.resolve() in [file.resolve() for file in task_vectors]:
+        raise ValueError(
+            f"the output {str(output)!r} is one of the task vectors, which would be lost: give another file"
+        )
     if as_file:
         inputs.check_file(output)
     else:

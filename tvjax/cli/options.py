@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -11,6 +12,18 @@ SOURCES = (
     "a folder with one folder a class, an archive FILE.npz, a dataset hf:NAME?split=SPLIT, or digits:STYLE/PART; "
     "?part=0:0.8 takes a share of them"
 )
+LARGEST_SEED = 2**31 - 1
+LARGEST_COUNT = 2**20  # of what arrays are made for
+
+
+def finite(value: Any) -> Any:
+    """An option's number, or numbers, unless they are NaN or infinite."""
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, float) and not math.isfinite(number):
+            raise typer.BadParameter(f"{number} is no finite number.")
+    return value
+
+
 Images = Annotated[
     str | None, typer.Option("--images", metavar="IMAGES", help=f"The images: {SOURCES}. Default: those of --task.")
 ]

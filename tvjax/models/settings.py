@@ -19,6 +19,9 @@ def architecture(settings: Settings, defaults: Mapping[str, str]) -> str:
 
     Returns:
       The first of ``architectures``, or the default of the ``model_type``.
+
+    Raises:
+      ValueError: ``architectures`` is no list of names.
     """
     names = settings.get("architectures")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
@@ -31,6 +34,8 @@ def fields(config_class: type, settings: Settings) -> dict[str, Any]:
 
     Absent and null entries are left to the class's defaults, which are those of transformers.
     """
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"the settings of {config_class.__name__} are {settings!r}, expected an object")
     names = [field.name for field in dataclasses.fields(config_class)]
     values = {name: settings[name] for name in names if settings.get(name) is not None}
     for name in ("image_size", "patch_size"):

@@ -342,7 +342,11 @@ def is_base(vector: Contents, model: Contents) -> bool | None:
 
 
 def sums_of(array: np.ndarray) -> Sums:
-    """The sums over the entries of an array, in float64."""
+    """The sums over the entries of an array, in float64.
+
+    Raises:
+      ValueError: entries that are no real numbers.
+    """
     pieces = (x.astype(np.float64) for x in _pieces(array))
     return add_up((Sums(x.size, x.size - int(np.count_nonzero(x)), float(np.vdot(x, x))) for x in pieces), Sums())
 
@@ -352,15 +356,25 @@ def pair_sums_of(first: np.ndarray, second: np.ndarray) -> PairSums:
     found = []
     for pieces in zip(_pieces(first), _pieces(second), strict=True):
         x, y = (piece.astype(np.float64) for piece in pieces)
-        signs = np.sign(x) * np.sign(y)
-        counts = int(np.count_nonzero(signs > 0)), int(np.count_nonzero(signs))
-        found.append(PairSums(*(float(np.vdot(*pair)) for pair in ((x, x), (y, y), (x, y), (x - y, x - y))), *counts))
+        signs, difference = np.sign(x) * np.sign(y), x - y
+        found.append(
+            PairSums(
+                first=float(np.vdot(x, x)),
+                second=float(np.vdot(y, y)),
+                products=float(np.vdot(x, y)),
+                differences=float(np.vdot(difference, difference)),
+                agreeing=int(np.count_nonzero(signs > 0)),
+                compared=int(np.count_nonzero(signs)),
+            )
+        )
     return add_up(found, PairSums())
 
 
 def add_up(items: Iterable[_Sums], start: _Sums) -> _Sums:
     """The sums over several leaves, and those of `start`, together."""
-    return type(start)(*map(sum, zip(start, *items, strict=True)))
+    columns: Any = zip(start, *items, strict=True)
+    maker: Any = type(start)
+    return maker(*map(sum, columns))
 
 
 def total(sums: Mapping[str, _Sums], paths: Iterable[str]) -> _Sums:
@@ -473,7 +487,7 @@ def _model_contents(source: str) -> Contents:
         family = family_of_settings(settings)
         config = family.config.from_dict(settings)
         shapes = parameter_shapes(family.build(config, {}).stages)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(file)!r}: {error}") from error
     files = weight_files(folder)
     with open_tensors(*files) as tensors:
@@ -526,6 +540,8 @@ class _Later:
 
 
 def _pieces(array: np.ndarray) -> Iterator[np.ndarray]:
+    if np.iscomplexobj(array):
+        raise ValueError(f"complex numbers ({array.dtype.name}) have no sign: only real tensors are measured")
     flat = array.reshape(-1)
     return (flat[start : start + _PIECE] for start in range(0, flat.size, _PIECE))
 

@@ -20,8 +20,8 @@ def leaf_table(found: Contents, *, by_leaf: bool = False) -> Table:
         path, key = (name if by_leaf else without_number(name) for name in (leaf.path, leaf.key))
         row = (path, "" if key == path else key, _shape(leaf.shape), leaf.dtype)
         counts[row] = counts.get(row, 0) + 1
-    for row, count in counts.items():
-        table.add_row(*row, str(count) if "*" in row[0] else "")
+    for cells, count in counts.items():
+        table.add_row(*cells, str(count) if "*" in cells[0] else "")
     return table
 
 
