@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from tvjax.cli import apply, compose, config, demo, evaluate, extract, merge, transport
+from tvjax.cli import apply, compose, config, convert, demo, evaluate, extract, merge, transport
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command("demo")(demo.demo)
@@ -18,6 +18,7 @@ app.command("transport")(transport.transport)
 app.command("evaluate")(evaluate.evaluate)
 app.command("extract")(extract.extract)
 app.command("apply")(apply.apply)
+app.command("convert")(convert.convert)
 app.command("merge")(merge.merge)
 app.command("compose")(compose.compose)
 
