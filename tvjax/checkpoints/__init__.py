@@ -3,6 +3,7 @@
 from tvjax.checkpoints.adapters import load_adapter
 from tvjax.checkpoints.cards import model_card
 from tvjax.checkpoints.coefficients import TrainingStore, load_coefficients, save_coefficients
+from tvjax.checkpoints.conversion import convert
 from tvjax.checkpoints.huggingface import Pretrained, from_pretrained, save_pretrained
 from tvjax.checkpoints.maps import TransportStore, load_state, save_state
 from tvjax.checkpoints.orbax import load_orbax, save_orbax
@@ -14,6 +15,7 @@ __all__ = [
     "Processor",
     "TrainingStore",
     "TransportStore",
+    "convert",
     "fingerprint",
     "from_pretrained",
     "load_adapter",

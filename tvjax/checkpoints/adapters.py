@@ -10,7 +10,7 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,14 +61,14 @@ class AdapterFile(NamedTuple):
     factors: Mapping[str, Factors]
     tensors: Tensors
 
-    def adapter(self, path: str) -> Adapter:
-        """The adapter of a kernel, in our orientation.
+    def read(self, path: str) -> tuple[np.ndarray, np.ndarray, float]:
+        """The factors ``[in, r]`` and ``[r, out]`` of a kernel, and the scale of their product.
 
         Raises:
           ValueError: where values are not finite.
         """
         factors = self.factors[path]
-        return Adapter(self.tensors.read(factors.a).T, self.tensors.read(factors.b).T, factors.scale)
+        return self.tensors.read(factors.a).T, self.tensors.read(factors.b).T, factors.scale
 
     def fingerprint(self) -> str:
         """The identity of the factors and scales."""
@@ -99,8 +99,8 @@ def load_adapter(
       ValueError: an adapter of another kind, or of another model; the message names every key.
     """
     with open_adapter(source, base, revision) as opened:
-        adapters = {path: opened.adapter(path) for path in opened.factors}
-        return {path: Adapter(to_jax(a), to_jax(b), scale) for path, (a, b, scale) in adapters.items()}
+        found = {path: opened.read(path) for path in opened.factors}
+    return {path: Adapter(to_jax(a), to_jax(b), scale) for path, (a, b, scale) in found.items()}
 
 
 @contextlib.contextmanager
@@ -207,13 +207,11 @@ def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -
     return default
 
 
-def product(adapter: Adapter, out: np.ndarray) -> np.ndarray:
-    """``scale * A B`` in float32, into memory that is there.
+def product(a: np.ndarray, b: np.ndarray, scale: float, out: np.ndarray) -> np.ndarray:
+    """``scale * a @ b`` in float32, into memory that is there.
 
-    >>> a, b = np.ones((2, 1), np.float32), np.ones((1, 3), np.float32)
-    >>> product(Adapter(a, b, 0.5), np.empty((2, 3), np.float32)).tolist()
+    >>> product(np.ones((2, 1)), np.ones((1, 3)), 0.5, np.empty((2, 3), np.float32)).tolist()
     [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]
     """
-    factors: Sequence[np.ndarray] = [np.asarray(part, np.float32) for part in (adapter.a, adapter.b)]
-    np.matmul(*factors, out=out)
-    return np.multiply(out, np.float32(adapter.scale), out=out)
+    np.matmul(a.astype(np.float32), b.astype(np.float32), out=out)
+    return np.multiply(out, np.float32(scale), out=out)

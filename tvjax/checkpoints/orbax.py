@@ -94,9 +94,10 @@ def load_orbax(
     import orbax.checkpoint as ocp
 
     folder = Path(folder).absolute()
-    settings, where = None, folder
+    settings: dict[str, Any] | None = None
+    where = folder
     if config is None:
-        settings, where = read_json(folder / "config.json", "is it a folder of save_orbax? Else give the config"), None
+        settings = read_json(folder / "config.json", "is it a folder of save_orbax? Else give the config")
         where = folder / PARAMS
         try:
             config = family_of_settings(settings).config.from_dict(settings)

@@ -128,7 +128,7 @@ def open_tensors(*paths: str | os.PathLike[str]) -> Iterator[Tensors]:
     """
     with contextlib.ExitStack() as stack:
         files: dict[str, BinaryIO] = {}
-        for path in map(os.fspath, paths):
+        for path in [os.fspath(path) for path in paths]:
             try:
                 files[path] = stack.enter_context(open(path, "rb", buffering=0))
                 with safetensors.safe_open(path, framework="numpy"):  # whole and well formed
@@ -288,7 +288,7 @@ def cast_header(key: str, header: Tensor, dtype: DTypeLike | None) -> Tensor:
         return header
     stored = np.dtype(jnp.dtype(dtype))
     if stored not in _INFINITY:
-        raise ValueError(f"weights are stored in {', '.join(item.name for item in _INFINITY)}, not in {stored.name}")
+        raise ValueError(f"weights are stored in {', '.join(map(str, _INFINITY))}, not in {stored.name}")
     return header._replace(dtype=_NAMES[stored])
 
 

@@ -167,7 +167,7 @@ def extract_adapter(
             for leaf, _ in reader.leaves(progress):
                 if leaf in headers:
                     with np.errstate(over="ignore"):  # reported where it is written
-                        change = product(opened.adapter(leaf), _wide_memory(scratch, "change", base.shapes[leaf]))
+                        change = product(*opened.read(leaf), _wide_memory(scratch, "change", base.shapes[leaf]))
                     squares += float(np.vdot(change, change))
                     writer.write(leaf, cast(change, dtype))
             found = {"base_fingerprint": reader.fingerprints()[0]}
@@ -220,7 +220,8 @@ def apply(
         _check_fit(base, dict(zip(names, taus, strict=True)))
         made_for = check_same_base(names, [tau.metadata for tau in taus], any_base)
         written = Fingerprint()
-        scratch, changed = Scratch(), []
+        scratch = Scratch()
+        changed: list[str] = []
         reader = stack.enter_context(_Reader(base))
 
         def card() -> str:

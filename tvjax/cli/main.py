@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from tvjax.cli import apply, compose, config, demo, evaluate, extract, inspect, merge, plan, transport
+from tvjax.cli import apply, compose, config, convert, demo, evaluate, extract, inspect, merge, plan, transport
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command("demo")(demo.demo)
@@ -21,6 +21,7 @@ app.command("plan")(plan.plan)
 app.command("evaluate")(evaluate.evaluate)
 app.command("extract")(extract.extract)
 app.command("apply")(apply.apply)
+app.command("convert")(convert.convert)
 app.command("merge")(merge.merge)
 app.command("compose")(compose.compose)
 app.command("inspect")(inspect.inspect)

@@ -46,7 +46,7 @@ def fields(config_class: type, settings: Settings) -> dict[str, Any]:
         kinds = (int, float) if isinstance(field.default, float) else type(field.default)
         if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(field.default, bool):
             raise ValueError(f"{field.name} is {value!r}, expected {type(field.default).__name__}")
-        if not isinstance(value, bool | str):
+        if isinstance(value, int | float) and not isinstance(value, bool):
             _check_range(field.name, value)
     if values.get("patch_size", 0) > values.get("image_size", math.inf):
         raise ValueError(f"patch_size {values['patch_size']} is greater than image_size {values['image_size']}")

@@ -1,0 +1,135 @@
+"""`tvjax convert`: there and back again, dtypes, and state dicts of open_clip."""
+
+import numpy as np
+import pytest
+
+from tvjax import tree
+from tvjax.checkpoints import fingerprint, from_pretrained, load_orbax
+from tvjax.cli.main import run
+
+
+def test_orbax_and_back(models, tmp_path, capsys):
+    assert run(["convert", models["source"], "--output", str(tmp_path / "orbax"), "--to", "orbax"]) == 0
+    assert "as orbax" in capsys.readouterr().out
+    assert fingerprint(load_orbax(tmp_path / "orbax").params) == fingerprint(from_pretrained(models["source"]).params)
+    words = ["--output", str(tmp_path / "back"), "--max-shard-size", "4KB", "--quiet"]
+    assert run(["convert", str(tmp_path / "orbax"), *words]) == 0
+    back = from_pretrained(tmp_path / "back")
+    assert fingerprint(back.params) == fingerprint(from_pretrained(models["source"]).params)
+    assert len(list((tmp_path / "back").glob("model-*"))) > 1 and (tmp_path / "back" / "vocab.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "orbax"])
+def test_another_dtype(models, tmp_path, kind):
+    words = ["--output", str(tmp_path / "half"), "--dtype", "bfloat16", "--to", kind, "--quiet"]
+    assert run(["convert", models["source"], *words]) == 0
+    half = (load_orbax if kind == "orbax" else from_pretrained)(tmp_path / "half")
+    expected = tree.flatten(from_pretrained(models["source"]).params)
+    for path, leaf in tree.flatten(half.params).items():
+        assert leaf.dtype.name == "bfloat16"
+        np.testing.assert_array_equal(leaf, expected[path].astype("bfloat16"))
+    assert half.settings["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{images}"], "has no config.json"),
+        (["{source}", "--to", "onnx"], "orbax"),
+        (["{source}", "--dtype", "int8"], "--dtype is 'int8'"),
+        (["model.pt"], "such as openai/clip-vit-base-patch32"),
+        (["model.pt", "--like", "{source}"], "is a pickle, which is opened only where you say so (--allow-pickle"),
+        (["model.pt", "--like", "{source}", "--allow-pickle"], "there is no file 'model.pt'"),
+        (["model.pt", "--revision", "main"], "has no revision"),
+    ],
+)
+def test_what_cannot_be_converted(models, images, tmp_path, capsys, words, message):
+    words = [word.format(**models, images=images) for word in words]
+    assert run(["convert", *words, "--output", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def open_clip_tensors(params):
+    """The parameters under the keys of open_clip, put together here by hand."""
+    import torch
+
+    def tensor(array):
+        return torch.from_numpy(np.array(array))
+
+    def linear(key, layer):
+        return {f"{key}.weight": tensor(layer["kernel"].T), f"{key}.bias": tensor(layer["bias"])}
+
+    def norm(key, layer):
+        return {f"{key}.weight": tensor(layer["scale"]), f"{key}.bias": tensor(layer["bias"])}
+
+    def blocks(prefix, tower):
+        tensors = {}
+        for i, block in tower["blocks"].items():
+            key, attention = f"{prefix}transformer.resblocks.{i}", block["attention"]
+            fused = [attention[name] for name in ("query", "key", "value")]
+            tensors[f"{key}.attn.in_proj_weight"] = tensor(np.concatenate([part["kernel"].T for part in fused]))
+            tensors[f"{key}.attn.in_proj_bias"] = tensor(np.concatenate([part["bias"] for part in fused]))
+            tensors |= linear(f"{key}.attn.out_proj", attention["out"]) | linear(f"{key}.mlp.c_fc", block["mlp"]["up"])
+            tensors |= linear(f"{key}.mlp.c_proj", block["mlp"]["down"])
+            tensors |= norm(f"{key}.ln_1", block["norm1"]) | norm(f"{key}.ln_2", block["norm2"])
+        return tensors
+
+    vision, text = params["vision"], params["text"]
+    return {
+        "logit_scale": tensor(params["logit_scale"]),
+        "visual.class_embedding": tensor(vision["embeddings"]["class_token"]),
+        "visual.conv1.weight": tensor(np.transpose(vision["embeddings"]["patch"]["kernel"], (3, 2, 0, 1))),
+        "visual.positional_embedding": tensor(vision["embeddings"]["positions"]),
+        "visual.proj": tensor(vision["projection"]["kernel"]),
+        "token_embedding.weight": tensor(text["embeddings"]["tokens"]),
+        "positional_embedding": tensor(text["embeddings"]["positions"]),
+        "text_projection": tensor(text["projection"]["kernel"]),
+        **norm("visual.ln_pre", vision["pre_norm"]),
+        **norm("visual.ln_post", vision["post_norm"]),
+        **norm("ln_final", text["final_norm"]),
+        **blocks("visual.", vision),
+        **blocks("", text),
+    }
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("spelling", ["plain", "training", "own text tower", "bfloat16"])
+def test_state_dicts_of_open_clip(models, tmp_path, spelling):
+    torch = pytest.importorskip("torch")
+    params = from_pretrained(models["source"]).params
+    content = open_clip_tensors(params)
+    if spelling == "training":
+        content = {"epoch": 3, "state_dict": {f"module.{key}": value for key, value in content.items()}}
+    elif spelling == "own text tower":
+        outer = ("visual.", "logit_scale")
+        content = {key if key.startswith(outer) else f"text.{key}": value for key, value in content.items()}
+    elif spelling == "bfloat16":
+        content = {key: value.to(torch.bfloat16) for key, value in content.items()}
+    torch.save(content, tmp_path / "model.pt")
+    words = ["--like", models["source"], "--allow-pickle", "--output", str(tmp_path / "out"), "--quiet"]
+    assert run(["convert", str(tmp_path / "model.pt"), *words]) == 0
+    converted, expected = tree.flatten(from_pretrained(tmp_path / "out").params), tree.flatten(params)
+    assert converted.keys() == expected.keys()
+    for path, leaf in expected.items():
+        np.testing.assert_array_equal(converted[path], leaf.astype(converted[path].dtype))
+    assert (tmp_path / "out" / "vocab.json").exists()
+
+
+@pytest.mark.torch
+def test_state_dicts_that_are_refused(models, tmp_path, capsys):
+    torch = pytest.importorskip("torch")
+    content = open_clip_tensors(from_pretrained(models["source"]).params)
+    words = ["--like", models["source"], "--allow-pickle", "--output", str(tmp_path / "out"), "--quiet"]
+    for wrong, message in (
+        ({**content, "visual.extra": content["visual.proj"]}, "surplus keys (1): visual.extra"),
+        ({key: value for key, value in content.items() if key != "visual.proj"}, "missing keys (1): visual.proj"),
+        ({"model": torch.nn.Linear(2, 2)}, "is no state dict of tensors"),
+        ([1, 2], "holds a list"),
+        ({"a": 1}, "'a' is a int, expected a tensor"),
+    ):
+        torch.save(wrong, tmp_path / "model.pt")
+        assert run(["convert", str(tmp_path / "model.pt"), *words]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

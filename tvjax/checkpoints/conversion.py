@@ -1,0 +1,224 @@
+"""Models from one kind of checkpoint into another: Hugging Face folders, Orbax, and state dicts of open_clip.
+
+A state dict is a pickle, which is opened only where the caller allows it, by torch, and with ``weights_only``: nothing
+but tensors is made of it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+
+from tvjax import tree
+from tvjax.checkpoints.cards import model_card
+from tvjax.checkpoints.huggingface import (
+    MAX_SHARD_SIZE,
+    Pretrained,
+    check_new,
+    fetch,
+    from_pretrained,
+    read_json,
+    save_pretrained,
+    shapes_of,
+)
+from tvjax.checkpoints.memory import contiguous, to_jax
+from tvjax.checkpoints.orbax import PARAMS, load_orbax, save_orbax
+from tvjax.checkpoints.safetensors import cast, check_finite, fingerprint, tensor_header
+from tvjax.models.clip.config import CLIPConfig
+from tvjax.models.families import family_of_config, family_of_settings
+from tvjax.models.key_table import KeyTable, Row, find_sources
+
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+
+# fmt: off
+_BLOCK = (
+    ("norm1", "ln_1", "norm"), ("norm2", "ln_2", "norm"),
+    ("attention/query", "attn.q_proj", "linear"), ("attention/key", "attn.k_proj", "linear"),
+    ("attention/value", "attn.v_proj", "linear"), ("attention/out", "attn.out_proj", "linear"),
+    ("mlp/up", "mlp.c_fc", "linear"), ("mlp/down", "mlp.c_proj", "linear"),
+)  # queries, keys and values are one tensor there: see `_split_attention`
+OPEN_CLIP = KeyTable(
+    rows=(
+        Row("logit_scale",                   "logit_scale",                 "array"),
+        Row("vision/embeddings/class_token", "visual.class_embedding",      "array"),
+        Row("vision/embeddings/patch",       "visual.conv1",                "conv"),
+        Row("vision/embeddings/positions",   "visual.positional_embedding", "array"),
+        Row("vision/pre_norm",               "visual.ln_pre",               "norm"),
+        Row("vision/post_norm",              "visual.ln_post",              "norm"),
+        Row("vision/projection/kernel",      "visual.proj",                 "array"),
+        Row("text/embeddings/tokens",        "token_embedding",             "embedding"),
+        Row("text/embeddings/positions",     "positional_embedding",        "array"),
+        Row("text/final_norm",               "ln_final",                    "norm"),
+        Row("text/projection/kernel",        "text_projection",             "array"),
+        *(Row(f"vision/blocks/{{i}}/{ours}", f"visual.transformer.resblocks.{{i}}.{theirs}", kind)
+          for ours, theirs, kind in _BLOCK),
+        *(Row(f"text/blocks/{{i}}/{ours}", f"transformer.resblocks.{{i}}.{theirs}", kind)
+          for ours, theirs, kind in _BLOCK),
+    ),
+    unused=("attn_mask", "input_resolution", "context_length", "vocab_size"),  # buffers of OpenAI's models
+)
+# fmt: on
+
+
+def convert(
+    source: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    to: Literal["huggingface", "orbax"] = "huggingface",
+    dtype: DTypeLike | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    like: str | os.PathLike[str] | None = None,
+    allow_pickle: bool = False,
+    revision: str | None = None,
+) -> Pretrained:
+    """Writes a model as another kind of checkpoint, or in another dtype.
+
+    Args:
+      source: a Hugging Face folder or hub id; a folder of `save_orbax`; or the file of a state dict.
+      folder: where to; it appears when it is complete.
+      to: the kind of checkpoint to write.
+      dtype: dtype of the parameters; None keeps that of each.
+      max_shard_size: of one safetensors file, in bytes or like ``5GB``.
+      like: for a state dict, the folder or hub id whose ``config.json`` and processors fit it.
+      allow_pickle: open a state dict, see `load_state_dict`.
+      revision: branch, tag or commit of a hub repository.
+
+    Returns:
+      The model as it was written.
+
+    Raises:
+      ValueError: a source that is no model, or a folder that is taken; before anything is written.
+    """
+    check_new(folder)
+    if to not in ("huggingface", "orbax"):
+        raise ValueError(f"to is {to!r}, expected huggingface or orbax")
+    is_orbax = (Path(source) / PARAMS / "_METADATA").is_file()
+    is_state_dict = Path(source).suffix in PICKLES and not Path(source).is_dir()
+    if (is_orbax or is_state_dict) and revision is not None:
+        raise ValueError(f"{os.fspath(source)!r} has no revision {revision!r}: leave the revision out")
+    if is_state_dict:
+        if like is None:
+            raise ValueError(
+                f"{os.fspath(source)!r} does not say the heads and the activation of its model: name a Hugging Face "
+                "folder or hub id of the same shape (like), such as openai/clip-vit-base-patch32"
+            )
+        model = load_state_dict(source, like, allow_pickle=allow_pickle)
+    else:
+        model = load_orbax(source) if is_orbax else from_pretrained(source, revision)
+    if dtype is not None:
+        leaves = {path: cast(np.asarray(leaf), dtype) for path, leaf in tree.flatten(model.params).items()}
+        for path, leaf in leaves.items():
+            check_finite(path, leaf)
+        model = model.with_params(tree.nest({path: to_jax(leaf) for path, leaf in leaves.items()}))
+    if to == "orbax":
+        save_orbax(model, folder)
+    else:
+        results = {
+            "fingerprint": fingerprint(model.params),
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(model.params)),
+        }
+        settings = {"dtype": None if dtype is None else np.dtype(dtype).name, "source": model.name}
+        base = {"base_model": model.name, "base_revision": model.revision}
+        card = model_card(
+            Path(folder).name, "Converted from another checkpoint.", base, settings=settings, results=results
+        )
+        save_pretrained(model, folder, max_shard_size=max_shard_size, card=card)
+    return model
+
+
+def load_state_dict(
+    file: str | os.PathLike[str], like: str | os.PathLike[str], *, allow_pickle: bool = False
+) -> Pretrained:
+    """Reads the state dict of a CLIP, with the keys of open_clip and OpenAI or with those of Hugging Face.
+
+    Needs torch.
+
+    Args:
+      file: written by ``torch.save``; a checkpoint of open_clip's training (with a ``state_dict``) is one too.
+      like: the folder or hub id whose ``config.json`` and processors fit it.
+      allow_pickle: must be True: the file is a pickle. Even so only tensors are read from it (``weights_only``).
+
+    Raises:
+      ValueError: without `allow_pickle`, without torch, for a file that is none, or whose keys and shapes do not fit;
+        the message names every key.
+    """
+    if not allow_pickle:
+        raise ValueError(
+            f"{os.fspath(file)!r} is a pickle, which is opened only where you say so (--allow-pickle, "
+            "allow_pickle=True): do that for files that you trust"
+        )
+    if not Path(file).is_file():
+        raise ValueError(f"there is no file {os.fspath(file)!r}")
+    folder, _ = fetch(like)
+    settings = read_json(folder / "config.json")
+    try:
+        config = family_of_settings(settings).config.from_dict(settings)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    family = family_of_config(config)
+    tensors = _load_tensors(file)
+    table = family.keys
+    if isinstance(config, CLIPConfig) and any(".resblocks." in key for key in tensors):
+        tensors, table = _split_attention(tensors), OPEN_CLIP
+    headers = {key: tensor_header(key, tensor) for key, tensor in tensors.items()}
+    sources = find_sources(table, shapes_of(config), headers, os.fspath(file))
+    leaves = {}
+    for path, found in sources.items():
+        check_finite(found.key, tensors[found.key])
+        leaves[path] = to_jax(contiguous(found.to_ours(tensors[found.key])))
+    return Pretrained(family.build(config, tree.nest(leaves)), config, os.fspath(file), "", folder, settings)
+
+
+def _load_tensors(file: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The tensors of a state dict as arrays that share its memory."""
+    try:
+        import torch
+    except ImportError as error:
+        raise ValueError("a state dict is read with torch, which is not installed: pip install torch") from error
+    import pickle
+
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{os.fspath(file)!r} is no state dict of tensors ({reason}): save model.state_dict() with torch.save"
+        ) from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ValueError(f"{os.fspath(file)!r} holds a {type(content).__name__}, expected tensors by name")
+    tensors = {}
+    for key, value in content.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{os.fspath(file)!r}: {key!r} is a {type(value).__name__}, expected a tensor")
+        name = key.removeprefix("module.")
+        if re.match(r"text\.(transformer|token_embedding|positional_embedding|ln_final|text_projection)\b", name):
+            name = name.removeprefix("text.")  # as open_clip's models with a text tower of its own class have it
+        if value.dtype == torch.bfloat16:
+            tensors[name] = value.contiguous().view(torch.int16).numpy().view(jax.numpy.bfloat16)
+        else:
+            tensors[name] = value.numpy()
+    return tensors
+
+
+def _split_attention(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Queries, keys and values, which are the three thirds of one tensor in open_clip, by keys of their own."""
+    split = {}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(r"(.*\.attn)\.in_proj_(weight|bias)", key)
+        if match is None:
+            split[key] = tensor
+            continue
+        if tensor.ndim == 0 or tensor.shape[0] % 3:
+            raise ValueError(f"{key} is {list(tensor.shape)}, expected queries, keys and values below each other")
+        for name, part in zip(("q", "k", "v"), np.split(tensor, 3), strict=True):
+            split[f"{match[1]}.{name}_proj.{match[2]}"] = part
+    return split
