@@ -185,11 +185,3 @@ def test_an_image_that_is_broken_is_named(models, images, tmp_path, capsys):
     (tmp_path / "dog" / "1.png").write_bytes(whole[: len(whole) // 2])
     assert run(["evaluate", models["same"], "--images", str(tmp_path)]) == 2
     assert "dog/1.png' cannot be read" in capsys.readouterr().err
-
-
-def test_compose_records_the_images_that_it_drew(models, places, task_vector, tmp_path):
-    words = ["--model", models["source"], "--output", str(tmp_path / "out"), "--epochs", "1", "--no-tune", "--quiet"]
-    words += ["--images", f"{places}/images.npz", "--per-class", "1", "--select", "herding", "--start", "zero"]
-    assert run(["compose", task_vector, *words]) == 0
-    record = json.loads((tmp_path / "out" / "images.json").read_text())
-    assert record["images"]["count"] == 2 and len(record["images"]["sha256"]) == 64 and record["validation"] is None
