@@ -181,7 +181,9 @@ def test_compose_tunes_the_leaves_too_unless_it_is_told_not_to(models, images, t
     from tvjax.compose import combine
 
     output = tmp_path / "tuned"
-    assert compose(models, task_vectors, images, output) == 0
+    assert compose(models, task_vectors, images, output, "--per-class", 2, "--select", "herding") == 0
+    record = json.loads((output / "images.json").read_text())["images"]
+    assert record["count"] == 4 and len(record["sha256"]) == 64
     covered = {path for path, leaf in tree.flatten(load_tree(task_vectors[0])[0]).items() if np.any(leaf)}
     assert f"coefficients and {len(covered)} leaves" in capsys.readouterr().out.replace("\n", " ")
     coefficients, _ = load_coefficients(output / "coefficients.safetensors")

@@ -1,10 +1,10 @@
 """The eight usual tasks of task arithmetic, and the embedded digits: class names, prompts, and where the images are.
 
-Class names are in ``class_names/``, one a line in the order of the labels, and are those that CLIP was published with
-(https://github.com/openai/CLIP/blob/main/data/prompts.md) for EuroSAT, GTSRB, RESISC45, MNIST, SVHN (whose names are
-their numerals) and DTD; for Stanford Cars and SUN397 the datasets' own, with spaces. Where a dataset stores names of
-its own, their number must agree; a task's names are then read in the order of the labels (`tvjax.data.images`).
-Prompts are CLIP's; for MNIST and SVHN the one that the task arithmetic papers use.
+Class names are in ``class_names/``, one a line in the order of the labels. They and the prompts are those that CLIP was
+published with (https://github.com/openai/CLIP/blob/main/data/prompts.md), but for SVHN, which takes those of MNIST as
+the task arithmetic papers do. The labels of the datasets on the hub follow the sorted names of the original folders,
+for GTSRB and Stanford Cars the numbers of the original classes; EuroSAT's names stand in that order, not in CLIP's.
+Where a dataset stores names of its own, they must be as many, and not these in another order (`tvjax.data.images`).
 """
 
 from __future__ import annotations
