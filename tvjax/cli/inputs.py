@@ -226,6 +226,11 @@ def check_base(metadata: Mapping[str, str], base: Pretrained, files: Sequence[Pa
         )
 
 
+def about_model(model: Pretrained) -> dict[str, str]:
+    """What a model card says of a model that took part."""
+    return {key.removeprefix("base_"): value for key, value in model.identity().items() if value}
+
+
 def vision_task_vector(pretrained: Pretrained, finetuned: Pretrained) -> PyTree:
     """The task vector of the vision tower; of a fine-tuned tower without projection, one that does not cover it.
 

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from tvjax.stages import Batch, Model, PyTree
     from tvjax.transport.plan import Plan
 
-GIB = 2.0**30
-
 
 def plan(
     source: Source,
@@ -238,11 +236,11 @@ def texts(result: dict[str, Any], source: str, target: str, method: str) -> list
             if (x["link"], x["action"], x["why"]) == (link, action, why)
         )
         leaves.add_row(link, f"{action}: {why}" if why else action, str(number), example)
-    memory = Table("peak memory, at most", "GiB", caption="host and device together, without the workspace of XLA")
+    memory = Table("peak memory, at most", "", caption="host and device together, without the workspace of XLA")
     for step, size in result["memory"].items():
-        memory.add_row(step, f"{size / GIB:.2f}")
+        memory.add_row(step, readable(size))
     for name, size in result["memory of the fit"].items():
-        memory.add_row(f"  {name}", f"{size / GIB:.2f}")
+        memory.add_row(f"  {name}", readable(size))
     layers = [stage["source"].rpartition("/")[2] for stage in result["stages"]]
     lines = [f"source layers of the target's {len(layers)} stages: {' '.join(layers)}"]
     tokens = {tuple(stage["tokens"]) for stage in result["stages"] if stage["tokens"]}
@@ -254,5 +252,14 @@ def texts(result: dict[str, Any], source: str, target: str, method: str) -> list
             f"{images['count']} images: {images['maps not unique']} of {images['maps']} maps are not unique; those of "
             f"tokens are from {needed[0]} images on, those of one row an image from {needed[1]}"
         )
-    lines += [f"disk: {name} {size / GIB:.2f} GiB" for name, size in result["disk"].items()]
+    lines += [f"disk: {name} {readable(size)}" for name, size in result["disk"].items()]
     return [leaves, memory, *lines]
+
+
+def readable(size: int) -> str:
+    """A number of bytes for people.
+
+    >>> readable(1_500_000), readable(3 * 2**30)
+    ('1.4 MiB', '3.0 GiB')
+    """
+    return f"{size / 2**20:.1f} MiB" if size < 2**30 else f"{size / 2**30:.1f} GiB"

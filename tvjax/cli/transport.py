@@ -159,7 +159,7 @@ def transport(
         output.name,
         f"What a fine-tuning taught the source was moved into the base model by {method}, without training.",
         receiver.identity(),
-        inputs={source: base.identity(), finetuned: tuned.identity()},
+        inputs={name: inputs.about_model(model) for name, model in ((source, base), (finetuned, tuned))},
         settings={"method": method, "scale": scale, "depth": depth, "tokens": tokens, **given},
         results={"images": about["images"]} if found is not None else None,
     )
