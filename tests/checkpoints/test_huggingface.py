@@ -183,9 +183,13 @@ def test_from_the_hub(folder, monkeypatch, tmp_path):
     shutil.copytree(folder, snapshot)
     asked = {}
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **kw: asked.update(kw, name=name) or snapshot)
-    loaded = from_pretrained("openai/clip", revision="main")
-    assert (loaded.name, loaded.revision) == ("openai/clip", "0123abcd")
-    assert asked["name"] == "openai/clip" and asked["revision"] == "main"
+    for source, revision in (("openai/clip", "main"), ("openai/clip@main", None)):
+        asked.clear()
+        loaded = from_pretrained(source, revision)
+        assert (loaded.name, loaded.revision) == ("openai/clip", "0123abcd")
+        assert asked["name"] == "openai/clip" and asked["revision"] == "main"
+    with pytest.raises(ValueError, match="'openai/clip@main' names a revision, and 'v2' is another"):
+        from_pretrained("openai/clip@main", "v2")
     assert not any("bin" in pattern or pattern == "*" for pattern in asked["allow_patterns"])
     assert fetch("openai/clip") == (snapshot, "0123abcd")
 

@@ -179,7 +179,8 @@ def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None)
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     with open_tensors(*weight_files(folder)) as tensors:
         sources = find_sources(family.keys, shapes, tensors.headers, str(folder))
-        yield Checkpoint(os.fspath(source), revision or "", folder, settings, family, config, tensors, sources, shapes)
+        name = hub_name(source, revision)
+        yield Checkpoint(name, revision or "", folder, settings, family, config, tensors, sources, shapes)
 
 
 def from_pretrained(
@@ -192,7 +193,8 @@ def from_pretrained(
     once: each tensor is read and transposed into the memory that it stays in.
 
     Args:
-      source: a folder with ``config.json`` and safetensors, or a hub id (``openai/clip-vit-base-patch32``).
+      source: a folder with ``config.json`` and safetensors, or a hub id (``openai/clip-vit-base-patch32``, or with
+        a revision ``openai/clip-vit-base-patch32@main``).
       revision: branch, tag or commit of the hub repository.
       dtype: dtype that activations are computed in.
 
@@ -375,7 +377,7 @@ def fetch(source: str | os.PathLike[str], revision: str | None = None) -> tuple[
     """The local folder of a source, downloaded where it is a hub id; of that, only safetensors, JSON and text files.
 
     Args:
-      source: a folder or a hub id.
+      source: a folder or a hub id; ``owner/name@revision`` names the revision too.
       revision: branch, tag or commit of the hub repository.
 
     Returns:
@@ -385,13 +387,20 @@ def fetch(source: str | os.PathLike[str], revision: str | None = None) -> tuple[
       ValueError: for what is neither a folder nor can be downloaded.
     """
     folder = Path(source)
+    name, at, named = os.fspath(source).partition("@")
+    if at and not folder.is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"{os.fspath(source)!r} names a revision, and {revision!r} is another: give one of the two"
+            )
+        folder, revision = Path(name), named
     if folder.is_dir():
         if revision is not None:
             raise ValueError(f"{folder} is a local folder, which has no revision {revision!r}: leave the revision out")
         return folder, None
     try:
         snapshot = huggingface_hub.snapshot_download(
-            os.fspath(source),
+            os.fspath(folder),
             revision=revision,
             allow_patterns=["model.safetensors", "model-*.safetensors", "adapter_model.safetensors", "*.json", "*.txt"],
             ignore_patterns=["*/*"],
@@ -402,6 +411,15 @@ def fetch(source: str | os.PathLike[str], revision: str | None = None) -> tuple[
             f"{os.fspath(source)!r} is no folder, and no hub id that can be downloaded: {reason}"
         ) from error
     return Path(snapshot), Path(snapshot).name
+
+
+def hub_name(source: str | os.PathLike[str], revision: str | None) -> str:
+    """The name of a model: its folder, or its hub id without the revision.
+
+    >>> hub_name("openai/clip-vit-base-patch32@main", "3d74acf"), hub_name("a@b/clip", None)
+    ('openai/clip-vit-base-patch32', 'a@b/clip')
+    """
+    return os.fspath(source) if revision is None else os.fspath(source).partition("@")[0]
 
 
 def weight_files(folder: Path) -> list[Path]:
