@@ -1,5 +1,6 @@
 """Files and folders are the old or the new ones, whenever a run ends."""
 
+import os
 import subprocess
 import sys
 
@@ -54,3 +55,12 @@ def test_a_block_that_raises_leaves_no_folder(tmp_path):
         (temporary / "file").write_text("half")
         raise RuntimeError
     assert not list(tmp_path.iterdir())
+
+
+def test_nothing_but_a_file_is_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(ValueError, match="is a folder or a device"), replacing(tmp_path / name):
+            pytest.fail("there is nothing to write to")
+    assert (tmp_path / "pipe").is_fifo() and sorted(tmp_path.iterdir()) == [tmp_path / "folder", tmp_path / "pipe"]

@@ -47,7 +47,7 @@ def fields(config_class: type, settings: Settings) -> dict[str, Any]:
         kinds = (int, float) if isinstance(field.default, float) else type(field.default)
         if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(field.default, bool)):
             raise ValueError(f"{field.name} is {value!r}, expected {type(field.default).__name__}")
-        if re.search("size|layers|heads|positions|dim|labels", field.name) and value <= 0:
+        if re.search("size|layers|heads|position|dim|labels", field.name) and value <= 0:
             raise ValueError(f"{field.name} is {value}, expected a number greater than 0")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{field.name} is {value}, expected a finite number")
