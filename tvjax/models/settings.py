@@ -43,7 +43,7 @@ def fields(config_class: type, settings: Settings) -> dict[str, Any]:
         if name in values:
             values[name] = _square(name, values[name])
     for field in dataclasses.fields(config_class):
-        value = values.get(field.name, field.default)
+        value: Any = values.get(field.name, field.default)
         kinds = (int, float) if isinstance(field.default, float) else type(field.default)
         if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(field.default, bool)):
             raise ValueError(f"{field.name} is {value!r}, expected {type(field.default).__name__}")
