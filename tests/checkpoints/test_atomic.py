@@ -1,5 +1,6 @@
 """Files and folders are the old or the new ones, whenever a run ends."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -62,3 +63,12 @@ def test_killing_writes_at_random_moments_leaves_whole_targets():
     command = [sys.executable, str(script), "--kills", "8", "--megabytes", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "8 kills, no corrupt target" in done.stdout, done.stdout + done.stderr
+
+
+def test_nothing_but_a_file_is_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(ValueError, match="is a folder or a device"), replacing(tmp_path / name):
+            pytest.fail("there is nothing to write to")
+    assert (tmp_path / "pipe").is_fifo() and sorted(tmp_path.iterdir()) == [tmp_path / "folder", tmp_path / "pipe"]

@@ -133,6 +133,12 @@ def test_merge_into_a_file_and_into_a_model(models, task_vectors, tmp_path, caps
         (["--method", "ties", "--options", "densty=1"], "ties has no option 'densty'; the nearest .* 'density'"),
         (["--method", "ties", "--options", "density"], "not of the form name=value"),
         (["--method", "ties", "--options", "density=7"], "density"),
+        (["--method", "ties", "--options", "density={1: 2}"], "patterns of paths"),
+        (["--method", "ties", "--options", "density=.nan"], "density is nan, expected a finite number"),
+        (["--method", "wudi", "--options", "steps=many"], "steps is 'many', expected int"),
+        (["--method", "iso_cts", "--options", "common=true"], "common is True, expected float"),
+        (["--method", "average", "--scale", "inf"], "inf is no finite number"),
+        (["--method", "dare", "--seed", "-1"], "seed"),
         (["--method", "average", "--options", "weights=[1]"], "weights: 1 given for 2 task vectors"),
         (["--method", "average", "--options", "weights={'x/*': 1}"], "'x/\\*' matches none"),
     ],
@@ -143,6 +149,26 @@ def test_what_cannot_be_merged(task_vectors, tmp_path, capsys, words, message):
     line = capsys.readouterr().err.strip()
     assert len(line.splitlines()) == 1 and re.search(message, line), line
     assert not output.exists()
+
+
+def test_a_merge_never_replaces_its_inputs(task_vectors, tmp_path, capsys):
+    before = [tree.flatten(load_tree(file)[0]) for file in task_vectors]
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(task_vectors[1])
+    for output in (task_vectors[0], str(link)):
+        assert run(["merge", *task_vectors, "--method", "average", "--output", output, "--quiet"]) == 2
+        assert "would be lost" in capsys.readouterr().err
+    for leaves, file in zip(before, task_vectors, strict=True):
+        assert all(np.array_equal(leaf, leaves[path]) for path, leaf in tree.flatten(load_tree(file)[0]).items())
+
+
+def test_merge_prints_json_and_nothing_else(models, task_vectors, tmp_path, capsys):
+    output = tmp_path / "merged.safetensors"
+    assert run(["merge", *task_vectors, "--method", "average", "--output", str(output), "--json", "--quiet"]) == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert printed.err == "" and found["output"] == str(output) and found["base_model"] == models["source"]
+    np.testing.assert_allclose(found["norm"], tree.norm(load_tree(output)[0]), rtol=1e-5)
 
 
 def test_a_folder_needs_a_model(task_vectors, tmp_path, capsys):
@@ -201,8 +227,11 @@ def test_compose_chooses_by_validation_images_and_goes_on_from_its_state(
     assert compose(models, task_vectors, images, tmp_path / "first", *rates) == 0
     first = capsys.readouterr()
     assert "% on" in first.out and "few_shot 2/2" in first.err
-    assert compose(models, task_vectors, images, tmp_path / "second", *rates) == 0
-    assert "few_shot" not in capsys.readouterr().err  # nothing was left to train
+    assert compose(models, task_vectors, images, tmp_path / "second", *rates, "--json") == 0
+    printed = capsys.readouterr()
+    assert "few_shot" not in printed.err  # nothing was left to train
+    found = json.loads(printed.out)
+    assert found["coefficients"] == 80 and found["learning_rate"] in (0.01, 1.0) and found["validation_accuracy"] >= 0
     names = ("first", "second")
     a, b = (tree.flatten(from_pretrained(tmp_path / name).params) for name in names)
     for path, leaf in a.items():
@@ -215,6 +244,8 @@ def test_compose_chooses_by_validation_images_and_goes_on_from_its_state(
         (["--objective", "magic"], "magic|few_shot"),
         (["--blocks", "row"], "'leaf'"),
         (["--learning-rate", "1", "--learning-rate", "2"], "give --validation"),
+        (["--learning-rate", "nan"], "no finite number"),
+        (["--batch-size", "99999999999"], "batch-size"),
         (["--per-class", "99"], "99"),
     ],
 )

@@ -79,6 +79,12 @@ def test_hyperparameters_are_a_mapping_in_a_recipe(recipe):
         (["--config", "{file}", "scale=[1"], "is no YAML"),
         (["--config", "{file}", "command=aply"], "the command is 'aply', expected one of"),
         (["--config", "{file}", "scale=much"], "'--scale'.*a valid number"),
+        (["--config", "{file}", "scale=true"], "scale: found True, expected a number or text"),
+        (["--config", "{file}", "scale=[1]"], r"scale: found the list \[1\], expected one value"),
+        (["--config", "{file}", "model={a: 1}"], "model: found the keys"),
+        (["--config", "{file}", "quiet=1"], "quiet: found 1, expected true or false"),
+        (["--config", "{file}", "scale=!!float 1"], "aliases and tags are not read"),
+        (["--config", "{file}", "command=[apply]"], "the command is"),
         (["--config", "{file}", "model.name=x"], "'model' holds 'm', which has no keys"),
     ],
 )
@@ -89,9 +95,33 @@ def test_bad_recipes_are_one_line(recipe, capsys, arguments, message):
     assert len(line.splitlines()) == 1 and re.search(message, line), line
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "just words", ""])
-def test_a_file_that_is_no_recipe(tmp_path, capsys, text):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[1, 2]", "holds a list"),
+        (b"a: [", "is no YAML"),
+        (b"just words", "holds a str"),
+        (b"", "holds a NoneType"),
+        (b"scale: 1\nscale: 2", "the key 'scale' stands twice"),
+        (b"a: &a [1]\nb: *a", "aliases and tags are not read"),
+        (b"a: !!python/object/apply:os.getcwd []", "aliases and tags are not read"),
+        (b"[" * 10000, "nested too deeply"),
+        (b"\x89PNG\r\n\x1a\n\xff", "is no YAML"),
+        (b"#" * 2**21, "too many for a recipe"),
+    ],
+)
+def test_a_file_that_is_no_recipe(tmp_path, capsys, content, message):
     file = tmp_path / "recipe.yaml"
-    file.write_text(text)
+    file.write_bytes(content)
     assert run(["apply", "--config", str(file)]) == 2
-    assert "recipe.yaml" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "recipe.yaml" in line and message in line
+    assert run(["apply", "--config", str(tmp_path)]) == 2
+    assert "there is no recipe" in capsys.readouterr().err
+
+
+def test_numbers_are_read_as_they_are_typed(recipe):
+    file = recipe(command="merge", task_vectors=["a"], method="ties", options={"t": "1e-3"}, output="o")
+    found = parse(["--config", file, "scale=1e-3", "options.density=1e-1", "options.date=2020-01-01"])
+    assert found["scale"] == 1e-3
+    assert config.parse_options(found["options"]) == {"t": 0.001, "density": 0.1, "date": "2020-01-01"}

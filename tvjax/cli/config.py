@@ -61,7 +61,7 @@ def read(app: typer.Typer, arguments: Sequence[str]) -> tuple[list[str], dict[st
     planned = (named, called) == ("transport", "plan")  # a plan takes what it plans
     if named is not None and called is not None and named != called and not planned:
         raise ValueError(f"{str(file)!r} is a recipe for {named!r}, not for {called!r}")
-    name = called or named
+    name = called or named or ""
     if name not in commands:
         raise ValueError(f"{str(file)!r}: the command is {name!r}, expected one of {sorted(commands)}")
     if called is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +22,7 @@ METHODS = (
     *("average", "task_arithmetic", "slerp", "karcher_mean", "ties", "dare", "della", "breadcrumbs", "model_stock"),
     *("sce", "tsv_m", "iso_c", "iso_cts", "knots", "wudi"),
 )
+KINDS: dict[Any, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}  # by annotation
 WITH_DATA = ("regmean", "fisher")
 GIVEN = ("taus", "key", "base", "report")  # arguments that no option sets
 
@@ -118,7 +120,7 @@ def merge(
 
 
 def check_options(name: str, method: Callable[..., Any], options: Mapping[str, Any], given: Collection[str]) -> None:
-    """Raises a ValueError for a hyperparameter that a method does not have.
+    """Raises a ValueError for a hyperparameter that a method does not have, or a value of another kind than it takes.
 
     Args:
       name: of the method.
@@ -131,13 +133,19 @@ def check_options(name: str, method: Callable[..., Any], options: Mapping[str, A
     Traceback (most recent call last):
     ValueError: ties has no option 'densty'; the nearest of density is 'density'
     """
-    known = [key for key in inspect.signature(method).parameters if key not in given]
-    for option in options:
+    parameters = inspect.signature(method).parameters
+    known = [key for key in parameters if key not in given]
+    for option, value in options.items():
         if option not in known:
             if not known:
                 raise ValueError(f"{name} has no options, found {option!r}")
             near = difflib.get_close_matches(option, known, n=1, cutoff=0.0)[0]
             raise ValueError(f"{name} has no option {option!r}; the nearest of {', '.join(known)} is {near!r}")
+        kind = parameters[option].annotation
+        if kind in KINDS and (not isinstance(value, KINDS[kind]) or (isinstance(value, bool) and kind != "bool")):
+            raise ValueError(f"{name}: {option} is {value!r}, expected {kind}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}: {option} is {value}, expected a finite number")
 
 
 def read_settings(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,6 +157,8 @@ def read_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     from tvjax import merge as methods
 
     def read(value: Any) -> Any:
+        if isinstance(value, Mapping) and not all(isinstance(key, str) for key in value):
+            raise ValueError(f"the keys of a setting are patterns of paths, found {sorted(map(str, value))}")
         if isinstance(value, Mapping) and "by_depth" in value:
             if set(value) != {"by_depth", "other"}:
                 raise ValueError(f"a setting by depth has by_depth and other, found {sorted(value)}")

@@ -25,7 +25,9 @@ NAMES = ("naive", "orthogonal_shift", "gradfix", "theseus", "bico")
 SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "patch_size", "projection_dim")
 
 
-Source = Annotated[str, typer.Option(metavar="MODEL", help="The pre-trained source: folder or hub id, also id@revision.")]
+Source = Annotated[
+    str, typer.Option(metavar="MODEL", help="The pre-trained source: folder or hub id, also id@revision.")
+]
 FineTuned = Annotated[str, typer.Option(metavar="MODEL", help="The fine-tuned source; its vision tower suffices.")]
 Target = Annotated[str, typer.Option(metavar="MODEL", help="The model to move the task into.")]
 Method = Annotated[str, typer.Option(help=f"One of {', '.join(NAMES)}; or a chain such as bico+gradfix.")]

@@ -41,7 +41,8 @@ def fields(config_class: type, settings: Settings) -> dict[str, Any]:
     for name in ("image_size", "patch_size"):
         if name in values:
             values[name] = _square(name, values[name])
-    for field in dataclasses.fields(config_class):
+    described: tuple[Any, ...] = dataclasses.fields(config_class)
+    for field in described:
         value = values.get(field.name, field.default)
         kinds = (int, float) if isinstance(field.default, float) else type(field.default)
         if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(field.default, bool):

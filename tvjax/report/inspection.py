@@ -383,8 +383,8 @@ def total(sums: Mapping[str, _Sums], paths: Iterable[str]) -> _Sums:
     >>> total({"a": Sums(1, 0, 9.0), "b": Sums(2, 1, 16.0)}, ["a", "b"]).norm
     5.0
     """
-    first, *rest = (sums[path] for path in paths)
-    return add_up(rest, first)
+    found = [sums[path] for path in paths]
+    return add_up(found[1:], found[0])
 
 
 def by_block(paths: Iterable[str]) -> dict[str, list[str]]:

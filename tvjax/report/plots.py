@@ -229,9 +229,9 @@ def plot_leaves(
     colours: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -largest, "vmax": largest}
     if positive:
         colours = {"cmap": "viridis", "norm": LogNorm(float(found.min(initial=largest)), largest)}
-    for axis, title, values in zip(axes, panels, grid, strict=True):
+    for axis, title, numbers in zip(axes, panels, grid, strict=True):
         axis.set_facecolor("#E4E4E4")
-        image = axis.imshow(values, **colours, aspect="auto", interpolation="nearest")
+        image = axis.imshow(numbers, **colours, aspect="auto", interpolation="nearest")
         axis.set_title(title, fontsize=STYLE["title"])
         axis.set_xticks(range(len(columns)), ["rest" if depth is None else str(depth) for depth in columns])
         axis.set_xlabel("depth", fontsize=STYLE["size"])
