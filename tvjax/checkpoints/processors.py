@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -13,6 +12,10 @@ import numpy as np
 from jaxtyping import Float
 
 from tvjax.checkpoints.huggingface import fetch
+from tvjax.checkpoints.json_files import read_json
+
+_IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+_TOKEN_FILES = ("tokenizer.json", "vocab.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,18 +78,24 @@ def load_processor(source: str | os.PathLike[str], revision: str | None = None) 
 
     Returns:
       The processor; no code of the folder is run.
+
+    Raises:
+      ValueError: a file of the processors that is damaged.
     """
-    transformers = _import_transformers()
     folder, _ = fetch(source, revision)
+    for name in (*_IMAGE_FILES, *_TOKEN_FILES, "tokenizer_config.json"):
+        if (folder / name).is_file() and not read_json(folder / name):
+            raise ValueError(f"{folder / name} is empty: download it again")
+    transformers = _import_transformers()
     image_processor = tokenizer = None
-    if any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+    if any((folder / name).is_file() for name in _IMAGE_FILES):
         load = transformers.AutoImageProcessor.from_pretrained
         image_processor = load(folder, backend="pil", trust_remote_code=False)
-    if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+    if any((folder / name).is_file() for name in _TOKEN_FILES):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     length = Processor.length
     if (folder / "config.json").is_file():
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        settings = read_json(folder / "config.json")
         length = (settings.get("text_config") or settings).get("max_position_embeddings", length)
     return Processor(image_processor, tokenizer, length)
 

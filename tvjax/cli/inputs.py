@@ -16,6 +16,7 @@ from tvjax.arithmetic import task_vector
 from tvjax.checkpoints import Pretrained, from_pretrained, load_processor
 from tvjax.checkpoints.atomic import replacing
 from tvjax.checkpoints.huggingface import fetch
+from tvjax.checkpoints.json_files import read_json
 from tvjax.data.batches import few_shot, herding, k_medoids
 from tvjax.data.images import Images
 from tvjax.data.loader import Loader
@@ -163,12 +164,10 @@ def read_clip_config(source: str) -> CLIPConfig:
       ValueError: what is no such model.
     """
     file = fetch(source)[0] / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{source!r} has no config.json: is it the folder of a Hugging Face model?")
+    settings = read_json(file)
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
         config = family_of_settings(settings).config.from_dict(settings)
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     if not isinstance(config, CLIPConfig) or config.vision is None:
         raise ValueError(f"{source!r} is a {type(config).__name__} without a CLIP vision tower: give a CLIP")
@@ -185,6 +184,9 @@ def check_output(folder: Path) -> None:
     """Raises a ValueError where the output folder is taken, before anything heavy is done."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"the output {str(folder)!r} exists: give a new folder, or remove it")
+    standing = next(above for above in folder.absolute().parents if above.exists())
+    if not standing.is_dir():
+        raise ValueError(f"the output {str(folder)!r} cannot be: {str(standing)!r} is no folder")
 
 
 def check_file(file: Path) -> None:

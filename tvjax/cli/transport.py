@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,7 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from tvjax.cli import config as recipes
-from tvjax.cli.options import BatchSize, Classes, Images, Json, Options, PerClass, Quiet, Select, Task, Templates
+from tvjax.cli.options import (
+    LARGEST_SEED,
+    BatchSize,
+    Classes,
+    Images,
+    Json,
+    Options,
+    PerClass,
+    Quiet,
+    Select,
+    Task,
+    Templates,
+    finite,
+)
 from tvjax.cli.output import show
 
 if TYPE_CHECKING:
@@ -25,18 +37,16 @@ NAMES = ("naive", "orthogonal_shift", "gradfix", "theseus", "bico")
 SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "patch_size", "projection_dim")
 
 
-Source = Annotated[
-    str, typer.Option(metavar="MODEL", help="The pre-trained source: folder or hub id, also id@revision.")
-]
+Source = Annotated[str, typer.Option(metavar="MODEL", help="The pre-trained source: folder, hub id or id@revision.")]
 FineTuned = Annotated[str, typer.Option(metavar="MODEL", help="The fine-tuned source; its vision tower suffices.")]
 Target = Annotated[str, typer.Option(metavar="MODEL", help="The model to move the task into.")]
 Method = Annotated[str, typer.Option(help=f"One of {', '.join(NAMES)}; or a chain such as bico+gradfix.")]
-Scale = Annotated[float, typer.Option(help="Factor of the moved task vector.")]
+Scale = Annotated[float, typer.Option(help="Factor of the moved task vector.", callback=finite)]
 Validation = Annotated[
     str | None,
     typer.Option(metavar="IMAGES", help="Labelled images on which the scale is chosen, in the place of --scale."),
 ]
-Seed = Annotated[int, typer.Option(help="Of that draw.")]
+Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of that draw.")]
 Depth = Annotated[
     str,
     typer.Option(help="Source layer of each target layer: uniform, cka (by likeness), or a list such as 0,0,1,1."),
@@ -106,8 +116,6 @@ def transport(
     inputs.check_output(output)
     if save_task_vector is not None:
         inputs.check_file(save_task_vector)
-    if not math.isfinite(scale):
-        raise ValueError(f"--scale is {scale}, expected a finite number")
     moving = make_transport(method, given)
     pairing = read_depth(depth)
     check_models(moving, source, target, finetuned, validation)

@@ -46,7 +46,7 @@ def classifier(
     for template in templates:
         if "{}" not in template:
             raise ValueError(f"the template {template!r} has no '{{}}' in place of the class name")
-    prompts = [template.format(name) for name in class_names for template in templates]
+    prompts = [template.replace("{}", name) for name in class_names for template in templates]
     embeddings = normalise(text_model(model)(tokenize(prompts))["text"])
     means = embeddings.reshape(len(class_names), len(templates), -1).mean(1)
     return normalise(means).T

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -243,14 +244,28 @@ def make_options(name: str, kind: type[OptionsT], options: Mapping[str, Any]) ->
       options: those that are given.
 
     Raises:
-      ValueError: a hyperparameter that the method does not have; the message names the nearest.
+      ValueError: a hyperparameter that the method does not have, the message names the nearest; or a value of another
+        kind than its default.
     """
-    fields = kind._fields  # type: ignore[attr-defined]
+    fields, defaults = kind._fields, kind._field_defaults  # type: ignore[attr-defined]
     for option in options:
         if option not in fields:
             near = difflib.get_close_matches(option, fields, n=1, cutoff=0.0)[0]
             raise ValueError(f"{name} has no option {option!r}; the nearest of {', '.join(fields)} is {near!r}")
+        _check_kind(name, option, options[option], defaults[option])
     return kind(**options)
+
+
+def _check_kind(name: str, option: str, value: Any, default: Any) -> None:
+    """Text where the default is text, true or false where it is that, else a number; no float that is not finite."""
+    if isinstance(default, bool | str):
+        kind: Any = type(default)
+        if not isinstance(value, kind):
+            raise ValueError(f"{name}: {option} is {value!r}, expected {'text' if kind is str else 'true or false'}")
+    elif isinstance(value, bool | str | list | tuple | dict) or (value is None and default is not None):
+        raise ValueError(f"{name}: {option} is {value!r}, expected a number")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name}: {option} is {value}, expected a finite number")
 
 
 def check_leaves(tau: PyTree, shapes: Mapping[str, tuple[int, ...]], also: Sequence[str] = ()) -> None:
