@@ -124,6 +124,13 @@ def test_dtype_and_shards_are_chosen(folders, tmp_path):
     assert kept == index and again.parameters == sum(sizes)
 
 
+def test_a_wider_dtype_is_rounded_once(folders, tmp_path):
+    base, (tau, _) = from_pretrained(folders / "base"), load_tree(folders / "tau.safetensors")
+    streaming.apply(folders / "base", [folders / "tau.safetensors"], tmp_path / "edited", scale=0.3, dtype=jnp.float32)
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), base.params)
+    chex.assert_trees_all_equal(from_pretrained(tmp_path / "edited").params, arithmetic.apply(wide, tau, 0.3))
+
+
 def test_tensors_that_are_no_parameters_are_kept(folders, tmp_path):
     tensors = safetensors.numpy.load_file(folders / "base" / "model.safetensors")
     ids = {"vision_model.embeddings.position_ids": np.arange(5)[None]}

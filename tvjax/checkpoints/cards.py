@@ -60,8 +60,9 @@ def model_card(
         ("Result", results or {}),
         ("Versions", versions),
     ):
-        if content:
-            rows = "\n".join(f"| {key} | {_cell(value)} |" for key, value in content.items())
+        known = {key: value for key, value in content.items() if value not in (None, "")}
+        if known:
+            rows = "\n".join(f"| {key} | {_cell(value)} |" for key, value in known.items())
             parts.append(f"## {heading}\n\n| | |\n|---|---|\n{rows}\n")
     return "\n".join(parts)
 
@@ -80,7 +81,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def _identity(about: Mapping[str, str], prefix: str) -> dict[str, str]:
-    return {key.removeprefix(prefix): value for key, value in about.items() if key.startswith(prefix) and value}
+    return {key.removeprefix(prefix): value for key, value in about.items() if key.startswith(prefix)}
 
 
 def _cell(value: Any) -> str:

@@ -6,7 +6,6 @@ training run wrote is read too, given the config and where in its state the para
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -140,13 +139,7 @@ def _stored(folder: Path) -> Mapping[str, Any]:
 def _checkpointer() -> ocp.Checkpointer:
     import orbax.checkpoint as ocp
 
-    logging.getLogger("absl").addFilter(_is_important)
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-
-
-def _is_important(record: logging.LogRecord) -> bool:
-    """Orbax warns of metadata that directories of other handlers lack; what is missing is found here."""
-    return record.levelno > logging.WARNING
 
 
 def _check_all_finite(params: PyTree) -> None:

@@ -250,11 +250,10 @@ def apply(
         with writing as write:
             for leaf, (theta,) in reader.leaves(progress):
                 parts = [tau for tau in taus if leaf in tau.headers]
-                edited = theta
                 if parts:
                     changed.append(leaf)
-                    edited = cast(_edit(theta, parts, leaf, scale, scratch), theta.dtype)
-                edited = cast(edited, dtype)
+                whole = _edit(theta, parts, leaf, scale, scratch) if parts else theta
+                edited = cast(whole, theta.dtype if dtype is None else dtype)
                 hashed = reader.submit(written.add, leaf, edited)
                 write(leaf, edited)
                 hashed.result()

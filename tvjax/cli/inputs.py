@@ -17,6 +17,7 @@ from tvjax.checkpoints import Pretrained, from_pretrained, load_processor
 from tvjax.checkpoints.atomic import replacing
 from tvjax.checkpoints.huggingface import fetch
 from tvjax.checkpoints.json_files import read_json
+from tvjax.checkpoints.streaming import check_same_base
 from tvjax.data.batches import few_shot, herding, k_medoids
 from tvjax.data.images import Images
 from tvjax.data.loader import Loader
@@ -207,15 +208,7 @@ def common_base(files: Sequence[Path], metadata: Sequence[Mapping[str, str]], an
     Raises:
       ValueError: they were made for different models, unless `any_base`.
     """
-    said = [(file, about) for file, about in zip(files, metadata, strict=True) if "base_fingerprint" in about]
-    for file, about in said[1:]:
-        if about["base_fingerprint"] != said[0][1]["base_fingerprint"] and not any_base:
-            raise ValueError(
-                f"{str(file)!r} was made for {about.get('base_model')!r}, and {str(said[0][0])!r} for "
-                f"{said[0][1].get('base_model')!r}, whose weights differ: move one there first (tvjax transport), or "
-                "say --any-base"
-            )
-    return {key: said[0][1][key] for key in said[0][1] if key.startswith("base_")} if said else {}
+    return check_same_base([str(file) for file in files], metadata, any_base)
 
 
 def check_base(metadata: Mapping[str, str], base: Pretrained, files: Sequence[Path], any_base: bool) -> None:
