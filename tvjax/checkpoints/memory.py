@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
+
 import jax
 import numpy as np
 
+_LARGE = 2**20  # bytes from which on memory is asked of the system for itself
 _BLOCK = 64  # columns that are transposed at once: one line of the cache holds 16 entries, so a row is few lines
 
 
@@ -35,8 +38,11 @@ class Scratch:
 
 def aligned_memory(size: int) -> np.ndarray:
     """New memory of so many bytes, aligned so that an array of JAX on a CPU takes it without a copy."""
-    # Not np.empty: the huge pages that it asks for are slow to be had on virtual machines (twice the time of a load).
-    memory = np.frombuffer(bytearray(size + 63), np.uint8)
+    if size >= _LARGE and hasattr(mmap, "MAP_POPULATE"):
+        # All pages at once: touched one after another, by several threads, they take as long as reading the file does.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+        return np.frombuffer(mmap.mmap(-1, size, flags=flags), np.uint8)
+    memory = np.empty(size + 63, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start : start + size]
 

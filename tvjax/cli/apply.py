@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tvjax.cli import config as recipes
-from tvjax.cli.options import AnyBase, Quiet
+from tvjax.cli.options import AnyBase, Json, Quiet
+from tvjax.cli.output import show
 
 
 def apply(
@@ -26,6 +26,7 @@ def apply(
     ] = None,
     any_base: AnyBase = False,
     quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Add task vectors to the model that they were made for, tensor by tensor, and save it."""
     from tvjax.checkpoints import streaming
@@ -35,7 +36,7 @@ def apply(
     inputs.check_output(output)
     if dtype is not None:
         inputs.check_dtype(dtype)
-    with progress("apply", quiet or not sys.stderr.isatty()) as report:
+    with progress("apply", quiet or as_json) as report:
         found = streaming.apply(
             model,
             task_vectors,
@@ -47,8 +48,10 @@ def apply(
             progress=report,
         )
     recipes.write(context, output)
-    if not quiet:
-        print(
-            f"{output}: {model} with {len(task_vectors)} task vectors, scale {scale:g}; {len(found.changed)} leaves "
-            f"changed, {len(found.copied)} copied, {found.parameters} parameters"
-        )
+    show(
+        {"output": output, "model": model, "task_vectors": task_vectors, "scale": scale, **found._asdict()},
+        f"{output}: {model} with {len(task_vectors)} task vectors, scale {scale:g}; {len(found.changed)} leaves "
+        f"changed, {len(found.copied)} copied, {found.parameters} parameters",
+        as_json=as_json,
+        quiet=quiet,
+    )

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from tvjax.cli import config as recipes
-from tvjax.cli.options import Quiet
+from tvjax.cli.options import Json, Quiet
+from tvjax.cli.output import show
 
 
 def convert(
@@ -26,6 +27,7 @@ def convert(
         bool, typer.Option("--allow-pickle", help="Open a .pt file that you trust; needs torch.")
     ] = False,
     quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Write a model as a Hugging Face folder or an Orbax directory, or in another dtype."""
     from tvjax.cli import inputs
@@ -47,7 +49,11 @@ def convert(
         revision=revision,
     )
     recipes.write(context, output)
-    if not quiet:
-        leaves = tree.flatten(model.params).values()
-        dtypes = ", ".join(sorted({leaf.dtype.name for leaf in leaves}))
-        print(f"{output}: {source} as {to}, {sum(leaf.size for leaf in leaves)} parameters, {dtypes}")
+    leaves = tree.flatten(model.params).values()
+    dtypes, parameters = sorted({leaf.dtype.name for leaf in leaves}), sum(leaf.size for leaf in leaves)
+    show(
+        {"output": output, "source": source, "to": to, "parameters": parameters, "dtypes": dtypes},
+        f"{output}: {source} as {to}, {parameters} parameters, {', '.join(dtypes)}",
+        as_json=as_json,
+        quiet=quiet,
+    )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tvjax.cli.options import AnyBase, BatchSize, Classes, Images, Task, Templates
+from tvjax.cli.options import AnyBase, BatchSize, Classes, Images, Json, Quiet, Task, Templates
+from tvjax.cli.output import show
 
 if TYPE_CHECKING:
     from tvjax.checkpoints import Pretrained, Processor
@@ -48,8 +48,8 @@ def evaluate(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also draw the accuracy by scale, as a PNG (--task-vector).")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object in place of tables.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Zero-shot accuracy with its 95 % interval (Wilson), and how sure a difference on the same images is.
 
@@ -91,7 +91,7 @@ def evaluate(
     seen: dict[str, Predictions] = {}
     curve: list[Predictions] = []
     base = from_pretrained(full[0]), load_processor(full[0])
-    with progress("evaluate", quiet) as report:
+    with progress("evaluate", quiet or as_json) as report:
         for number, name in enumerate(dict.fromkeys(every)):
             clip, processor = base if name == full[0] else _with_text(name, *base)
             theta = clip.params if task_vector is None else inputs.float32(clip.params)
@@ -123,10 +123,7 @@ def evaluate(
 
         title = f"{models[0]} + scale × {task_vector}"
         plot_scale_curve(grid, [at.accuracy for at in curve], plot, title, None if norm is None else norm.fraction)
-    if as_json:
-        print(json.dumps(results, indent=1))
-    else:
-        _print(results, by_class)
+    show(results, *_tables(results, by_class), as_json=as_json, quiet=quiet)
 
 
 def _with_text(name: str, base: Pretrained, its: Processor) -> tuple[Pretrained, Processor]:
@@ -165,21 +162,20 @@ def read_scales(text: str) -> tuple[float, ...]:
     return tuple(found)
 
 
-def _print(results: dict[str, Any], by_class: bool) -> None:
-    from rich.console import Console
-
+def _tables(results: dict[str, Any], by_class: bool) -> list[Any]:
     from tvjax.report import tables
 
-    console = Console()
     source = results["images"]["source"]
-    console.print(
+    found: list[Any] = [
         tables.evaluation_table(results["models"], f"Zero-shot accuracy on {source}, %", results["reference"])
-    )
+    ]
     if results["pairs"]:
-        console.print(tables.pairs_table(results["pairs"], "Differences on the same images, points (p: McNemar)"))
-        console.print(tables.agreement_table(results["pairs"], "Agreement, % of the images"))
+        found.append(tables.pairs_table(results["pairs"], "Differences on the same images, points (p: McNemar)"))
+        found.append(tables.agreement_table(results["pairs"], "Agreement, % of the images"))
     if "curve" in results:
-        console.print(tables.curve_table(results["curve"]["points"], f"With {results['curve']['task_vector']}, %"))
-        print(f"best: scale {results['curve']['best_scale']:g}; a scale is to be chosen on images that are no test")
+        found.append(tables.curve_table(results["curve"]["points"], f"With {results['curve']['task_vector']}, %"))
+        best = results["curve"]["best_scale"]
+        found.append(f"best: scale {best:g}; a scale is to be chosen on images that are no test")
     if by_class:
-        console.print(tables.class_table(results["models"], "By class, %"))
+        found.append(tables.class_table(results["models"], "By class, %"))
+    return found

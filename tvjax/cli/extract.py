@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tvjax.cli import config as recipes
-from tvjax.cli.options import Quiet
+from tvjax.cli.options import Json, Quiet
+from tvjax.cli.output import show
 
 
 def extract(
@@ -27,6 +27,7 @@ def extract(
     ] = "vision",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Write a task vector, fine-tuned minus pre-trained parameters: by default of the vision tower."""
     from tvjax.checkpoints import streaming
@@ -37,15 +38,20 @@ def extract(
         raise ValueError("give either --finetuned, a model, or --adapter, a LoRA adapter of PEFT")
     inputs.check_dtype(dtype)
     inputs.check_file(output)
-    with progress("extract", quiet or not sys.stderr.isatty()) as report:
+    with progress("extract", quiet or as_json) as report:
         if finetuned is not None:
             found = streaming.extract(pretrained, finetuned, output, subtree=subtree, dtype=dtype, progress=report)
         elif adapter is not None:
             found = streaming.extract_adapter(pretrained, adapter, output, dtype=dtype, progress=report)
     recipes.write(context, output)
-    if quiet:
-        return
+    notes = []
     if found.changed_outside:
         first, number = found.changed_outside[0], len(found.changed_outside)
-        print(f"note: fine-tuning changed {number} leaves outside {subtree!r} too ({first}, ...), which stay")
-    print(f"{output}: {found.leaves} leaves, {found.parameters} parameters, norm {found.norm:.4g}, of {pretrained}")
+        notes.append(f"note: fine-tuning changed {number} leaves outside {subtree!r} too ({first}, ...), which stay")
+    show(
+        {"output": output, **found._asdict()},
+        *notes,
+        f"{output}: {found.leaves} leaves, {found.parameters} parameters, norm {found.norm:.4g}, of {pretrained}",
+        as_json=as_json,
+        quiet=quiet,
+    )

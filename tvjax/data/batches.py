@@ -6,7 +6,6 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
-from scipy.spatial.distance import cdist
 
 from tvjax.stages import Batch, PyTree
 
@@ -141,6 +140,8 @@ def k_medoids(
     >>> sorted(k_medoids(points, np.zeros(6, int), 2, jax.random.key(0)).tolist())
     [1, 4]
     """
+    from scipy.spatial.distance import cdist  # slow to import
+
     features = _features(features, labels)
     groups = _groups(labels, per_class)
     chosen = []

@@ -6,7 +6,6 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 from tvjax.evaluate.accuracy import Predictions
 
@@ -65,6 +64,8 @@ def paired_difference(first: Predictions, second: Predictions, confidence: float
     >>> round(found.difference, 3), [round(bound, 3) for bound in found.interval], round(found.p_value, 4)
     (0.1, [0.034, 0.162], 0.002)
     """
+    from scipy import stats  # slow to import
+
     _check(first, second)
     n = first.labels.size
     better, worse = (int((a.right & ~b.right).sum()) for a, b in ((first, second), (second, first)))
