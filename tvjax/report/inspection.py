@@ -24,11 +24,10 @@ from tvjax import tree
 from tvjax.capture import SiteTable, sites
 from tvjax.checkpoints import coefficients as coefficient_files
 from tvjax.checkpoints import maps as map_files
-from tvjax.checkpoints.huggingface import fetch, weight_files
+from tvjax.checkpoints.huggingface import open_checkpoint, weight_files
 from tvjax.checkpoints.safetensors import fingerprint, open_tensors
-from tvjax.models.families import family_of_config, family_of_settings
-from tvjax.models.key_table import Layout, find_sources
-from tvjax.models.transformer import parameter_shapes
+from tvjax.models.families import family_of_config
+from tvjax.models.key_table import Layout
 from tvjax.stages import Model, PyTree, local_params
 
 MODEL, TASK_VECTOR, TRANSPORT, COEFFICIENTS, TENSORS = (
@@ -474,30 +473,15 @@ def _two_examples(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _model_contents(source: str) -> Contents:
-    folder, revision = fetch(source)
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(
-            f"{source!r} has no config.json: give the folder of a Hugging Face model, or a safetensors file"
-        )
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(settings, dict):
-            raise ValueError(f"holds a {type(settings).__name__}, expected an object")
-        family = family_of_settings(settings)
-        config = family.config.from_dict(settings)
-        shapes = parameter_shapes(family.build(config, {}).stages)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(file)!r}: {error}") from error
-    files = weight_files(folder)
-    with open_tensors(*files) as tensors:
-        sources = find_sources(family.keys, shapes, tensors.headers, str(folder))
-        leaves = [Leaf(path, s.key, shapes[path], tensors.headers[s.key].dtype) for path, s in sources.items()]
-    about = {"model_type": settings["model_type"], "config": dataclasses.asdict(config)}
-    if revision is not None:
-        about["revision"] = revision
-    layouts = {path: s.to_ours for path, s in sources.items()}
-    return Contents(source, MODEL, about, tuple(leaves), tuple(files), config, layouts)
+    with open_checkpoint(source) as found:
+        headers = found.tensors.headers
+        leaves = [Leaf(path, s.key, found.shapes[path], headers[s.key].dtype) for path, s in found.sources.items()]
+    about = {"model_type": found.settings["model_type"], "config": dataclasses.asdict(found.config)}
+    if found.revision:
+        about["revision"] = found.revision
+    layouts = {path: s.to_ours for path, s in found.sources.items()}
+    files = tuple(weight_files(found.folder))
+    return Contents(source, MODEL, about, tuple(leaves), files, found.config, layouts)
 
 
 def _file_contents(file: Path) -> Contents:
