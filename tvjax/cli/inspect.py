@@ -171,9 +171,10 @@ def _compare(
     if plot is not None:
         from tvjax.report.plots import plot_leaves
 
-        cosines = {path: own.cosine for path, own in compared.sums.items()}
+        moved = {path: own for path, own in compared.sums.items() if own.compared}  # the others are grey
+        cosines = {path: own.cosine for path, own in moved.items()}
         # From -1 to 1 like a cosine: 0 where half of the signs are the same, as by chance.
-        signs = {path: 2 * own.sign_agreement - 1 for path, own in compared.sums.items()}
+        signs = {path: 2 * own.sign_agreement - 1 for path, own in moved.items()}
         plot_leaves({"cosine": cosines, "signs: same - different": signs}, plot, "share, -1 to 1")
     return result, texts
 

@@ -68,7 +68,11 @@ def comparison_table(found: Comparison, names: Sequence[str], *, by_leaf: bool =
     blocks = {path: [path] for path in found.sums} if by_leaf else by_block(found.sums)
     for name, paths in (*blocks.items(), ("all", list(found.sums))):
         own = total(found.sums, paths)
-        cells = [f"{own.cosine:.4f}", _percent(own.sign_agreement), *(f"{norm:.4g}" for norm in own.norms)]
+        cells = [
+            f"{own.cosine:.4f}",
+            _percent(own.sign_agreement) if own.compared else "",
+            *(f"{norm:.4g}" for norm in own.norms),
+        ]
         table.add_row(name, *cells, _ratio(own.distance, own.norms[0]))
     return table
 
