@@ -93,7 +93,7 @@ def test_bad_files_are_one_line(models, images, tmp_path, capsys):
         ([*evaluate, "--classes", str(tmp_path / "classes.txt")], "'polar bear'.*none of the classes"),
         ([*evaluate, "--templates", str(tmp_path / "prompts.txt")], "'a photo' has no '{}'"),
         ([*evaluate, "--templates", str(tmp_path / "none.txt")], "there is no file"),
-        ([*evaluate, str(tmp_path / "broken")], "config.json: .*"),
+        ([*evaluate, str(tmp_path / "broken")], "config.json is no JSON"),
         (
             ["apply", str(tmp_path / "classes.txt"), "--model", models["same"], "--output", str(tmp_path / "o")],
             "safetensors",
