@@ -29,6 +29,8 @@ from tvjax.cli.transport import (
     reads_images,
 )
 
+BEYOND = "host and device together; runtime, compiled programs and workspace come on top, 1 to 2 GiB on a CPU"
+
 if TYPE_CHECKING:
     from tvjax.checkpoints.huggingface import Checkpoint
     from tvjax.stages import Batch, Model, PyTree
@@ -236,7 +238,7 @@ def texts(result: dict[str, Any], source: str, target: str, method: str) -> list
             if (x["link"], x["action"], x["why"]) == (link, action, why)
         )
         leaves.add_row(link, f"{action}: {why}" if why else action, str(number), example)
-    memory = Table("peak memory, at most", "", caption="host and device together, without the workspace of XLA")
+    memory = Table("peak memory of arrays", "", caption=BEYOND)
     for step, size in result["memory"].items():
         memory.add_row(step, readable(size))
     for name, size in result["memory of the fit"].items():

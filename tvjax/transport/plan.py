@@ -65,9 +65,10 @@ class Plan(NamedTuple):
     Attributes:
       stages: the target's stages in their order.
       leaves: what becomes of every leaf, as `tvjax.transport.leaf_report` has it, without measures.
-      memory: bytes by what they hold, at most: ``parameters`` of both models, ``residual streams`` of the calibration
+      memory: bytes by what they hold: ``parameters`` of both models, ``residual streams`` of the calibration
         examples between all stages (and their gradients), the ``largest stage``, the ``maps`` of all stages, and the
-        task vector before and after (``task vectors``). An estimate: workspace of XLA and of LAPACK is left out.
+        task vector before and after (``task vectors``). Arrays only: the runtime, compiled programs and
+        workspace come on top.
     """
 
     stages: tuple[PlannedStage, ...]
