@@ -8,6 +8,7 @@ same for a dict, a list, a dataclass, a Flax or an Equinox module, so trees of d
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -269,6 +270,15 @@ def leaf_type(leaf: Any) -> jax.ShapeDtypeStruct:
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
         return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
     return jax.eval_shape(jnp.asarray, leaf)
+
+
+def nbytes(tree: PyTree) -> int:
+    """Bytes of all leaves, arrays or their shapes.
+
+    >>> nbytes({"a": jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)})
+    12
+    """
+    return sum(math.prod(jnp.shape(leaf)) * jnp.result_type(leaf).itemsize for leaf in jax.tree.leaves(tree))
 
 
 def is_traced(tree: PyTree) -> bool:

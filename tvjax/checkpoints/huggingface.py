@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import shutil
@@ -105,8 +106,12 @@ class Pretrained:
         return {
             "base_model": self.name,
             "base_revision": self.revision,
-            "base_fingerprint": fingerprint(self.params),
+            "base_fingerprint": self._fingerprint,
         }
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self.params)  # reads every weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -371,6 +376,9 @@ def check_new(folder: str | os.PathLike[str]) -> None:
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"the output {str(folder)!r} exists: give a new folder, or remove it")
+    standing = next(above for above in folder.absolute().parents if above.exists())
+    if not standing.is_dir():
+        raise ValueError(f"the output {str(folder)!r} cannot be: {str(standing)!r} is no folder")
 
 
 def fetch(source: str | os.PathLike[str], revision: str | None = None) -> tuple[Path, str | None]:

@@ -258,11 +258,7 @@ def apply(
                 write(leaf, edited)
                 hashed.result()
             (digest,) = reader.fingerprints()
-            if made_for.get("base_fingerprint", digest) != digest and not any_base:
-                raise ValueError(
-                    f"{', '.join(map(repr, names))} made for {made_for.get('base_model')!r}, whose weights are not "
-                    f"those of {base.name!r}: move there first (tvjax transport), or say --any-base (any_base=True)"
-                )
+            check_made_for(made_for, base.name, digest, names, any_base)
     covered = set(changed)
     copied = tuple(leaf for leaf in sorted(base.shapes) if leaf not in covered)
     return Applied(tuple(changed), copied, count, written.hexdigest())
@@ -288,6 +284,25 @@ def check_same_base(files: Sequence[str], metadata: Sequence[Mapping[str, str]],
                 "say --any-base"
             )
     return {key: said[0][1][key] for key in said[0][1] if key.startswith("base_")} if said else {}
+
+
+def check_made_for(
+    made_for: Mapping[str, str], name: str, fingerprint: str, files: Sequence[str], any_base: bool
+) -> None:
+    """Raises a ValueError where task vectors were made for other weights than a model's.
+
+    Args:
+      made_for: what `check_same_base` gave.
+      name: of the model.
+      fingerprint: of its weights.
+      files: names of the task vectors, for the error.
+      any_base: whether they may have been made for other weights.
+    """
+    if made_for.get("base_fingerprint", fingerprint) != fingerprint and not any_base:
+        raise ValueError(
+            f"{', '.join(map(repr, files))} made for {made_for.get('base_model')!r}, whose weights are not those of "
+            f"{name!r}: move there first (tvjax transport), or say --any-base (any_base=True)"
+        )
 
 
 class _Reader:

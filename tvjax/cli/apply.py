@@ -30,10 +30,11 @@ def apply(
 ) -> None:
     """Add task vectors to the model that they were made for, tensor by tensor, and save it."""
     from tvjax.checkpoints import streaming
+    from tvjax.checkpoints.huggingface import check_new
     from tvjax.cli import inputs
     from tvjax.cli.progress import progress
 
-    inputs.check_output(output)
+    check_new(output)
     if dtype is not None:
         inputs.check_dtype(dtype)
     with progress("apply", quiet or as_json) as report:

@@ -98,6 +98,7 @@ def compose(
         save_coefficients,
         save_pretrained,
     )
+    from tvjax.checkpoints.huggingface import check_new
     from tvjax.cli import inputs
     from tvjax.cli.output import show
     from tvjax.cli.progress import progress
@@ -110,7 +111,7 @@ def compose(
     rates = tuple(learning_rates or (RATES if validation is not None else RATE)[objective])
     if len(rates) > 1 and validation is None:
         raise ValueError(f"{len(rates)} learning rates need labelled images to choose by: give --validation")
-    inputs.check_output(output)
+    check_new(output)
     if inputs.read_clip_config(model).text is None:
         raise ValueError(f"{model!r} has no text tower to make a zero-shot head from: give a full CLIP")
     labelled = objective == "few_shot"

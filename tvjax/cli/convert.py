@@ -30,9 +30,10 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Write a model as a Hugging Face folder or an Orbax directory, or in another dtype."""
+    from tvjax.checkpoints.huggingface import check_new
     from tvjax.cli import inputs
 
-    inputs.check_output(output)
+    check_new(output)
     if dtype is not None:
         inputs.check_dtype(dtype)
     from tvjax import tree

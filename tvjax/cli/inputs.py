@@ -17,7 +17,7 @@ from tvjax.checkpoints import Pretrained, from_pretrained, load_processor
 from tvjax.checkpoints.atomic import replacing
 from tvjax.checkpoints.huggingface import fetch
 from tvjax.checkpoints.json_files import read_json
-from tvjax.checkpoints.streaming import check_same_base
+from tvjax.checkpoints.streaming import check_made_for, check_same_base
 from tvjax.data.batches import few_shot, herding, k_medoids
 from tvjax.data.images import Images
 from tvjax.data.loader import Loader
@@ -181,15 +181,6 @@ def write_json(file: Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def check_output(folder: Path) -> None:
-    """Raises a ValueError where the output folder is taken, before anything heavy is done."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"the output {str(folder)!r} exists: give a new folder, or remove it")
-    standing = next(above for above in folder.absolute().parents if above.exists())
-    if not standing.is_dir():
-        raise ValueError(f"the output {str(folder)!r} cannot be: {str(standing)!r} is no folder")
-
-
 def check_file(file: Path) -> None:
     """Raises a ValueError where an output file cannot be written, before anything heavy is done."""
     if file.is_dir() or not file.absolute().parent.is_dir():
@@ -213,12 +204,7 @@ def common_base(files: Sequence[Path], metadata: Sequence[Mapping[str, str]], an
 
 def check_base(metadata: Mapping[str, str], base: Pretrained, files: Sequence[Path], any_base: bool) -> None:
     """Raises a ValueError where task vectors were made for other weights than these, unless `any_base`."""
-    own = base.identity()["base_fingerprint"]
-    if metadata.get("base_fingerprint", own) != own and not any_base:
-        raise ValueError(
-            f"{', '.join(repr(str(file)) for file in files)} made for {metadata.get('base_model')!r}, whose weights "
-            f"are not those of {base.name!r}: move there first (tvjax transport), or say --any-base"
-        )
+    check_made_for(metadata, base.name, base.identity()["base_fingerprint"], [str(file) for file in files], any_base)
 
 
 def about_model(model: Pretrained) -> dict[str, str]:

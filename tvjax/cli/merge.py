@@ -51,6 +51,7 @@ def merge(
     from tvjax import arithmetic, tree
     from tvjax import merge as methods
     from tvjax.checkpoints import from_pretrained, map_tree, model_card, save_pretrained, save_tree
+    from tvjax.checkpoints.huggingface import check_new
     from tvjax.cli import inputs
     from tvjax.cli.output import show
     from tvjax.cli.progress import progress
@@ -76,7 +77,7 @@ def merge(
     if as_file:
         inputs.check_file(output)
     else:
-        inputs.check_output(output)
+        check_new(output)
     loaded = [map_tree(file) for file in task_vectors]
     metadata = inputs.common_base(task_vectors, [about for _, about in loaded], any_base)
     base = None

@@ -73,13 +73,14 @@ def plan(
     """
     import jax
 
+    from tvjax import tree
     from tvjax.arithmetic import task_vector
-    from tvjax.checkpoints.huggingface import open_checkpoint
+    from tvjax.checkpoints.huggingface import check_new, open_checkpoint
     from tvjax.cli import inputs
     from tvjax.transport.plan import plan as plan_fit
 
     if output is not None:
-        inputs.check_output(output)
+        check_new(output)
     if save_task_vector is not None:
         inputs.check_file(save_task_vector)
     moving = make_transport(method, recipes.parse_options(options or ()))
@@ -111,11 +112,11 @@ def plan(
     pairing = "uniform" if pairing == "cka" else pairing  # which compares activations; sizes do not depend on it
     found_plan = plan_fit(moving, a, b, pairs, depth=pairing, tokens=tokens)
     result = summary(found_plan, held, [a.params, b.params], number)
-    result["disk"] = {"edited model": bytes_of(held[1])}
+    result["disk"] = {"edited model": tree.nbytes(held[1])}
     if maps is not None:
         result["disk"]["maps"] = found_plan.memory["maps"]
     if save_task_vector is not None:
-        result["disk"]["task vector"] = bytes_of(b.params)
+        result["disk"]["task vector"] = tree.nbytes(b.params)
     notes = ["source layers are paired by cka when they have been run; shown is uniform"] if depth == "cka" else []
     show({**result, "notes": notes}, *texts(result, source, target, method), *notes, as_json=as_json, quiet=quiet)
 
@@ -167,19 +168,12 @@ def parameters(checkpoint: Checkpoint) -> PyTree:
     return tree.nest(leaves)
 
 
-def bytes_of(shapes: PyTree) -> int:
-    """Bytes of all leaves."""
-    import jax
-
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
-
-
 def converted(held: PyTree, tower: PyTree) -> int:
     """Bytes of the float32 parameters of a tower that are stored in another dtype; the others are not held twice."""
     from tvjax import tree
 
     stored = tree.flatten(held)
-    return bytes_of([leaf for path, leaf in tree.flatten(tower).items() if stored[path].dtype != leaf.dtype])
+    return tree.nbytes([leaf for path, leaf in tree.flatten(tower).items() if stored[path].dtype != leaf.dtype])
 
 
 def summary(found: Plan, held: list[PyTree], towers: list[PyTree], images: int) -> dict[str, Any]:
@@ -191,10 +185,12 @@ def summary(found: Plan, held: list[PyTree], towers: list[PyTree], images: int) 
       towers: source and target as they are computed with, in shapes.
       images: how many there are.
     """
+    from tvjax import tree
+
     maps = [planned for stage in found.stages for planned in stage.maps]
     fit = found.memory
-    tau, moved = map(bytes_of, towers)
-    read = bytes_of(held) + sum(converted(*sides) for sides in zip(held, towers, strict=False))
+    tau, moved = map(tree.nbytes, towers)
+    read = tree.nbytes(held) + sum(converted(*sides) for sides in zip(held, towers, strict=False))
     return {
         "leaves": [
             {"link": x.link, "target": x.target, "source": x.source, "action": x.action, "why": x.why}
@@ -219,7 +215,7 @@ def summary(found: Plan, held: list[PyTree], towers: list[PyTree], images: int) 
         "memory": {
             "reading": read,
             "fitting": read + tau + sum(fit[name] for name in ("residual streams", "largest stage", "maps")),
-            "applying": read + tau + fit["maps"] + moved + bytes_of(held[1]),
+            "applying": read + tau + fit["maps"] + moved + tree.nbytes(held[1]),
         },
         "memory of the fit": fit,
     }

@@ -104,6 +104,7 @@ def transport(
         save_pretrained,
         save_tree,
     )
+    from tvjax.checkpoints.huggingface import check_new
     from tvjax.cli import inputs
     from tvjax.cli.progress import progress
     from tvjax.data.loader import Loader
@@ -113,7 +114,7 @@ def transport(
     from tvjax.transport import fit
 
     given = recipes.parse_options(options or ())
-    inputs.check_output(output)
+    check_new(output)
     if save_task_vector is not None:
         inputs.check_file(save_task_vector)
     moving = make_transport(method, given)
@@ -127,7 +128,8 @@ def transport(
         found = read_calibration(moving, inputs.images_of(images, task, "train"), prompts)
         found = inputs.draw_images(found, per_class, select, seed, inputs.embeddings(target, batch_size))
     held_out = None if validation is None else inputs.read_images(validation, prompts, "choosing a scale")
-    about: dict[str, object] = {"images": None if found is None else inputs.record(found)}
+    looked_at = None if found is None else inputs.record(found)
+    about: dict[str, object] = {"images": looked_at}
 
     loaded, towers, views = [], [], []
     for name in (source, target):
@@ -148,8 +150,8 @@ def transport(
         depends_on = {"method": method, "options": json.dumps(given, sort_keys=True), "batch size": str(batch_size)}
         depends_on |= {"depth": depth, "tokens": tokens}
         depends_on |= {"source": base.identity()["base_fingerprint"], "target": receiver.identity()["base_fingerprint"]}
-        if found is not None:
-            depends_on["images"] = found.sha256()
+        if looked_at is not None:
+            depends_on["images"] = looked_at["sha256"]
         if found is not None and moving.needs_gradients:
             depends_on |= {"classes": json.dumps(found.class_names), "prompts": json.dumps(prompts.templates)}
         store = TransportStore(maps, depends_on)
@@ -171,7 +173,7 @@ def transport(
         receiver.identity(),
         inputs={name: inputs.about_model(model) for name, model in ((source, base), (finetuned, tuned))},
         settings={"method": method, "scale": scale, "depth": depth, "tokens": tokens, **given},
-        results={"images": about["images"]} if found is not None else None,
+        results=None if looked_at is None else {"images": looked_at},
     )
     save_pretrained(receiver.with_params(apply(receiver.params, moved, scale)), output, card=card)
     norms = {"source": float(tree.norm(tau)), "target": float(tree.norm(moved))}

@@ -127,10 +127,10 @@ def plan(
     state = jax.eval_shape(traced, source, target, list(batches))
     order = [stages[stage.name] for stage in target.stages if stage.name in stages]
     memory = {
-        "parameters": _bytes((source.params, target.params)),
+        "parameters": tree.nbytes((source.params, target.params)),
         "residual streams": streams,
         "largest stage": max(stage.size for stage in order),
-        "maps": _bytes([part.arrays for part in state.parts]),
+        "maps": tree.nbytes([part.arrays for part in state.parts]),
         "task vectors": sum(4 * math.prod(x.shape) for m in (source, target) for x in jax.tree.leaves(m.params)),
     }
     return Plan(tuple(order), tuple(leaf_report(state)), memory)
@@ -255,9 +255,5 @@ def _activations(table: SiteTable, gradients: bool) -> int:
 def _streams(transport: Transport, walk: Walk) -> int:
     """Bytes of what a model's stages take and return, with the gradients where they are read."""
     fresh = Walk(walk.model, walk.batches)
-    carries = sum(_bytes(fresh.carries(index)) for index in range(len(walk.model.stages) + 1))
+    carries = sum(tree.nbytes(fresh.carries(index)) for index in range(len(walk.model.stages) + 1))
     return carries * (2 if transport.needs_gradients else 1)
-
-
-def _bytes(arrays: Any) -> int:
-    return sum(math.prod(jnp.shape(x)) * jnp.result_type(x).itemsize for x in jax.tree.leaves(arrays))
