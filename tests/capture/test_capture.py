@@ -307,12 +307,13 @@ def reported(function, params, *args):
         (lambda p, x: jax.lax.cond(x.sum() > 0, lambda w: x @ w, lambda w: x @ w.T, p["w"]), "cond"),
         (lambda p, x: jax.lax.while_loop(lambda c: c[1] < 3, lambda c: (c[0] @ p["w"], c[1] + 1), (x, 0))[0], "while"),
         (lambda p, x: p["w"][jnp.argmax(x, axis=-1)], "gather"),
-        (lambda p, x: x @ (p["w"] * 0.5), "mul with a constant"),
+        (lambda p, x: x @ (p["w"] * p["w"]), "mul of two parameters"),
+        (lambda p, x: x @ (p["w"] / jnp.linalg.norm(p["w"])), "two parameters"),
+        (lambda p, x: jnp.ones((5, 4)) @ p["w"] + x, "dot_general with a constant"),
         (lambda p, x: x @ (p["w"] @ p["w"]), "dot_general of two parameters"),
         (lambda p, x: x @ jnp.exp(p["w"]), "exp"),
         (lambda p, x: jnp.concatenate([x, p["w"]]), "concatenate"),
         (lambda p, x: jax.lax.scan(lambda w, _: (w * 0.9, x @ w), p["w"], None, length=2)[1], "carry of a scan"),
-        (lambda p, x: x @ jax.lax.stop_gradient(p["w"]), "stop_gradient"),
     ],
 )
 def test_what_has_no_rule_is_reported_by_leaf(function, reason):

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tvjax import tree
+from tvjax.capture.finder import sites
 from tvjax.capture.probe import Captured, capture_gradients
-from tvjax.capture.sites import Site, sites
+from tvjax.capture.sites import Site
 from tvjax.capture.views import transpose_view
 
 PyTree = Any
@@ -44,6 +45,9 @@ def gradient_from_sites(loss: Callable[..., Any], params: PyTree, *args: Any) ->
     total: dict[str, jax.Array] = {}
     for site in table.sites:
         if site.path in table.unclassified:
+            continue
+        if site.stopped:
+            total.setdefault(site.path, jnp.zeros(leaves[site.path].shape, jnp.float32))
             continue
         part = transpose_view(site.view, site_gradient(site, captured), leaves[site.path].shape)
         total[site.path] = total[site.path] + part if site.path in total else part

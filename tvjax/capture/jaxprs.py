@@ -87,6 +87,25 @@ def body(eqn: Any) -> Region:
     return flat_region(eqn.params["jaxpr"])
 
 
+def called(eqn: Any) -> Region | None:
+    """The region of a function with a derivative rule of its own, whose operands are the equation's; else None."""
+    for name in ("call_jaxpr", "fun_jaxpr") if eqn.primitive.name.startswith("custom_") else ():
+        if name in eqn.params:
+            return flat_region(eqn.params[name])
+    return None
+
+
+def live(region: Region, wanted: Sequence[bool]) -> list[Any]:
+    """The equations that the wanted results (or an effect) need; what code computes and drops is left out."""
+    needed = {atom for atom, want in zip(region.results, wanted, strict=True) if want and isinstance(atom, Var)}
+    kept = []
+    for eqn in reversed(region.eqns):
+        if eqn.effects or needed.intersection(eqn.outvars):
+            kept.append(eqn)
+            needed.update(atom for atom in eqn.invars if isinstance(atom, Var))
+    return kept[::-1]
+
+
 def scan_operands(eqn: Any) -> tuple[int, int]:
     """How many operands of a scan are constants, and how many its carry; the rest is scanned over."""
     if "ft_in" in eqn.params:  # JAX >= 0.12

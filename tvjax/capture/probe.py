@@ -15,7 +15,9 @@ from jax import lax
 from jax.extend.core import Literal
 
 from tvjax.capture import jaxprs
-from tvjax.capture.sites import Layout, Plan, Site, SiteTable, plan_of
+from tvjax.capture.finder import plan_of
+from tvjax.capture.layout import Instrumentation, from_rows, to_rows
+from tvjax.capture.sites import Site, SiteTable
 
 PyTree = Any
 
@@ -57,21 +59,8 @@ def _shared_to_rows(array: jax.Array, site: Site) -> jax.Array:
     return array.reshape(*array.shape[:lead], -1, array.shape[-1])
 
 
-def to_rows(value: jax.Array, layout: Layout) -> jax.Array:
-    """A value as ``[*batch, rows, features]``."""
-    sizes = layout.sizes(value.shape)
-    return jnp.transpose(value, (*layout.batch, *layout.rows, *layout.features)).reshape(sizes)
-
-
-def from_rows(rows: jax.Array, layout: Layout, shape: Sequence[int]) -> jax.Array:
-    """The inverse of `to_rows` for a value of this shape."""
-    order = (*layout.batch, *layout.rows, *layout.features)
-    inverse = tuple(order.index(i) for i in range(len(order)))
-    return jnp.transpose(rows.reshape([shape[i] for i in order]), inverse)
-
-
 def run(
-    plan: Plan, arguments: Sequence[Any], probes: dict[str, jax.Array], roles: frozenset[str]
+    plan: Instrumentation, arguments: Sequence[Any], probes: dict[str, jax.Array], roles: frozenset[str]
 ) -> tuple[list[Any], dict[str, jax.Array]]:
     """Evaluates a plan: the results of its region, and the activations whose role is wanted, by name."""
     region = plan.region
@@ -105,7 +94,7 @@ def run(
 
 
 def _run_inner(
-    eqn: Any, plan: Plan, operands: list[Any], probes: dict[str, jax.Array], roles: frozenset[str]
+    eqn: Any, plan: Instrumentation, operands: list[Any], probes: dict[str, jax.Array], roles: frozenset[str]
 ) -> tuple[list[Any], dict[str, jax.Array]]:
     own = {name: probes[name] for name in plan.shapes if name in probes}
     if eqn.primitive.name in jaxprs.REMAT:
@@ -143,7 +132,7 @@ class Instrumented(NamedTuple):
     """
 
     table: SiteTable
-    plan: Plan
+    plan: Instrumentation
     output_tree: Any
 
     def probes(self) -> dict[str, jax.Array]:
@@ -157,9 +146,11 @@ class Instrumented(NamedTuple):
         probes: dict[str, jax.Array] | None = None,
         inputs: bool = True,
         outputs: bool = True,
+        patches: bool = False,
     ) -> tuple[PyTree, dict[str, jax.Array]]:
         """What the function returns, and its activations by name; with probes added where they are given."""
-        roles = frozenset(role for role, wanted in (("input", inputs), ("output", outputs)) if wanted)
+        wanted = (("input", inputs), ("output", outputs), ("patches", patches))
+        roles = frozenset(role for role, want in wanted if want)
         arguments = jax.tree.leaves((params, *args))
         results, captured = run(self.plan, arguments, probes or {}, roles)
         return jax.tree.unflatten(self.output_tree, results), captured
@@ -181,7 +172,7 @@ def capture(function: Callable[..., Any], params: PyTree, *args: Any) -> tuple[P
     >>> {name: array.shape for name, array in seen.activations.items()}
     {'kernel#0:in': (5, 3), 'kernel#0:out': (5, 2)}
     """
-    out, activations = instrument(function, params, *args)(params, *args)
+    out, activations = instrument(function, params, *args)(params, *args, patches=True)
     return out, Captured(activations, {})
 
 
@@ -197,6 +188,6 @@ def capture_gradients(loss: Callable[..., Any], params: PyTree, *args: Any) -> t
     """
     observed = instrument(loss, params, *args)
     (value, activations), gradients = jax.value_and_grad(
-        lambda probes: observed(params, *args, probes=probes), has_aux=True
+        lambda probes: observed(params, *args, probes=probes, patches=True), has_aux=True
     )(observed.probes())
     return value, Captured(activations, gradients)

@@ -1,8 +1,8 @@
 """View operations: how a parameter is seen by the operation that reads it.
 
 A `View` is a tuple of steps, hashable, that leads from a leaf to the array that an equation takes: transpositions,
-reshapes, slices, broadcasts. Casts and sharding constraints are left out: they move no entry. Step ``("each",)`` says
-that what follows happens to each element of the first axis (a scan over stacked layers).
+reshapes, slices, broadcasts, products with constants. Casts and sharding constraints are left out: they move no entry.
+Step ``("each",)`` says that what follows happens to each element of the first axis (a scan over stacked layers).
 """
 
 from __future__ import annotations
@@ -18,14 +18,39 @@ from jax import lax
 Step = tuple[Any, ...]
 View = tuple[Step, ...]
 
-TRANSPARENT = ("convert_element_type", "copy", "copy_p", "sharding_constraint", "reduce_precision", "pvary")
+# Entries stay as they are and where they are.
+TRANSPARENT = (
+    *("convert_element_type", "copy", "copy_p", "sharding_constraint", "reshard", "reduce_precision", "pvary", "name"),
+    *("optimization_barrier", "stop_gradient"),
+)
+
+
+class Constant:
+    """An array in a view: compared and hashed by its entries.
+
+    >>> Constant(np.ones(2)) == Constant(np.ones(2)), Constant(np.ones(2)) == Constant(np.zeros(2))
+    (True, False)
+    """
+
+    def __init__(self, array: Any):
+        self.array = np.asarray(array)
+        self._key = self.array.shape, self.array.dtype.name, self.array.tobytes()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constant) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __repr__(self) -> str:
+        return f"Constant({self.array.dtype.name}{list(self.array.shape)})"
 
 
 def step_of(eqn: Any) -> View | None:
     """The step that a view equation makes of its first operand, () where entries stay; None if it is no view."""
     name, params = eqn.primitive.name, eqn.params
     shape_in = eqn.invars[0].aval.shape if eqn.invars else ()
-    if name in TRANSPARENT:
+    if name in TRANSPARENT and len(eqn.invars) == 1:
         return ()
     if len(eqn.invars) != 1 or len(eqn.outvars) != 1:
         return None
@@ -44,7 +69,29 @@ def step_of(eqn: Any) -> View | None:
         return (("slice", tuple(params["start_indices"]), tuple(params["limit_indices"]), tuple(strides)),)
     if name == "rev":
         return (("rev", tuple(params["dimensions"])),)
+    if name == "neg":
+        return (("times", -1.0),)
+    if name == "tile":
+        reps = tuple(params["reps"])
+        spread = tuple(n for pair in zip(reps, shape_in, strict=True) for n in pair)
+        return (("broadcast", spread, tuple(range(1, len(spread), 2))), ("reshape", shape_out))
     return None
+
+
+def unstack_step(eqn: Any, index: int) -> View:
+    """The element of an axis that output `index` of an `unstack` equation is."""
+    return index_step(eqn.invars[0].aval.shape, eqn.params["axis"], index)
+
+
+def index_step(shape: Sequence[int], axis: int, index: int) -> View:
+    """Element `index` of an axis, which is left out of the result.
+
+    >>> index_step((2, 3), 0, 1)
+    (('slice', (1, 0), (2, 3), (1, 1)), ('reshape', (3,)))
+    """
+    start = tuple(index if i == axis else 0 for i in range(len(shape)))
+    limit = tuple(index + 1 if i == axis else n for i, n in enumerate(shape))
+    return (("slice", start, limit, (1,) * len(shape)), ("reshape", tuple(n for i, n in enumerate(shape) if i != axis)))
 
 
 def split_step(eqn: Any, index: int) -> View:
@@ -76,6 +123,11 @@ def apply_view(view: View, array: jax.Array) -> jax.Array:
             array = lax.slice(array, *step[1:])
         elif kind == "rev":
             array = lax.rev(array, step[1])
+        elif kind == "times":
+            factor = step[1].array if isinstance(step[1], Constant) else step[1]
+            array = array * jnp.asarray(factor, array.dtype)
+        elif kind == "take":
+            array = array[np.array(step[1])]
         else:
             raise AssertionError(f"unknown view step {kind!r}")
     return array
@@ -91,6 +143,22 @@ def transpose_view(view: View, array: jax.Array, shape: Sequence[int]) -> jax.Ar
     """
     leaf = jax.ShapeDtypeStruct(tuple(shape), array.dtype)
     return jax.linear_transpose(lambda x: apply_view(view, x), leaf)(array)[0]
+
+
+def restore_view(view: View, array: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """What a leaf of this shape must hold for its view to be `array`, in the entries that the view reaches.
+
+    The pseudo-inverse of the view V as a linear map, ``V^T y / V^T V 1``: each row of V has one entry. An entry of the
+    leaf that the view repeats is the mean of its copies, one that meets a zero stays zero.
+
+    >>> restore_view((("times", 0.5),), jnp.ones(2), (2,))
+    Array([2., 2.], dtype=float32)
+    """
+    moved = transpose_view(view, array, shape)
+    if not any(step[0] in ("times", "broadcast", "take") for step in view):
+        return moved
+    weight = transpose_view(view, apply_view(view, jnp.ones(shape, array.dtype)), shape)
+    return jnp.where(weight != 0, moved / jnp.where(weight != 0, weight, 1), 0)
 
 
 def is_slice(view: View) -> bool:
@@ -116,6 +184,8 @@ def follow_axes(view: View, shape: Sequence[int], axes: Sequence[int]) -> tuple[
             if moved is None:
                 return None
             kept, shape = moved, step[1]
+        elif step[0] == "times":
+            continue
         elif step[0] == "broadcast":
             if any(shape[axis] != step[1][step[2][axis]] for axis in kept):
                 return None
@@ -128,6 +198,60 @@ def follow_axes(view: View, shape: Sequence[int], axes: Sequence[int]) -> tuple[
         else:
             return None
     return kept
+
+
+def shape_after(view: View, shape: Sequence[int]) -> tuple[int, ...]:
+    """Shape of what a view makes of an array of this shape.
+
+    >>> shape_after((("slice", (0, 0), (2, 3), (1, 1)), ("reshape", (6,))), (4, 3))
+    (6,)
+    """
+    return jax.eval_shape(lambda x: apply_view(view, x), jax.ShapeDtypeStruct(tuple(shape), jnp.float32)).shape
+
+
+def restrict(view: View, shape: Sequence[int], axes: Sequence[int]) -> View | None:
+    """What a view of an array does to some of its axes, as a view of the vector of their entries.
+
+    Args:
+      view: transpositions, reshapes and slices.
+      shape: of the array.
+      axes: ascending; the others must stay as they are.
+
+    Returns:
+      From ``[prod(shape[axes])]`` to the vector of what is left of these axes; None where they mix with others.
+
+    >>> restrict((("reshape", (5, 3, 2)), ("slice", (0, 1, 0), (5, 2, 2), (1, 1, 1))), (5, 6), (1,))
+    (('reshape', (3, 2)), ('slice', (1, 0), (2, 2), (1, 1)), ('reshape', (2,)))
+    """
+    shape = tuple(shape)
+    kept = tuple(i for i in axes if shape[i] != 1)
+    inner: View = ()
+    if len(kept) != 1:
+        inner += (("reshape", tuple(shape[i] for i in kept)),)
+    for step in view:
+        if step[0] == "transpose":
+            order = [kept.index(i) for i in step[1] if i in kept]
+            inner += (("transpose", tuple(order)),) if order != sorted(order) else ()
+            kept = tuple(position for position, i in enumerate(step[1]) if i in kept)
+            shape = tuple(shape[i] for i in step[1])
+        elif step[0] == "reshape":
+            moved = _axes_after_reshape(shape, step[1], kept)
+            if moved is None:
+                return None
+            before, after = tuple(shape[i] for i in kept), tuple(step[1][i] for i in moved)
+            inner += (("reshape", after),) if before != after else ()
+            kept, shape = moved, step[1]
+        elif step[0] == "slice":
+            start, limit, strides = step[1:]
+            after = tuple(-(-(b - a) // s) for a, b, s in zip(start, limit, strides, strict=True))
+            if any(n != m for i, (n, m) in enumerate(zip(shape, after, strict=True)) if i not in kept):
+                return None
+            inner += (("slice", *(tuple(x[i] for i in kept) for x in (start, limit, strides))),)
+            shape = after
+        else:
+            return None
+    size = int(np.prod([shape[i] for i in kept], dtype=int))
+    return inner if len(kept) == 1 else (*inner, ("reshape", (size,)))
 
 
 def _axes_after_reshape(before: Sequence[int], after: Sequence[int], axes: Sequence[int]) -> tuple[int, ...] | None:
