@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tvjax import Batch, Model, Rows, Stage, bico, fit, leaf_report, single_stage, theseus, tree
+from tvjax import Batch, Model, Stage, Stream, bico, fit, leaf_report, single_stage, theseus, tree
 from tvjax.stages import layer_groups, local_params, owner_paths, reindex, run_stage
 
 
@@ -84,7 +84,7 @@ def test_a_model_without_a_loss_says_so():
 
 
 def test_rows_count_the_tokens_of_their_grid():
-    assert Rows(1, (2, 3)).tokens == 7 and Rows().tokens is None
+    assert Stream(1, (2, 3)).tokens == 7 and Stream().tokens is None
 
 
 # -- functions of any make as models of one stage ---------------------------------------------------------------------

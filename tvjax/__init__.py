@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tvjax import capture, compose, merge, transport, tree
     from tvjax.arithmetic import add, analogy, apply, interpolate, negate, scale, task_vector
-    from tvjax.stages import Batch, Model, Rows, Stage, single_stage
+    from tvjax.stages import Batch, Model, Stage, Stream, single_stage
     from tvjax.transport.base import State, Transport, chain, identity, scale_by
     from tvjax.transport.bico import bico
     from tvjax.transport.fit import fit, transport_stages
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # Public names by module, imported on first use: the command line starts without JAX.
 _NAMES = {
     "arithmetic": ("add", "analogy", "apply", "interpolate", "negate", "scale", "task_vector"),
-    "stages": ("Batch", "Model", "Rows", "Stage", "single_stage"),
+    "stages": ("Batch", "Model", "Stream", "Stage", "single_stage"),
     "transport": (
         *("State", "Transport", "bico", "chain", "fit", "gradfix", "identity", "leaf_report", "orthogonal_shift"),
         *("scale_by", "theseus", "transfusion", "transport_stages"),
@@ -44,7 +44,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "Batch",
     "Model",
-    "Rows",
+    "Stream",
     "Stage",
     "State",
     "Transport",

@@ -8,7 +8,7 @@ so XLA compiles one block, not L; each stage says which leaves of the parameters
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,8 +19,8 @@ from tvjax import tree
 PyTree = Any
 
 
-class Rows(NamedTuple):
-    """Layout of the token axis of the activations of a stage (``[batch, tokens, features]``).
+class Stream(NamedTuple):
+    """Layout of one token axis of the activations of a stage (``[batch, tokens, features]``).
 
     Attributes:
       special: how many tokens come before the patch grid (class token, registers).
@@ -48,7 +48,8 @@ class Stage:
       paths: ``(local, global)`` prefixes: the subtree of the model's parameters at ``global`` is given to the function
         at ``local`` (``""``: the whole tree). What two stages share is a tied leaf; the first of them owns it.
       group: stages of one group are the layers that depth pairing matches (``vision/blocks``).
-      rows: layout of the token axis inside the stage.
+      streams: layout of the token axis inside the stage; where the carry holds several (encoder and decoder), a mapping
+        from the carry's leaf (``"hidden"``) to the layout of its tokens.
       fixed: local paths of kernels (or biases) whose outputs have a meaning of their own, such as classes or a shared
         embedding: their output is never rotated.
     """
@@ -57,8 +58,28 @@ class Stage:
     function: Callable[[PyTree, PyTree], PyTree]
     paths: tuple[tuple[str, str], ...] = (("", ""),)
     group: str = ""
-    rows: Rows = Rows()
+    streams: Stream | Mapping[str, Stream] | tuple[tuple[str, Stream], ...] = Stream()
     fixed: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.streams, Mapping):  # hashable, as all that is static
+            object.__setattr__(self, "streams", tuple(self.streams.items()))
+
+    def stream(self, carried: str) -> Stream:
+        """The layout of the tokens of a leaf of the carry.
+
+        Raises:
+          ValueError: the stage declares streams, and none for this leaf.
+        """
+        if isinstance(self.streams, Stream):
+            return self.streams
+        known = dict(self.streams)
+        if carried not in known:
+            raise ValueError(
+                f"stage {self.name!r} has rows that are tokens of {carried!r}, and declares the streams "
+                f"{sorted(known)}: add {carried!r}"
+            )
+        return known[carried]
 
 
 def _no_loss(loss_params: PyTree, outputs: PyTree, labels: PyTree) -> jax.Array:
@@ -146,7 +167,7 @@ def single_stage(
     *,
     loss: Callable[[PyTree, PyTree, PyTree], jax.Array] = _no_loss,
     loss_params: PyTree = None,
-    rows: Rows | None = None,
+    streams: Stream | Mapping[str, Stream] | None = None,
     fixed: tuple[str, ...] = (),
 ) -> Model:
     """A plain function ``function(params, inputs) -> outputs`` as a model of one stage.
@@ -156,15 +177,18 @@ def single_stage(
       params: any pytree of parameters.
       loss: ``(loss_params, outputs, labels) -> [batch]``.
       loss_params: arrays of the loss.
-      rows: layout of the token axis of its activations.
+      streams: layout of the token axis of its activations, or of several, by the input that they belong to.
       fixed: paths of kernels whose outputs have a meaning of their own.
+
+    The memory of a fit grows with what one stage computes, so with the depth of a scanned stack; a stack that is taken
+    apart into stages (`tvjax.unstack`) needs that of one layer.
 
     >>> import jax.numpy as jnp
     >>> model = single_stage(lambda p, x: x @ p["kernel"], {"kernel": jnp.ones((3, 2))})
     >>> model(jnp.ones((5, 3))).shape
     (5, 2)
     """
-    return Model(params, (Stage("model", function, rows=rows or Rows(), fixed=fixed),), loss, loss_params)
+    return Model(params, (Stage("model", function, streams=streams or Stream(), fixed=fixed),), loss, loss_params)
 
 
 def layer_groups(model: Model) -> dict[str, tuple[Stage, ...]]:

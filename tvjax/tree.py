@@ -70,17 +70,32 @@ def map_with_path(function: Callable[..., Any], tree: PyTree, *rest: PyTree) -> 
 
 
 def get(tree: PyTree, prefix: str) -> PyTree:
-    """The subtree of nested dicts at a path prefix; ``""`` is the whole tree.
+    """The subtree at a path prefix; ``""`` is the whole tree.
+
+    Any pytree: dicts, lists, modules and states of Flax and Equinox; a key may itself contain ``/``, as Haiku's do.
 
     >>> get({"a": {"b": 1}}, "a")
     {'b': 1}
+    >>> get({"mlp/~/linear": [{"w": 1}]}, "mlp/~/linear/0")
+    {'w': 1}
     """
-    node = tree
-    for key in prefix.split("/") if prefix else ():
-        if not isinstance(node, Mapping) or key not in node:
-            raise ValueError(f"no subtree {prefix!r}: {key!r} is missing, found {sorted(node)[:8]}")
-        node = node[key]
-    return node
+    if not prefix:
+        return tree
+    children = _children(tree)
+    for name, child in children.items():
+        if prefix == name:
+            return child
+        if prefix.startswith(f"{name}/"):
+            return get(child, prefix[len(name) + 1 :])
+    raise ValueError(f"no subtree {prefix!r}: {prefix.split('/')[0]!r} is missing, found {sorted(children)[:8]}")
+
+
+def _children(node: PyTree) -> dict[str, PyTree]:
+    """What a node of a tree holds, by the name of its key."""
+    if isinstance(node, Mapping):
+        return {str(key): child for key, child in node.items()}
+    below = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
+    return {path_string(key_path): child for key_path, child in below if key_path}
 
 
 def put(tree: dict[str, Any], prefix: str, subtree: PyTree) -> PyTree:
@@ -279,6 +294,23 @@ def nbytes(tree: PyTree) -> int:
     12
     """
     return sum(math.prod(jnp.shape(leaf)) * jnp.result_type(leaf).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def check_arrays(tree: PyTree) -> None:
+    """Raises a ValueError unless every leaf is an array or a number.
+
+    >>> check_arrays({"kernel": 1.0, "activation": abs})
+    Traceback (most recent call last):
+    ...
+    ValueError: the leaf 'activation' is a builtin_function_or_method and no array: split off what is static first, such
+    as params, static = equinox.partition(model, equinox.is_array), and put it back inside the function
+    """
+    for path, leaf in flatten(tree).items():
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")) and not isinstance(leaf, int | float | complex):
+            raise ValueError(
+                f"the leaf {path!r} is a {type(leaf).__name__} and no array: split off what is static first, such as "
+                "params, static = equinox.partition(model, equinox.is_array), and put it back inside the function"
+            )
 
 
 def is_traced(tree: PyTree) -> bool:

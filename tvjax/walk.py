@@ -155,7 +155,7 @@ def _is_floating(array: Any) -> bool:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _observe(function: Any, names: frozenset[str], params: PyTree, carry: PyTree) -> dict[str, jax.Array]:
-    _, activations = instrument(function, params, carry)(params, carry)
+    _, activations = instrument(function, params, carry)(params, carry, patches=True)
     return {name: activations[name] for name in names}
 
 
@@ -174,7 +174,7 @@ def _observe_gradients(
     probes = {name: probe for name, probe in observed.probes().items() if name in gradients}
 
     def forward(probes: dict[str, jax.Array], moving: list[jax.Array]) -> Any:
-        out, seen = observed(params, rebuild(moving) if downwards else carry, probes=probes)
+        out, seen = observed(params, rebuild(moving) if downwards else carry, probes=probes, patches=True)
         return differentiable(out)[0], {name: seen[name] for name in activations}
 
     out, pull, seen = jax.vjp(forward, probes, floating if downwards else [], has_aux=True)

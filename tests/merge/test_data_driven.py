@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tvjax import Batch, Model, Stage, merge, tree
-from tvjax.stages import Rows, single_stage
+from tvjax.stages import Stream, single_stage
 
 
 def draw(seed, *shape):
@@ -143,7 +143,7 @@ def cross_entropy(_, outputs, labels):
     return -jnp.take_along_axis(jax.nn.log_softmax(outputs["scores"]), labels[:, None], 1)[:, 0]
 
 
-def make_model(tied=False, rows=Rows()):  # noqa: B008
+def make_model(tied=False, streams=Stream()):  # noqa: B008
     def layer(seed):
         kernel, bias = draw(seed, 4, 6), draw(seed + 1, 6)
         return {"up": {"kernel": kernel, "bias": bias}, "gate": draw(seed + 2, 4, 6), "down": draw(seed + 3, 6, 4)}
@@ -155,8 +155,8 @@ def make_model(tied=False, rows=Rows()):  # noqa: B008
     }
     paths = (("", "head"), ("first", "blocks/0")) if tied else (("", "head"),)
     stages = (
-        Stage("embed", embed, (("", "embed"),), rows=rows),
-        *(Stage(f"blocks/{i}", block, (("", f"blocks/{i}"),), "blocks", rows=rows) for i in range(2)),
+        Stage("embed", embed, (("", "embed"),), streams=streams),
+        *(Stage(f"blocks/{i}", block, (("", f"blocks/{i}"),), "blocks", streams=streams) for i in range(2)),
         Stage("head", tied_head if tied else head, paths),
     )
     return Model(jax.tree.map(jnp.asarray, params), stages, cross_entropy)
@@ -203,7 +203,7 @@ def test_gram_matrices_of_a_model(host):
 
 
 def test_padding_rows_do_not_count():
-    model, batches = make_model(rows=Rows(mask="real")), make_batches()
+    model, batches = make_model(streams=Stream(mask="real")), make_batches()
     found = merge.input_grams(model, batches).matrices
     rows, real = activations(model, batches)
     assert 0 < real.sum() < len(real)

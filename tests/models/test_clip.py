@@ -7,7 +7,7 @@ import pytest
 
 from tvjax.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, clip, init, text_model, vision_model
 from tvjax.models.clip.modeling import end_position
-from tvjax.stages import Rows
+from tvjax.stages import Stream
 
 VISION = CLIPVisionConfig(8, 16, 2, 2, image_size=8, patch_size=4, projection_dim=4)
 TEXT = CLIPTextConfig(16, 8, 16, 2, 2, max_position_embeddings=6, eos_token_id=15, projection_dim=4)
@@ -27,8 +27,9 @@ def test_stages_declare_their_rows_and_what_is_fixed(model):
         *("text/embeddings", "text/blocks/0", "text/blocks/1", "text/head"),
         "logits",
     ]
-    assert stages["vision/blocks/1"].rows == Rows(special=1, grid=(2, 2)) and stages["vision/blocks/1"].rows.tokens == 5
-    assert stages["text/blocks/1"].rows == Rows(mask="mask")
+    assert stages["vision/blocks/1"].streams == Stream(special=1, grid=(2, 2))
+    assert stages["vision/blocks/1"].streams.tokens == 5
+    assert stages["text/blocks/1"].streams == Stream(mask="mask")
     assert [name for name, stage in stages.items() if stage.group == "vision/blocks"] == list(stages)[1:3]
     assert not any(stage.fixed for stage in model.stages)  # two CLIPs have embedding spaces of their own
 

@@ -167,7 +167,7 @@ def test_tokens_that_cannot_be_aligned(tiny):
         stages=tuple(stage.__class__(stage.name, stage.function, stage.paths, stage.group) for stage in fine.stages)
     )
     pairs = list(zip(tiny.make_batches(1), tiny.make_batches(1, image=12), strict=True))
-    with pytest.raises(ValueError, match="tokens cannot be aligned: A has 5 tokens.*B has 10 tokens.*Rows"):
+    with pytest.raises(ValueError, match="tokens cannot be aligned: A has 5 tokens.*B has 10 tokens.*Stream"):
         fit(theseus(), tiny.a, bare, pairs)
 
 

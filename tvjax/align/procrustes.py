@@ -1,6 +1,6 @@
 """Orthogonal Procrustes: the partial isometry that turns one activation space into another.
 
-Rows ``H_A [n, d_a]`` and ``H_B [n, d_b]`` see the same tokens. With the cross-moment ``C = H_A^T H_B = U S V^T`` the
+Stream ``H_A [n, d_a]`` and ``H_B [n, d_b]`` see the same tokens. With the cross-moment ``C = H_A^T H_B = U S V^T`` the
 map is the polar factor ``R = U V^T [d_a, d_b]``: it maximises ``tr(R^T C)`` among partial isometries, and minimises
 ``||H_A R - H_B||_F`` when it is full rank and ``d_a <= d_b`` (Schoenemann, Psychometrika 1966; section 3 of Theseus,
 arXiv 2602.12952).

@@ -1,6 +1,6 @@
 """Token alignment: linear operators on the token axis that bring two layouts of one image to the same rows.
 
-Two models may cut an image into different numbers of patches. Rows can only be compared one to one, so A's tokens are
+Two models may cut an image into different numbers of patches. Stream can only be compared one to one, so A's tokens are
 resampled to B's, or both are reduced to one token. Every operator is a matrix ``[tokens', tokens]`` whose rows sum to
 one: it acts on activations and on their gradients alike, and None stands for the identity.
 """
@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from tvjax.align.products import product, wide
-from tvjax.stages import Rows
+from tvjax.stages import Stream
 
 Mode = Literal["interpolate", "class_token", "mean"]
 
@@ -31,7 +31,7 @@ class Alignment(NamedTuple):
     b: np.ndarray | None = None
 
 
-def alignment(rows_a: Rows, rows_b: Rows, tokens_a: int, tokens_b: int, mode: Mode = "interpolate") -> Alignment:
+def alignment(rows_a: Stream, rows_b: Stream, tokens_a: int, tokens_b: int, mode: Mode = "interpolate") -> Alignment:
     """The operators that align A's tokens with B's; identities where the two layouts are the same.
 
     A patch grid is recognised where the token count is that of the layout, with its special tokens or without them
@@ -53,7 +53,7 @@ def alignment(rows_a: Rows, rows_b: Rows, tokens_a: int, tokens_b: int, mode: Mo
       ValueError: an unknown mode, different counts without grids on both sides, or no special token for
         ``"class_token"``.
 
-    >>> small, large = Rows(special=1, grid=(1, 1)), Rows(special=1, grid=(2, 2))
+    >>> small, large = Stream(special=1, grid=(1, 1)), Stream(special=1, grid=(2, 2))
     >>> alignment(small, large, 2, 5).a.tolist()
     [[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]]
     >>> alignment(large, large, 5, 5)
@@ -71,11 +71,11 @@ def alignment(rows_a: Rows, rows_b: Rows, tokens_a: int, tokens_b: int, mode: Mo
     found = f"A has {tokens_a} tokens of {rows_a}, B has {tokens_b} tokens of {rows_b}"
     if mode == "class_token":
         if not (rows_a.special and rows_b.special):
-            raise ValueError(f'no class token to align by: {found}. Use mode="mean", or declare Rows(special=1, ...)')
+            raise ValueError(f'no class token to align by: {found}. Use mode="mean", or declare Stream(special=1, ...)')
         return Alignment(np.eye(1, tokens_a, dtype=np.float32), np.eye(1, tokens_b, dtype=np.float32))
     if layout_a is None or layout_b is None:
         raise ValueError(
-            f"tokens cannot be aligned: {found}. Declare the patch grid of both stages in their Rows, "
+            f"tokens cannot be aligned: {found}. Declare the patch grid of both stages in their Stream, "
             'or use mode="class_token" or "mean"'
         )
     (special_a, grid_a), (special_b, grid_b) = layout_a, layout_b
@@ -125,7 +125,7 @@ def align(operator: np.ndarray | Array | None, activations: Array, mask: Array |
     return summed / jnp.where(present, share, 1)[..., None], present.astype(summed.dtype)
 
 
-def interpolate_positions(table: Array, rows_a: Rows, rows_b: Rows) -> Array:
+def interpolate_positions(table: Array, rows_a: Stream, rows_b: Stream) -> Array:
     """A position table resized to another patch grid, bilinearly; the special tokens' rows stay as they are.
 
     Args:
@@ -141,7 +141,7 @@ def interpolate_positions(table: Array, rows_a: Rows, rows_b: Rows) -> Array:
 
     >>> import jax.numpy as jnp
     >>> table = jnp.array([[9.0], [1.0], [2.0]])
-    >>> interpolate_positions(table, Rows(1, (1, 2)), Rows(1, (1, 4))).ravel().tolist()
+    >>> interpolate_positions(table, Stream(1, (1, 2)), Stream(1, (1, 4))).ravel().tolist()
     [9.0, 1.0, 1.25, 1.75, 2.0]
     """
     if rows_a.grid is None or rows_b.grid is None or rows_a.special != rows_b.special:
@@ -156,7 +156,7 @@ def interpolate_positions(table: Array, rows_a: Rows, rows_b: Rows) -> Array:
     return product(operator, table).astype(table.dtype)
 
 
-def _layout(rows: Rows, tokens: int) -> tuple[int, tuple[int, int]] | None:
+def _layout(rows: Stream, tokens: int) -> tuple[int, tuple[int, int]] | None:
     """Special tokens and grid of an activation with so many tokens, None where it is no grid."""
     if rows.grid is None:
         return None

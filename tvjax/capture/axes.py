@@ -71,9 +71,22 @@ def unknown(shape: Sequence[int], label: str = NEW) -> Axes:
     return tuple((Factor(n, label),) for n in shape)
 
 
-def follow(eqn: Any, axes_of: Callable[[Any], Axes | None]) -> list[Axes]:
-    """The axes of an equation's results; `axes_of(atom)` is None for what depends on no argument (a parameter)."""
+def follow(
+    eqn: Any, axes_of: Callable[[Any], Axes | None], is_parameter: Callable[[Any], bool] = lambda atom: False
+) -> list[Axes]:
+    """The axes of an equation's results.
+
+    Args:
+      eqn: an equation with at least one activation.
+      axes_of: the axes of an operand, None for what depends on no argument.
+      is_parameter: whether such an operand is made of parameters: what it brings along are features.
+    """
     operands = [axes_of(atom) for atom in eqn.invars]
+    if eqn.primitive.name == "dot_general":
+        operands = [
+            unknown(atom.aval.shape) if axes is None and not is_parameter(atom) else axes
+            for axes, atom in zip(operands, eqn.invars, strict=True)
+        ]
     rule = _RULES.get(eqn.primitive.name)
     found: Any = None
     if rule is not None:

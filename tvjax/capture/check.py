@@ -68,9 +68,15 @@ def check_gradient_identity(
         the coarsest dtype at the function's sites, three square roots of it for 16-bit floats.
 
     Raises:
-      ValueError: naming the leaf with the largest error, the error and the tolerance.
+      ValueError: naming the leaf with the largest error, the error and the tolerance; or no leaf has a rule for all
+        its uses, so that nothing was compared.
     """
     found = jax.jit(lambda p, *a: gradient_from_sites(loss, p, *a))(params, *args)
+    if not found:
+        raise ValueError(
+            "the gradient identity compared nothing: no leaf is read by operations that have a rule only\n"
+            f"{sites(loss, params, *args)}"
+        )
     exact = tree.flatten(jax.jit(jax.grad(loss, allow_int=True))(params, *args))
     scale = max(
         (float(jnp.max(jnp.abs(g.astype(jnp.float32)), initial=0.0)) for p, g in exact.items() if p in found),

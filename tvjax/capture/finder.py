@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -97,6 +98,9 @@ class _RegionFinder:
     def is_in(self, atom: Any, variables: set[Var]) -> bool:
         return isinstance(atom, core.Var) and atom in variables
 
+    def is_parameter(self, atom: Any) -> bool:
+        return bool(self.marks_of(atom)) or self.is_in(atom, self.derived)
+
     def root(self, atom: Any) -> Any:
         return self.roots.get(atom, atom) if isinstance(atom, core.Var) else atom
 
@@ -116,7 +120,7 @@ class _RegionFinder:
                 if (axes := self.axes_of(atom)) is not None:
                     self.axes[out] = axes
         elif any(map(self.is_data, eqn.invars)):
-            self.axes.update(zip(eqn.outvars, axis_labels.follow(eqn, self.axes_of), strict=True))
+            self.axes.update(zip(eqn.outvars, axis_labels.follow(eqn, self.axes_of, self.is_parameter), strict=True))
             return
         derived = any(self.is_in(atom, self.derived) for atom in eqn.invars)
         if not derived and not any(map(self.marks_of, eqn.invars)):
@@ -170,7 +174,7 @@ class _RegionFinder:
         first, second = (rows, free) if position == 1 else (free, rows)
         places = tuple(range(n_batch)), *_consecutive(n_batch, first, second)
         out_rows, out_free = (places[1], places[2]) if position == 1 else (places[2], places[1])
-        x_axes = tuple(batches[1 - position]), rows, tuple(contracts[1 - position])
+        x_axes: tuple[tuple[int, ...], ...] = (tuple(batches[1 - position]), rows, tuple(contracts[1 - position]))
         source = activation
         if n_batch and (before := self._before_broadcast(activation, x_axes[0])) is not None:
             # The activation is the same for every block: one matrix whose outputs are those of all blocks.
@@ -277,7 +281,7 @@ class _RegionFinder:
         for mark in _with_axes(self.marks_of(parameter), parameter):
             if mark.block is not None:
                 return "dot_general of concatenated parameters"
-            axes = follow_axes(step, parameter.aval.shape, mark.axes)
+            axes = follow_axes(step, parameter.aval.shape, mark.axes or ())
             marks.append(mark._replace(view=mark.view + step, axes=axes))
         shape = tuple(parameter.aval.shape[i] for i in own) + (1,) * (out.aval.ndim - len(own))
         padded = [mark._replace(view=mark.view + (("reshape", shape),)) for mark in marks]
@@ -524,11 +528,11 @@ class _RegionFinder:
             marks = self.marks_of(atom)
             if marks:
                 known.touched.add(variable)
-                found = self._inside(marks, scan, carried, scanned)
-                known.marks.update({variable: found} if found else {})
-                known.derived.update(() if found else (variable,))
+                inside = self._inside(marks, scan, carried, scanned)
+                known.marks.update({variable: inside} if inside else {})
+                known.derived.update(() if inside else (variable,))
             elif axes is None and not carried and not scanned:
-                known.constants[variable] = lambda atom=atom: self.constants.value(atom)
+                known.constants[variable] = partial(self.constants.value, atom)
         wanted = [i < n_carry or bool(self.uses[out]) for i, out in enumerate(eqn.outvars)]
         found = _RegionFinder(self.finder, inner, known, wanted)
         self.plan.inner[id(eqn)] = found.plan
@@ -536,7 +540,8 @@ class _RegionFinder:
         for name, shape in found.plan.shapes.items():
             self.plan.shapes[name] = jax.ShapeDtypeStruct((*lead, *shape.shape), shape.dtype)
         if any_data:
-            along = next((self.axes_of(a)[0] for a in eqn.invars[n_consts + n_carry :] if self.axes_of(a)), None)
+            scanned_axes = map(self.axes_of, eqn.invars[n_consts + n_carry :])
+            along = next((axes[0] for axes in scanned_axes if axes), None)
             for i, (atom, out) in enumerate(zip(inner.results, eqn.outvars, strict=True)):
                 own = found.axes_of(atom) or axis_labels.unknown(atom.aval.shape)
                 stacked = scan and i >= n_carry
@@ -675,6 +680,7 @@ def _grouped(shape: Sequence[int], rows: Sequence[int], channel: int, groups: in
 def plan_of(function: Callable[..., Any], params: PyTree, *args: Any) -> tuple[Instrumentation, SiteTable, Any]:
     """Traces a function and finds its sites: how to run it with probes, the table, and its output shapes."""
     leaves = tree.flatten(params)
+    tree.check_arrays(params)
     region, shapes = jaxprs.trace(function, params, *args)
     arguments = region.variables[len(region.consts) :]
     finder = _Sites()

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend.core import Literal
 
@@ -26,7 +27,7 @@ class Captured(NamedTuple):
     """What the sites of one run saw, by the names that a `Site` gives.
 
     Attributes:
-      activations: arrays ``[*scans, *batch, rows, d]`` by `Site.input` and `Site.output`.
+      activations: arrays ``[*scans, groups, rows, d]`` by `Site.input` and `Site.output`; groups where a site has some.
       gradients: arrays of the same make by `Site.gradient`.
     """
 
@@ -34,16 +35,26 @@ class Captured(NamedTuple):
     gradients: dict[str, jax.Array]
 
     def input(self, site: Site) -> jax.Array | None:
-        """X of a site, ``[*layers, rows, d_in]``; None for a bias or shift (x is 1)."""
-        return None if site.input is None else _shared_to_rows(self.activations[site.input], site)
+        """X of a site, ``[*layers, groups, rows, d_in]``; None for a bias or shift (x is 1)."""
+        return None if site.input is None else _of_layers(self.activations[site.input], site)
+
+    def image(self, site: Site) -> jax.Array:
+        """What a convolution reads, ``[*layers, pixels, channels]``."""
+        assert site.image is not None
+        return _of_layers(self.activations[site.image], site)
 
     def output(self, site: Site) -> jax.Array:
-        """Y of a site, ``[*layers, rows, d_out]``."""
-        return _shared_to_rows(self.activations[site.output], site)
+        """Y of a site, ``[*layers, groups, rows, d_out]``."""
+        return _of_layers(self.activations[site.output], site)
 
     def gradient(self, site: Site) -> jax.Array:
-        """G of a site, ``[*layers, rows, d_out]``."""
-        return _shared_to_rows(self.gradients[site.gradient], site)
+        """G of a site, ``[*layers, groups, rows, d_out]``."""
+        return _of_layers(self.gradients[site.gradient], site)
+
+
+def _of_layers(array: jax.Array, site: Site) -> jax.Array:
+    array = _shared_to_rows(array, site)
+    return array[np.array(site.layers)] if site.layers else array
 
 
 def _shared_to_rows(array: jax.Array, site: Site) -> jax.Array:

@@ -51,6 +51,7 @@ class Site(NamedTuple):
       positional: whether the leaf has an entry for each token (a position table), not only for each feature.
       exact: whether the operation reads the view itself, not the view plus a constant.
       stopped: whether the leaf's gradient is stopped before it gets here.
+      layers: which of the stacked layers are looked at, in order; () for all of them.
     """
 
     path: str
@@ -74,6 +75,7 @@ class Site(NamedTuple):
     positional: bool = False
     exact: bool = True
     stopped: bool = False
+    layers: tuple[int, ...] = ()
 
     @property
     def key(self) -> str:

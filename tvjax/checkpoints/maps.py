@@ -11,11 +11,13 @@ from urllib.parse import quote, unquote
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tvjax.align.procrustes import Rotation
+from tvjax.capture.views import Constant
 from tvjax.checkpoints.json_files import read_json, write_json
 from tvjax.checkpoints.safetensors import open_tensors, save_tensors
-from tvjax.stages import Rows
+from tvjax.stages import Stream
 from tvjax.transport.base import Part, Piece, Rule, State
 
 FORMAT = "tvjax transport 1"
@@ -118,7 +120,7 @@ def _save_parts(path: str | os.PathLike[str], kind: str, parts: Sequence[Part], 
         for name, values in part.measures.items():
             tensors |= {f"{number}|measures|{name}|{field}": jnp.asarray(array) for field, array in values.items()}
     description = {"parts": [{"link": part.link, "rules": part.rules} for part in parts], **about}
-    save_tensors(path, tensors, {"format": kind, "description": json.dumps(description)})
+    save_tensors(path, tensors, {"format": kind, "description": json.dumps(description, default=_plain)})
 
 
 def _load_parts(path: str | os.PathLike[str], kind: str) -> tuple[tuple[Part, ...], dict[str, Any]]:
@@ -142,17 +144,35 @@ def _load_parts(path: str | os.PathLike[str], kind: str) -> tuple[tuple[Part, ..
 
 def _rule(fields: Any) -> Rule:
     rule = Rule(*fields)
-    pieces = tuple(Piece(kind, _view(a), _view(b), *names) for kind, a, b, *names in rule.pieces)
+    pieces = tuple(
+        Piece(kind, _view(a), _view(b), inner, outer, _frozen(groups), taps)
+        for kind, a, b, inner, outer, groups, taps in rule.pieces
+    )
     return rule._replace(shape=tuple(rule.shape), source_shape=tuple(rule.source_shape), pieces=pieces)
 
 
 def _view(steps: Any) -> Any:
-    return tuple((step[0], *map(_rows, step[1:])) if step[0] == "grid" else _frozen(step) for step in steps)
+    return tuple(_step(step) for step in steps)
 
 
-def _rows(fields: Any) -> Rows:
+def _step(step: Any) -> Any:
+    if step[0] == "grid":
+        return (step[0], *map(_stream, step[1:]))
+    if step[0] == "times" and isinstance(step[1], dict):
+        return ("times", Constant(np.array(step[1]["constant"], step[1]["dtype"])))
+    return _frozen(step)
+
+
+def _plain(value: Any) -> Any:
+    """A constant of a view as JSON."""
+    if isinstance(value, Constant):
+        return {"constant": value.array.tolist(), "dtype": value.array.dtype.name}
+    raise TypeError(f"{type(value).__name__} is no JSON")
+
+
+def _stream(fields: Any) -> Stream:
     special, grid, mask = fields
-    return Rows(special, None if grid is None else tuple(grid), mask)
+    return Stream(special, None if grid is None else tuple(grid), mask)
 
 
 def _frozen(value: Any) -> Any:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from tvjax import tree
 from tvjax.align import moments
 from tvjax.align.products import product
+from tvjax.align.rows import check_streams, row_axes, row_weights
 from tvjax.capture import Site, SiteTable
 from tvjax.capture.views import apply_view
 from tvjax.merge.base import PyTree, Vectors, stack, weighted_sum
@@ -21,7 +22,7 @@ from tvjax.merge.leaf_report import Report, tell
 from tvjax.merge.matrices import total, weighted
 from tvjax.merge.settings import Settings, check_votes, resolve_each
 from tvjax.merge.spectral import solve
-from tvjax.stages import Batch, Model, Rows, owner_paths
+from tvjax.stages import Batch, Model, owner_paths
 from tvjax.walk import Walk
 
 
@@ -137,19 +138,21 @@ def input_grams(
     for index, stage in enumerate(model.stages):
         owners = owner_paths(stage, model.params)
         table = walk.table(index)
+        check_streams(stage, table)
         kernels, reasons = _kernels(table, {local: leaves[path] for local, path in owners.items()})
         left_out.update({owners[local]: reason for local, reason in reasons.items()})
         found: dict[str, moments.Moments] = {}
         names = frozenset(site.input for site, _ in kernels if site.input is not None)
         for batch in range(len(batches)):
             seen = walk.observe(index, batch, names, frozenset())
-            rows = {site.key: site.rows for site in walk.table(index, batch).sites}
+            rows = {site.key: row_axes(site) for site in walk.table(index, batch).sites}
             carry = walk.carries(index)[batch]
             for name in sorted(names):
                 site = next(site for site, _ in kernels if site.input == name)
                 x = seen.input(site)
                 assert x is not None
-                found[name] = _add(found.get(name), x, _real(stage.rows, carry, rows[site.key]))
+                weights = row_weights(stage, carry, rows[site.key], x.shape[-2])
+                found[name] = _add(found.get(name), x, weights)
         for site, order in kernels:
             gram, count = _matrix(found[site.input or ""], order)
             path = owners[site.path]
@@ -255,27 +258,20 @@ def _input_order(site: Site, shape: tuple[int, ...]) -> np.ndarray | None:
     numbers = np.arange(int(np.prod(shape))).reshape(shape)
     seen = np.asarray(apply_view(site.view, jnp.asarray(numbers, jnp.int32)))
     inputs, outputs = seen.shape[-2:]
-    order = seen.reshape(-1, inputs, outputs)[0, :, 0] // outputs
-    layers = np.arange(seen.size // (inputs * outputs))[:, None, None]
-    rows = layers * inputs + order[:, None]
-    straight = seen.size == numbers.size and np.array_equal(
-        seen.reshape(-1, inputs, outputs), rows * outputs + np.arange(outputs)
-    )
-    return order if straight and shape[: seen.ndim - 2] == seen.shape[:-2] else None
-
-
-def _real(layout: Rows, carry: Any, rows: tuple[int, ...]) -> Array | None:
-    """Weights of the rows of a site: 0 at padding; None where all are real."""
-    mask = carry.get(layout.mask) if layout.mask is not None and isinstance(carry, dict) else None
-    return mask if mask is not None and tuple(mask.shape) == tuple(rows) else None
+    layers = seen.size // (inputs * outputs)
+    width = numbers.size // (layers * inputs)  # outputs of the whole leaf, of which a site may see a part
+    found = seen.reshape(layers, inputs, outputs) - np.arange(layers)[:, None, None] * inputs * width
+    order = found[0, :, 0] // width
+    straight = np.array_equal(found // width, np.broadcast_to(order[:, None], found.shape))
+    complete = np.array_equal(np.sort(order), np.arange(inputs))
+    return order if straight and complete and shape[: seen.ndim - 2] == seen.shape[:-2] else None
 
 
 @jax.jit
-def _add(sums: moments.Moments | None, x: Float[Array, "*layers n inputs"], real: Array | None) -> moments.Moments:
-    layers, (rows, width) = x.shape[:-2], x.shape[-2:]
-    weights = jnp.ones(rows, jnp.float32)
-    if real is not None:  # where a scan repeats a layer, each pass adds its own rows
-        weights = jnp.broadcast_to(real.reshape(-1), (rows // real.size, real.size)).reshape(-1).astype(jnp.float32)
+def _add(
+    sums: moments.Moments | None, x: Float[Array, "*layers n inputs"], weights: Float[Array, " n"]
+) -> moments.Moments:
+    layers, width = x.shape[:-2], x.shape[-1]
     if sums is None:
         sums = jax.tree.map(lambda zero: jnp.broadcast_to(zero, (*layers, *zero.shape)), moments.init(width, width))
     update = partial(_update, weights)

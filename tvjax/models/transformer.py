@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from tvjax import tree
-from tvjax.stages import PyTree, Rows, Stage
+from tvjax.stages import PyTree, Stage, Stream
 
 
 def gelu(x: Array) -> Array:
@@ -254,10 +254,10 @@ def parameter_shapes(stages: Iterable[Stage]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def block_stages(tower: str, config: BlockConfig, count: int, dtype: jnp.dtype, rows: Rows) -> list[Stage]:
+def block_stages(tower: str, config: BlockConfig, count: int, dtype: jnp.dtype, stream: Stream) -> list[Stage]:
     """The stages ``<tower>/blocks/0``, ``<tower>/blocks/1``, ..., which share one function."""
     function, group = stage_function(Block, config, dtype), f"{tower}/blocks"
-    return [Stage(f"{group}/{i}", function, (("", f"{group}/{i}"),), group, rows) for i in range(count)]
+    return [Stage(f"{group}/{i}", function, (("", f"{group}/{i}"),), group, stream) for i in range(count)]
 
 
 def parameters(module: nnx.Module) -> PyTree:

@@ -31,13 +31,25 @@ OptionsT = TypeVar("OptionsT", bound=tuple)
 
 
 class Piece(NamedTuple):
-    """One way in which a leaf is used, in both models, and the maps of its two sides (None: identity)."""
+    """One way in which a leaf is used, in both models, and the maps of its two sides (None: identity).
+
+    Attributes:
+      kind: of the site.
+      source_view: from the source's leaf to the kernel or vector.
+      target_view: from the target's leaf to it.
+      inner: name of the map of the inputs.
+      outer: name of the map of the outputs.
+      groups: blocks of a block-diagonal kernel in the source and in the target, None where it is one matrix.
+      taps: pixels of a convolution's window.
+    """
 
     kind: str
     source_view: View
     target_view: View
     inner: str | None
     outer: str | None
+    groups: tuple[int, int] | None = None
+    taps: int = 1
 
 
 class Rule(NamedTuple):

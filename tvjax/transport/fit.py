@@ -19,7 +19,9 @@ from tvjax import tree
 from tvjax.align import depth as layers
 from tvjax.align import tokens as token_alignment
 from tvjax.align.procrustes import Rotation
+from tvjax.align.rows import alignment, arranged, on_tokens, padding_mask
 from tvjax.capture import SiteTable, check_gradient_identity
+from tvjax.capture.axes import of_argument
 from tvjax.stages import Batch, Model, Stage, layer_groups, owner_paths
 from tvjax.transport.base import Flat, Part, State, Transport, check_leaves
 from tvjax.walk import Walk, differentiable
@@ -68,7 +70,21 @@ class Pair:
       tokens: token alignment mode.
       board: what links leave for stages that are visited later (sums over tied leaves).
       moved: whether an earlier link has brought the task vector into the target's parameters.
+      depth: which source layer a target layer is paired with, for layers that a stage stacks.
     """
+
+    def paired_layers(self, depth_a: int, depth_b: int) -> tuple[int, ...]:
+        """For each of the layers that a scan stacks in the target, the one in the source."""
+        stage = self.stages[1]
+        rule = self.depth
+        if isinstance(rule, Mapping):
+            rule = rule.get(stage.group or stage.name, "uniform")
+        if rule == "cka":
+            raise ValueError(
+                f"stage {stage.name!r} stacks its layers, whose activations depth='cka' does not see: give a list of "
+                "layers, or take the stack apart into stages (tvjax.unstack)"
+            )
+        return layers.pair_layers(depth_a, depth_b, rule)
 
     def __init__(
         self,
@@ -79,14 +95,14 @@ class Pair:
         tokens: token_alignment.Mode,
         board: dict[str, Any],
         moved: bool,
+        depth: Any = "uniform",
     ):
         self.source, self.source_index = source, source_index
         self.target, self.target_index = target, target_index
-        self.tokens, self.board, self.moved = tokens, board, moved
+        self.tokens, self.board, self.moved, self.depth = tokens, board, moved, depth
         self.name = target.model.stages[target_index].name
         self.batches = len(target.batches)
-        self.source_rows = source.model.stages[source_index].rows
-        self.target_rows = target.model.stages[target_index].rows
+        self.stages = source.model.stages[source_index], target.model.stages[target_index]
 
     @cached_property
     def source_leaves(self) -> dict[str, jax.Array]:
@@ -253,6 +269,7 @@ class Fitting:
     ):
         self.transport, self.source, self.target = transport, source, target
         self.tokens, self.check, self.task, self.progress, self.store = tokens, check, task, progress, store
+        self.depth = depth
         if tokens not in get_args(token_alignment.Mode):
             raise ValueError(f"tokens must be one of {get_args(token_alignment.Mode)}, found {tokens!r}")
         _check_models(transport, source, target)
@@ -264,6 +281,7 @@ class Fitting:
         self.walks = [self._walks(link.name, link.reads, batches, host) for link in transport.links]
         walks = next((w for w in self.walks if w is not None), None)
         self.pairing = _pair_stages(source, target, depth, walks, tokens)
+        _check_common_leaves(source, target, self.pairing)
 
     def _walks(self, name: str, reads: Any, batches: Any, host: bool) -> tuple[Walk, Walk] | None:
         if not reads.activations and not reads.gradients:
@@ -301,7 +319,7 @@ class Fitting:
             moved = False
             for link, walks, board in zip(self.transport.links, self.walks, boards, strict=True):
                 a, b = walks or bare
-                pairs.append(Pair(a, source_index, b, target_index, self.tokens, board, moved))
+                pairs.append(Pair(a, source_index, b, target_index, self.tokens, board, moved, self.depth))
                 moved = moved or link.space == "bridge"
             stage = pairs[0].name
             parts = None if self.store is None else self.store.load(stage)
@@ -410,6 +428,8 @@ def _examples(name: str, batch: Batch) -> int:
 
 
 def _check_models(transport: Transport, source: Model, target: Model) -> None:
+    for model in (source, target):
+        tree.check_arrays(model.params)
     if transport.needs_gradients:
         reads_source = any(link.reads.gradients and link.reads.source for link in transport.links)
         for name, model in (("source", source), ("target", target)):
@@ -436,6 +456,28 @@ def _check_models(transport: Transport, source: Model, target: Model) -> None:
                 f"{transport.name} needs models of one shape: {path} is {' and '.join(where)}; put theseus() or bico() "
                 "first, they move across widths and depths"
             )
+
+
+def _check_common_leaves(source: Model, target: Model, pairing: Sequence[int]) -> None:
+    """Raises unless at least one leaf of the target has a partner, and what stages call fixed is there."""
+    common = 0
+    for model in (source, target):
+        for stage in model.stages:
+            own = owner_paths(stage, model.params)
+            if missing := [path for path in stage.fixed if path not in own]:
+                raise ValueError(
+                    f"stage {stage.name!r} calls {missing} fixed, and has no such leaves; it has {list(own)[:8]}"
+                )
+    for stage, index in zip(target.stages, pairing, strict=True):
+        theirs = owner_paths(source.stages[index], source.params)
+        common += len(theirs.keys() & owner_paths(stage, target.params).keys())
+    if not common:
+        paths = [list(tree.flatten(model.params)) for model in (source, target)]
+        raise ValueError(
+            "no leaf of the target has a partner of the same name in the source, so nothing would be moved. The source "
+            f"has\n{tree.list_some(paths[0], 4)}\nthe target has\n{tree.list_some(paths[1], 4)}\nbring both into one "
+            "layout first: the same module classes, and both stacks scanned or both unrolled (tvjax.unstack)"
+        )
 
 
 def _pair_stages(source: Model, target: Model, depth: Any, walks: tuple[Walk, Walk] | None, tokens: str) -> list[int]:
@@ -472,31 +514,37 @@ def _cka_pairing(
     walks: tuple[Walk, Walk], theirs: Sequence[Stage], mine: Sequence[Stage], tokens: Any
 ) -> tuple[int, ...]:
     """The monotone pairing that maximises linear CKA of what the layers return, on the first batch."""
-    features = []
+    features, masks, axes = [], [], []
     for walk, stages in zip(walks, (theirs, mine), strict=True):
         carries = [walk.carries(walk.model.stages.index(stage) + 1)[0] for stage in stages]
-        features.append([differentiable(carry)[0][0] for carry in carries])
-    a, b = features[0][0], features[1][0]
-    operators = token_alignment.Alignment()
-    if a.ndim == 3:
-        operators = token_alignment.alignment(theirs[0].rows, mine[0].rows, a.shape[1], b.shape[1], tokens)
-
-    def flat(hidden: jax.Array, operator: Any) -> jax.Array:
-        hidden = token_alignment.align(operator, hidden)[0] if hidden.ndim == 3 else hidden
-        return hidden.reshape(-1, hidden.shape[-1])
-
-    rows = [[flat(h, operator) for h in side] for side, operator in zip(features, operators, strict=True)]
-    similarity = jax.device_get([[layers.linear_cka(x, y) for y in rows[1]] for x in rows[0]])
+        path = next(path for path, x in tree.flatten(carries[0]).items() if jnp.issubdtype(x.dtype, jnp.floating))
+        features.append([tree.flatten(carry)[path] for carry in carries])
+        rows_of = [factor for axis in of_argument(path, features[-1][0])[:-1] for factor in axis]
+        axes.append(arranged([f.size for f in rows_of], [f.label for f in rows_of]))
+        masks.append(padding_mask(stages[0], carries[0], axes[-1]))
+    operators = alignment(axes[0], axes[1], (theirs[0], mine[0]), tokens)
+    rows, weights = [], []
+    for side, own, operator, mask in zip(features, axes, operators, masks, strict=True):
+        aligned = [on_tokens(hidden.reshape(-1, hidden.shape[-1]), own, operator, mask) for hidden in side]
+        rows.append([x for x, _ in aligned])
+        weights.append(aligned[0][1])
+    real = np.asarray(weights[0] * weights[1]) > 0
+    similarity = jax.device_get([[layers.linear_cka(x[real], y[real]) for y in rows[1]] for x in rows[0]])
     return layers.monotone_pairing(np.array(similarity))
 
 
 def _check_stages(walk: Walk) -> None:
     """The gradient identity, once for each function of a stage."""
     seen = set()
+    compared = 0
     for index, stage in enumerate(walk.model.stages):
         if stage.function in seen:
             continue
         seen.add(stage.function)
+        table = walk.table(index)
+        if not {site.path for site in table.sites} - set(table.unclassified):
+            continue  # nothing but look-ups, or no parameters at all
+        compared += 1
         carry = walk.carries(index)[0]
 
         def loss(params: PyTree, carry: PyTree, function: Any = stage.function) -> jax.Array:
@@ -509,6 +557,10 @@ def _check_stages(walk: Walk) -> None:
             check_gradient_identity(loss, walk.params(index), carry)
         except ValueError as error:
             raise ValueError(f"stage {stage.name}: {error}") from None
+    if not compared:
+        raise ValueError(
+            "the gradient identity was asked for, and no stage has a parameter at an operation with a rule"
+        )
 
 
 def owner_of_leaves(model: Model) -> dict[str, str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tvjax.align.rows import mismatch, row_axes, stream_of
 from tvjax.capture import Site
-from tvjax.capture.views import View, is_slice
+from tvjax.capture.axes import NEW
+from tvjax.capture.views import View, is_slice, shape_after
 from tvjax.transport.base import Piece, Rule
 from tvjax.transport.statistics import Options
 
@@ -33,20 +35,25 @@ class Map(NamedTuple):
 
     def names(self, model: int) -> tuple[str, ...]:
         """Names of the captured arrays that it reads in the source (0) or the target (1)."""
-        attribute = self.side if self.side in ("input", "output") else "gradient"
-        return tuple(getattr(sites[model], attribute) for sites in self.sites)
+        return tuple(_name(self.side, sites[model]) for sites in self.sites)
+
+
+def _name(side: str, site: Site) -> str:
+    if side == "input":
+        return site.image or site.input or ""
+    return site.output if side == "output" else site.gradient
 
 
 class MapTable:
     """The maps of a pair of stages. What is one activation in both models gets one map."""
 
-    def __init__(self, stage: str):
-        self.stage = stage
+    def __init__(self, pair: Pair):
+        self.stage, self.pair = pair.name, pair
         self.maps: dict[Any, Map] = {}
 
     def request(self, side: str, sites: tuple[SitePair, ...]) -> str:
         """The name of the map of one side of these sites."""
-        linear = side == "output" and len(sites) == 1 and sites[0][1].kind == "dense"
+        linear = side == "output" and len(sites) == 1 and self._is_linear(*sites[0])
         if linear:
             self.request("input", sites)
         found = Map("", side, sites, linear)
@@ -56,6 +63,14 @@ class MapTable:
             seen = "&".join(dict.fromkeys((*found.names(1), *found.names(0))))  # in the target, then what differs
             self.maps[identity] = found._replace(name=f"{self.stage}:{seen}:{space}")
         return self.maps[identity].name
+
+    def _is_linear(self, site_a: Site, site_b: Site) -> bool:
+        """Whether the outputs are ``[x, 1] [K; b]`` of leaves as they are."""
+        for site, sites in ((site_a, self.pair.source_table.sites), (site_b, self.pair.target_table.sites)):
+            biases = [other for other in sites if other.kind == "bias" and other.output == site.output]
+            if site.kind != "dense" or site.groups or not all(part.exact for part in (site, *biases)):
+                return False
+        return True
 
     def input_of(self, linear: Map) -> Map:
         """The map of the activation that a linear layer reads."""
@@ -84,7 +99,7 @@ def maps_and_rules(inputs: str, outputs: str, options: Options, pair: Pair) -> t
     Raises:
       ValueError: a leaf that the two models use in different ways.
     """
-    table = MapTable(pair.name)
+    table = MapTable(pair)
     rules = [_rule(leaf, inputs, outputs, options, pair, table) for leaf in pair.leaves]
     return table, rules
 
@@ -94,8 +109,10 @@ def _rule(leaf: Leaf, inputs: str, outputs: str, options: Options, pair: Pair, t
     if leaf.source is None:
         return rule._replace(action="unmatched", why="the source has no such leaf")
     sites = _paired_sites(leaf, pair)
-    if not sites or _is_embedding(sites[0][1], leaf):
+    if not sites or _is_embedding(sites[0][1], pair):
         return _embedding_rule(rule, sites, leaf, outputs, options, pair, table)
+    if (why := _no_correspondence(leaf, sites, inputs, pair)) is not None:
+        return rule._replace(action="zeroed by rule", why=why)
     if sites[0][1].kind == "scale" and options.scale_rule == "zero":
         return rule._replace(action="zeroed by rule", why="scale_rule='zero'")
     pieces = []
@@ -109,11 +126,12 @@ def _rule(leaf: Leaf, inputs: str, outputs: str, options: Options, pair: Pair, t
         fixed = options.keep_fixed and _is_fixed(pair, site_b) and site_a.d_out == site_b.d_out
         outer = None if fixed else table.request(outputs, _producers(group, pair))
         inner = None
-        if site_b.kind == "dense":
+        if site_b.kind in ("dense", "conv"):
             inner = table.request(inputs, group)
         elif site_b.kind == "scale" and options.scale_rule == "diagonal":
             inner = table.request("input", group)
-        pieces.append(Piece(site_b.kind, site_a.view, site_b.view, inner, outer))
+        groups = (site_a.groups, site_b.groups) if site_a.groups and site_b.groups else None
+        pieces.append(Piece(site_b.kind, site_a.view, site_b.view, inner, outer, groups, site_b.taps))
     why = "its outputs have a meaning of their own" if pieces[0].outer is None else ""
     return rule._replace(pieces=tuple(pieces), why=why)
 
@@ -130,33 +148,88 @@ def _embedding_rule(
     patch = _patch(pair)
     if not options.transport_embeddings or patch is None or leaf.shape[-1] != patch[1].d_out:
         return zeroed
-    view: View = ()
+    outer = table.request(outputs, (patch,))
     if sites and sites[0][1].kind == "conv":
-        kind = "conv"
-        if leaf.shape[:-1] != leaf.source_shape[:-1]:
+        site_a, site_b = sites[0]
+        if site_a.d_in != site_b.d_in or site_a.taps != site_b.taps:
             return zeroed._replace(why="patch sizes differ")
+        piece = Piece("conv", site_a.view, site_b.view, None, table.request(outputs, (sites[0],)), None, site_b.taps)
     elif len(leaf.shape) == 1:
-        kind = "bias"
+        piece = Piece("bias", (), (), None, outer)
     else:
-        kind = "positions"
+        view: View = ()
         if leaf.shape[:-1] != leaf.source_shape[:-1]:
-            if (pair.source_rows.tokens, pair.target_rows.tokens) != (leaf.source_shape[0], leaf.shape[0]):
+            layouts = tuple(stream_of(stage, row_axes(site)) for stage, site in zip(pair.stages, patch, strict=True))
+            lengths = tuple(math.prod(shape[:-1]) for shape in (leaf.source_shape, leaf.shape))
+            if tuple(layout.tokens for layout in layouts) != lengths:
                 return zeroed._replace(why="tables of different lengths and no patch grid")
-            view = (("grid", pair.source_rows, pair.target_rows),)
-    return rule._replace(pieces=(Piece(kind, view, (), None, table.request(outputs, (patch,))),), why="embedding")
+            view = (("grid", *layouts),)
+        piece = Piece("positions", view, (), None, outer)
+    return rule._replace(pieces=(piece,), why="embedding")
 
 
 def _patch(pair: Pair) -> SitePair | None:
-    found = [[site for site in table.sites if site.kind == "conv"] for table in (pair.source_table, pair.target_table)]
-    return (found[0][0], found[1][0]) if all(found) else None
+    """The convolutions of both models that read the pixels."""
+    tables = (pair.source_table, pair.target_table)
+    found = [[site for site in table.sites if site.kind == "conv" and site.raw] for table in tables]
+    return (found[0][0], found[1][0]) if all(found) and pair.target_index == 0 else None
 
 
 def _paired_sites(leaf: Leaf, pair: Pair) -> list[SitePair]:
     if leaf.local in pair.target_table.unclassified:
         return []
-    theirs = {site.occurrence: site for site in pair.source_table.sites if site.path == leaf.local}
-    mine = [site for site in pair.target_table.sites if site.path == leaf.local]
-    return [(theirs[site.occurrence], site) for site in mine if site.occurrence in theirs]
+    theirs, mine = (
+        [site for site in table.sites if site.path == leaf.local] for table in (pair.source_table, pair.target_table)
+    )
+    parts = any(_is_part(site.view) for site in (*theirs, *mine))
+    if parts and len(theirs) != len(mine):
+        raise ValueError(
+            f"{leaf.target}: its parts are used {len(mine)} times in the target and {len(theirs)} times in the source "
+            f"({leaf.source}): the two models must use it alike"
+        )
+    return [(_layers(a, b, leaf, pair), b) for a, b in zip(theirs, mine, strict=False)]
+
+
+def _layers(site_a: Site, site_b: Site, leaf: Leaf, pair: Pair) -> Site:
+    """The source's site at the stacked layers that the target's are paired with."""
+    if not any(site_b.levels) or site_a.levels != site_b.levels:
+        return site_a
+    depths = [
+        shape_after(site.view, shape)[: sum(site.levels)]
+        for site, shape in ((site_a, leaf.source_shape), (site_b, leaf.shape))
+    ]
+    if depths[0] == depths[1]:
+        return site_a
+    if len(depths[0]) > 1:
+        raise ValueError(
+            f"{leaf.target}: stacks of {depths[1]} layers in the target and {depths[0]} in the source cannot be "
+            "paired: take them apart into stages (tvjax.unstack)"
+        )
+    layers = pair.paired_layers(depths[0][0], depths[1][0])
+    stacked = site_a.view.index(("each",))  # where the view goes into the layers
+    view = (*site_a.view[:stacked], ("take", layers), *site_a.view[stacked:])
+    return site_a._replace(view=view, layers=layers)
+
+
+def _no_correspondence(leaf: Leaf, sites: list[SitePair], inputs: str, pair: Pair) -> str | None:
+    """Why the rows at the sites of a leaf do not correspond, or the leaf cannot be moved by them; else None."""
+    for site_a, site_b in sites:
+        if site_a.kind != site_b.kind:
+            return None
+        if bool(site_a.groups) != bool(site_b.groups):
+            return "blocks in one model, one matrix in the other"
+        if site_b.groups and NEW in (*site_a.axes, *site_b.axes):
+            return "its rows are places that each model fills with tokens of its own"
+        if site_a.taps != site_b.taps:
+            return f"windows of {site_a.taps} pixels in the source and {site_b.taps} in the target"
+        if inputs == "input gradient" and not (site_a.exact and site_b.exact):
+            return "a constant is added to it, so that the gradient of its input is not that of the leaf alone"
+        images = (False, True) if site_b.kind == "conv" else (False,)
+        for of_image in images:
+            why = mismatch(row_axes(site_a, of_image), row_axes(site_b, of_image))
+            if why is not None:
+                return why
+    return None
 
 
 def _producers(group: tuple[SitePair, ...], pair: Pair) -> tuple[SitePair, ...]:
@@ -171,8 +244,9 @@ def _producers(group: tuple[SitePair, ...], pair: Pair) -> tuple[SitePair, ...]:
     return tuple(found)
 
 
-def _is_embedding(site: Site, leaf: Leaf) -> bool:
-    return site.kind == "conv" or (site.kind == "shift" and len(leaf.shape) > 1)
+def _is_embedding(site: Site, pair: Pair) -> bool:
+    """Whether no activation of the model enters a leaf: the convolution that reads the pixels, tables of positions."""
+    return site.positional or (site.kind == "conv" and site.raw and pair.target_index == 0)
 
 
 def _is_fixed(pair: Pair, site: Site) -> bool:
@@ -191,5 +265,6 @@ def _uses(sites: list[SitePair]) -> list[tuple[SitePair, ...]]:
 
 def _is_part(view: View) -> bool:
     # A vector that is read through a broadcast is cut back to one row of it: that leaves no entry out.
+    # What follows in a fused kernel's view picks columns, behind an "each".
     broadcast = next((i for i, step in enumerate(view) if step[0] == "broadcast"), len(view))
     return is_slice(view[:broadcast])

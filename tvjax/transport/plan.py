@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from tvjax import tree
 from tvjax.align import tokens as token_alignment
 from tvjax.align.procrustes import Rotation
+from tvjax.align.rows import alignment, row_axes
 from tvjax.capture import Site, SiteTable
 from tvjax.stages import Model, local_params, owner_paths
 from tvjax.transport.base import Part, State, Transport
@@ -173,7 +174,7 @@ class _OncePerKind:
 
     def _kind(self, name: str) -> Any:
         pair = list(zip(self.pairs[name], self.models, strict=True))
-        functions = tuple((stage.function, stage.rows, stage.fixed) for stage, _ in pair)
+        functions = tuple((stage.function, stage.streams, stage.fixed) for stage, _ in pair)
         leaves = [tree.flatten(local_params(stage, model.params)) for stage, model in pair]
         shapes = tuple((side, path, jnp.shape(x)) for side in (0, 1) for path, x in leaves[side].items())
         owned = tuple(local for local, path in self._paths(name)[1].items() if self.owner[path] == name)
@@ -223,7 +224,7 @@ def _planned_stage(
 def _sites_of(name: str, source: SiteTable, target: SiteTable) -> tuple[Site, Site]:
     """A site of the target that a map is fitted at, and its partner."""
     for site in target.sites:
-        if {site.input, site.output, site.gradient} & set(seen_by(name)):
+        if {site.input, site.image, site.output, site.gradient} & set(seen_by(name)):
             partner = next((s for s in source.sites if s.key == site.key), None)
             if partner is not None:
                 return partner, site
@@ -232,11 +233,13 @@ def _sites_of(name: str, source: SiteTable, target: SiteTable) -> tuple[Site, Si
 
 def _tokens(pair: Pair, site_a: Site, site_b: Site) -> tuple[int, int, int] | None:
     """The tokens of an example at a site in the source, in the target, and aligned; None where it has but one row."""
-    if len(site_a.rows) < 2 or len(site_b.rows) < 2:
+    axes = row_axes(site_a), row_axes(site_b)
+    if not all(rows.tokens for rows in axes):
         return None
-    tokens_a, tokens_b = (math.prod(site.rows[1:]) for site in (site_a, site_b))
-    operators = token_alignment.alignment(pair.source_rows, pair.target_rows, tokens_a, tokens_b, pair.tokens)
-    return tokens_a, tokens_b, tokens_b if operators.b is None else operators.b.shape[0]
+    rest = axes[1].count(axes[1].rest)
+    tokens_a, tokens_b = (rows.count(rows.tokens) for rows in axes)
+    operators = alignment(*axes, pair.stages, pair.tokens)
+    return tokens_a * rest, tokens_b * rest, rest * (tokens_b if operators.b is None else operators.b.shape[0])
 
 
 def _activations(table: SiteTable, gradients: bool) -> int:

@@ -17,9 +17,8 @@ share its map; the uses of a tied leaf share one moment.
 
 from __future__ import annotations
 
-import math
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +26,10 @@ import jax.numpy as jnp
 from tvjax.align import moments as mm
 from tvjax.align import procrustes, tokens
 from tvjax.align.procrustes import Rotation
+from tvjax.align.rows import RowAxes, alignment, arranged, check_streams, on_tokens, padding_mask, row_axes
 from tvjax.capture import Captured, Site, SiteTable
-from tvjax.capture.views import apply_view, transpose_view
-from tvjax.stages import Rows
+from tvjax.capture.axes import PART
+from tvjax.capture.views import apply_view, restore_view
 from tvjax.transport.base import Flat, Link, Part, Piece, Reads, Transport
 from tvjax.transport.maps import Map, SitePair, maps_and_rules
 from tvjax.transport.statistics import Options, Statistics, matmul, per_layer
@@ -63,6 +63,8 @@ def rotation(name: str, inputs: str, outputs: str, options: Options) -> Transpor
 
 
 def _fit(name: str, inputs: str, outputs: str, options: Options, pair: Pair) -> Part:
+    for stage, sites_of_stage in zip(pair.stages, (pair.source_table, pair.target_table), strict=True):
+        check_streams(stage, sites_of_stage)
     table, rules = maps_and_rules(inputs, outputs, options, pair)
     observed = [found for found in table.maps.values() if not found.linear]
     statistics = {found.name: Statistics(options) for found in observed}
@@ -124,58 +126,47 @@ def _aligned_rows(
     pair: Pair, batch: int, side: str, sites: SitePair, seen: tuple[Captured, Captured]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rows ``[*layers, n, d]`` of both models on the same tokens, and their weights ``[n]``."""
-    rows = []
-    for site, captured, leaves in zip(sites, seen, (pair.source_leaves, pair.target_leaves), strict=True):
-        if side == "input":
-            array = captured.input(site)
-        elif side == "output":
-            array = captured.output(site)
-        else:
-            array = captured.gradient(site)
-            if side == "input gradient":
-                kernel = apply_view(site.view, leaves[site.path]).astype(jnp.float32)
-                array = matmul(array.astype(jnp.float32), jnp.swapaxes(kernel, -1, -2))
-        assert array is not None
-        rows.append(array)
     tables = pair.source.table(pair.source_index, batch), pair.target.table(pair.target_index, batch)
-    shapes = [_examples_and_tokens(site, table) for site, table in zip(sites, tables, strict=True)]
-    masks = (
-        _mask(pair.source_rows, pair.source.carries(pair.source_index)[batch], shapes[0]),
-        _mask(pair.target_rows, pair.target.carries(pair.target_index)[batch], shapes[1]),
-    )
-    operators = tokens.Alignment()
-    if all(len(shape) == 2 for shape in shapes):
-        operators = tokens.alignment(pair.source_rows, pair.target_rows, shapes[0][1], shapes[1][1], pair.tokens)
-    elif math.prod(shapes[0]) != math.prod(shapes[1]):
-        raise ValueError(
-            f"{pair.name}: rows {shapes[0]} of {sites[0].path!r} in the source and {shapes[1]} in the target cannot be "
-            "matched one to one: give the stages a row layout (Rows(special, grid))"
-        )
-    a, weight_a = _on_tokens(rows[0], shapes[0], operators.a, masks[0])
-    b, weight_b = _on_tokens(rows[1], shapes[1], operators.b, masks[1])
+    carries = pair.source.carries(pair.source_index)[batch], pair.target.carries(pair.target_index)[batch]
+    axes, rows, masks = [], [], []
+    for number, leaves in enumerate((pair.source_leaves, pair.target_leaves)):
+        site = sites[number]
+        here = next(found for found in tables[number].sites if found.key == site.key)  # rows depend on the batch
+        own, array = _rows_of(side, site, here, seen[number], leaves)
+        axes.append(own)
+        rows.append(array)
+        masks.append(padding_mask(pair.stages[number], carries[number], own))
+    operators = alignment(axes[0], axes[1], pair.stages, pair.tokens)
+    a, weight_a = on_tokens(rows[0], axes[0], operators.a, masks[0])
+    b, weight_b = on_tokens(rows[1], axes[1], operators.b, masks[1])
     return a, b, weight_a * weight_b
 
 
-def _examples_and_tokens(site: Site, table: SiteTable) -> tuple[int, ...]:
-    """Row axes of a site in the table of one batch: ``(examples, tokens)``, a grid in row-major order."""
-    rows = next(found.rows for found in table.sites if found.key == site.key)
-    return rows if len(rows) < 2 else (rows[0], math.prod(rows[1:]))
-
-
-def _mask(layout: Rows, carry: Any, shape: tuple[int, ...]) -> jax.Array | None:
-    mask = carry.get(layout.mask) if layout.mask is not None and isinstance(carry, dict) else None
-    return mask if mask is not None and tuple(mask.shape) == tuple(shape) else None
-
-
-@partial(jax.jit, static_argnames="shape")
-def _on_tokens(rows: jax.Array, shape: tuple[int, ...], operator: Any, mask: Any) -> tuple[jax.Array, jax.Array]:
-    layers, width = rows.shape[:-2], rows.shape[-1]
-    if len(shape) != 2:
-        return rows.astype(jnp.float32), jnp.ones(rows.shape[-2], jnp.float32)
-    grid = rows.reshape(-1, *shape, width)
-    aligned, weights = jax.vmap(lambda hidden: tokens.align(operator, hidden, mask))(grid)
-    # Every layer sees the same rows; where a scan repeats one layer, each pass adds its own.
-    return aligned.reshape(*layers, -1, width), weights.reshape(math.prod(layers), -1)[0]
+def _rows_of(
+    side: str, site: Site, here: Site, captured: Captured, leaves: dict[str, jax.Array]
+) -> tuple[RowAxes, jax.Array]:
+    """What one side of a site saw, ``[*layers, n, d]``, the features of all its groups side by side."""
+    if side == "input" and site.kind == "conv":
+        return row_axes(here, of_image=True), captured.image(site)
+    axes = row_axes(here)
+    if side == "input":
+        array = captured.input(site)
+        assert array is not None
+    elif side == "output":
+        array = captured.output(site)
+    else:
+        array = captured.gradient(site)
+        if side == "input gradient":
+            kernel = apply_view(site.view, leaves[site.path]).astype(jnp.float32)
+            array = matmul(array.astype(jnp.float32), jnp.swapaxes(kernel, -1, -2))
+    if side in ("input", "input gradient") and site.kind == "conv":  # every pixel of a patch is a row
+        array = jnp.swapaxes(array.reshape(*array.shape[:-1], -1, site.taps), -1, -2)
+        array = array.reshape(*array.shape[:-3], -1, array.shape[-1])
+        axes = arranged((*axes.sizes, site.taps), (*axes.labels, PART))
+    if site.groups is not None:
+        array = jnp.swapaxes(array, -3, -2)
+        array = array.reshape(*array.shape[:-2], -1)
+    return axes, array
 
 
 # -- applying -------------------------------------------------------------------------------------------------------
@@ -207,23 +198,51 @@ def _transform(options: Options, part: Part, flat: Flat) -> Flat:
 def _rotate(
     piece: Piece, maps: dict[str, Rotation], leaf: jax.Array, shape: tuple[int, ...], options: Options
 ) -> jax.Array:
-    if piece.kind in ("conv", "positions"):
-        for _, rows_a, rows_b in piece.source_view:  # a position table on another patch grid
-            leaf = tokens.interpolate_positions(leaf, rows_a, rows_b)
-        return procrustes.apply_right(leaf, maps[piece.outer or ""])
+    if piece.kind == "positions":
+        table = leaf.reshape(-1, leaf.shape[-1])
+        for _, layout_a, layout_b in piece.source_view:  # on another patch grid
+            table = tokens.interpolate_positions(table, layout_a, layout_b)
+        return procrustes.apply_right(table, maps[piece.outer or ""]).reshape(shape)
     value = apply_view(piece.source_view, leaf)
     inner, outer = (None if name is None else maps[name] for name in (piece.inner, piece.outer))
-    layers = value.ndim - (2 if piece.kind == "dense" else 1)
-    if piece.kind == "dense":
+    kernel = piece.kind in ("dense", "conv")
+    layers = value.ndim - (1 if not kernel else 2 if piece.groups is None else 3)
+    if kernel and piece.groups is not None:
+        value = per_layer(layers, partial(_rotate_blocks, piece, inner, outer))(value)
+    elif kernel:
         if inner is not None:
-            value = per_layer(layers, procrustes.apply_left)(inner, value)
+            value = per_layer(layers, partial(_rotate_inputs, piece.taps))(inner, value)
         if outer is not None:
             value = per_layer(layers, procrustes.apply_right)(value, outer)
     elif piece.kind == "scale" and options.scale_rule == "diagonal" and inner is not None and outer is not None:
         value = per_layer(layers, _rotate_scale)(inner, outer, value)
     elif outer is not None:
         value = per_layer(layers, procrustes.apply_right)(value, outer)
-    return transpose_view(piece.target_view, value, shape)
+    return restore_view(piece.target_view, value, shape)
+
+
+def _rotate_inputs(taps: int, inner: Rotation, kernel: jax.Array) -> jax.Array:
+    """``R_in^T K`` at every tap of a kernel ``[channels * taps, d_out]``."""
+    if taps == 1:
+        return procrustes.apply_left(inner, kernel)
+    moved = procrustes.apply_left(inner, kernel.reshape(inner.left.shape[0], -1))
+    return moved.reshape(-1, kernel.shape[-1])
+
+
+def _rotate_blocks(piece: Piece, inner: Rotation | None, outer: Rotation | None, kernel: jax.Array) -> jax.Array:
+    """The diagonal blocks of ``R_in^T diag(K_1, .., K_G) R_out``, ``[groups, channels * taps, d_out]``.
+
+    ``K'_b = sum_a R_in[a, b]^T K_a R_out[a, b]``; with blocks of one entry this is the rule of a scale.
+    """
+    assert piece.groups is not None
+    groups_a, groups_b = piece.groups
+    kernel = kernel.reshape(groups_a, -1, piece.taps, kernel.shape[-1])
+    sides = []
+    for found, width in ((inner, kernel.shape[1]), (outer, kernel.shape[3])):
+        whole = jnp.eye(groups_a * width) if found is None else procrustes.matrix(found)
+        sides.append(whole.reshape(groups_a, width, groups_b, -1))
+    moved = jnp.einsum("aibj,aito,aobp->bjtp", sides[0], kernel, sides[1], precision=jax.lax.Precision.HIGHEST)
+    return moved.reshape(groups_b, -1, moved.shape[-1])
 
 
 def _rotate_scale(inner: Rotation, outer: Rotation, scale: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """From the rows that two models see at a site to the map between them.
 
-Rows are kept as they are while they are fewer than the dimensions (a QR of the rows is then the cheapest exact way to
+Stream are kept as they are while they are fewer than the dimensions (a QR of the rows is then the cheapest exact way to
 the map), and summed into streaming moments as soon as they are more.
 """
 

@@ -20,7 +20,7 @@ from tvjax.models.transformer import (
     parameters,
     stage_function,
 )
-from tvjax.stages import Model, PyTree, Rows, Stage
+from tvjax.stages import Model, PyTree, Stage, Stream
 
 
 class TokenEmbeddings(nnx.Module):
@@ -262,22 +262,25 @@ def similarities(logit_scale: Float[Array, ""], embeddings: dict[str, Array]) ->
 
 
 def _vision_stages(config: CLIPVisionConfig, dtype: jnp.dtype) -> list[Stage]:
-    rows = Rows(special=1, grid=config.grid)
+    stream = Stream(special=1, grid=config.grid)
     embeddings = stage_function(VisionEmbeddings, config, dtype)
     return [
-        Stage("vision/embeddings", embeddings, _paths("vision", "embeddings", "pre_norm"), rows=rows),
-        *block_stages("vision", config.block, config.num_hidden_layers, dtype, rows),
+        Stage("vision/embeddings", embeddings, _paths("vision", "embeddings", "pre_norm"), streams=stream),
+        *block_stages("vision", config.block, config.num_hidden_layers, dtype, stream),
         _head("vision", stage_function(VisionHead, config, dtype), "post_norm", config.projection_dim),
     ]
 
 
 def _text_stages(config: CLIPTextConfig, dtype: jnp.dtype) -> list[Stage]:
-    rows = Rows(mask="mask")
+    stream = Stream(mask="mask")
     return [
         Stage(
-            "text/embeddings", stage_function(TextEmbeddings, config, dtype), _paths("text", "embeddings"), rows=rows
+            "text/embeddings",
+            stage_function(TextEmbeddings, config, dtype),
+            _paths("text", "embeddings"),
+            streams=stream,
         ),
-        *block_stages("text", config.block, config.num_hidden_layers, dtype, rows),
+        *block_stages("text", config.block, config.num_hidden_layers, dtype, stream),
         _head("text", stage_function(TextHead, config, dtype), "final_norm", config.projection_dim),
     ]
 

@@ -17,7 +17,7 @@ from tvjax.models.transformer import (
     stage_function,
 )
 from tvjax.models.vit.config import ViTConfig
-from tvjax.stages import Model, PyTree, Rows, Stage
+from tvjax.stages import Model, PyTree, Stage, Stream
 
 
 class Embeddings(nnx.Module):
@@ -115,12 +115,12 @@ def vit(config: ViTConfig, params: PyTree, dtype: DTypeLike = jnp.float32) -> Mo
     (3, 5)
     """
     dtype = jnp.dtype(dtype)
-    rows = Rows(special=1, grid=config.grid)
+    stream = Stream(special=1, grid=config.grid)
     first = Stage(
         "vision/embeddings",
         stage_function(Embeddings, config, dtype),
         (("embeddings", "vision/embeddings"),),
-        rows=rows,
+        streams=stream,
     )
     last = Stage(
         "head",
@@ -128,7 +128,7 @@ def vit(config: ViTConfig, params: PyTree, dtype: DTypeLike = jnp.float32) -> Mo
         (("post_norm", "vision/post_norm"), ("head", "head")),
         fixed=("head/kernel", "head/bias"),
     )
-    blocks = block_stages("vision", config.block, config.num_hidden_layers, dtype, rows)
+    blocks = block_stages("vision", config.block, config.num_hidden_layers, dtype, stream)
     return Model(params, (first, *blocks, last))
 
 
