@@ -161,6 +161,13 @@ class Checkpoint:
         return contiguous(source.to_ours(raw), None if keep else scratch.take("ours", size))
 
 
+def read_leaf(model: Pretrained | Checkpoint, path: str) -> np.ndarray:
+    """One parameter of a model that is in memory or on disk, in its own dtype and our layout."""
+    if isinstance(model, Checkpoint):
+        return model.read(path, Scratch(), keep=True)
+    return np.asarray(tree.get(model.params, path))
+
+
 @contextlib.contextmanager
 def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None) -> Iterator[Checkpoint]:
     """Opens a model in a Hugging Face folder or on the hub, to read its parameters one by one.

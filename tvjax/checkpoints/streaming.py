@@ -39,6 +39,7 @@ class Extracted(NamedTuple):
       norm: Euclidean norm of all of them together.
       metadata: of the file.
       changed_outside: leaves outside the subtree that fine-tuning changed too, which take no part.
+      notes: what could not be told of the models, and what was allowed.
     """
 
     leaves: int
@@ -46,6 +47,7 @@ class Extracted(NamedTuple):
     norm: float
     metadata: dict[str, str]
     changed_outside: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 class Applied(NamedTuple):
@@ -131,6 +133,7 @@ def extract_adapter(
     dtype: DTypeLike = np.float32,
     revision: str | None = None,
     adapter_revision: str | None = None,
+    any_base: bool = False,
     progress: Progress | None = None,
 ) -> Extracted:
     """Writes the task vector of a LoRA adapter of PEFT, the products of its factors, tensor by tensor.
@@ -142,6 +145,7 @@ def extract_adapter(
       dtype: dtype that tau is stored in; the products are taken in float32.
       revision: branch, tag or commit of the pre-trained model.
       adapter_revision: the same of the adapter.
+      any_base: take it although its config names another base than this.
       progress: called with leaves done, leaves in all, and the path of the last.
 
     Returns:
@@ -151,7 +155,10 @@ def extract_adapter(
       ValueError: an adapter of another kind or another model, before anything is written; values that are not finite,
         and nothing is left behind.
     """
-    with open_checkpoint(pretrained, revision) as base, open_adapter(adapter, base, adapter_revision) as opened:
+    with (
+        open_checkpoint(pretrained, revision) as base,
+        open_adapter(adapter, base, adapter_revision, any_base=any_base) as opened,
+    ):
         metadata = {
             "base_model": base.name,
             "base_revision": base.revision,
@@ -160,20 +167,22 @@ def extract_adapter(
             "finetuned_revision": opened.revision,
             "finetuned_fingerprint": opened.fingerprint(),
         }
+        if opened.notes:
+            metadata |= {"adapter_base_model": opened.trained_on, "notes": "; ".join(opened.notes)}
         covered = sorted(opened.factors)
         headers = {leaf: cast_header(leaf, Tensor("F32", base.shapes[leaf]), dtype) for leaf in covered}
         squares, scratch = 0.0, Scratch()
         with write_tensors(path, headers, metadata) as writer, _Reader(base) as reader:
-            for leaf, _ in reader.leaves(progress):
+            for leaf, (kernel,) in reader.leaves(progress):
                 if leaf in headers:
                     with np.errstate(over="ignore"):  # reported where it is written
-                        change = product(*opened.read(leaf), _wide_memory(scratch, "change", base.shapes[leaf]))
+                        change = product(*opened.read(leaf, kernel), _wide_memory(scratch, "change", base.shapes[leaf]))
                     squares += float(np.vdot(change, change))
                     writer.write(leaf, cast(change, dtype))
             found = {"base_fingerprint": reader.fingerprints()[0]}
             writer.set_metadata(found)
     parameters = sum(math.prod(base.shapes[leaf]) for leaf in covered)
-    return Extracted(len(covered), parameters, squares**0.5, metadata | found, ())
+    return Extracted(len(covered), parameters, squares**0.5, metadata | found, (), opened.notes)
 
 
 def apply(

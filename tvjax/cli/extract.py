@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tvjax.cli import config as recipes
-from tvjax.cli.options import Json, Quiet
+from tvjax.cli.options import AnyBase, Json, Quiet
 from tvjax.cli.output import show
 
 
@@ -26,6 +26,7 @@ def extract(
         str, typer.Option(metavar="PATH", help="The part of the model to take: vision, text; '' for all of it.")
     ] = "vision",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    any_base: AnyBase = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -42,9 +43,11 @@ def extract(
         if finetuned is not None:
             found = streaming.extract(pretrained, finetuned, output, subtree=subtree, dtype=dtype, progress=report)
         elif adapter is not None:
-            found = streaming.extract_adapter(pretrained, adapter, output, dtype=dtype, progress=report)
+            found = streaming.extract_adapter(
+                pretrained, adapter, output, dtype=dtype, any_base=any_base, progress=report
+            )
     recipes.write(context, output)
-    notes = []
+    notes = [f"note: {note}" for note in found.notes]
     if found.changed_outside:
         first, number = found.changed_outside[0], len(found.changed_outside)
         notes.append(f"note: fine-tuning changed {number} leaves outside {subtree!r} too ({first}, ...), which stay")
