@@ -13,14 +13,17 @@ from typing import Any
 
 from tvjax.models.transformer import ACTIVATIONS
 
-# Seen in the shapes of the weights, where it matters, or of the first step of training alone.
-_WITHOUT_EFFECT = ("projection_dim", "num_labels", "logit_scale_init_value")
+_IN_THE_SHAPES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "patch_size", "qkv_bias", "projection_dim"),
+    *("vocab_size", "max_position_embeddings", "num_labels"),
+)
+_BEFORE_TRAINING = ("logit_scale_init_value",)
 
 Values = Mapping[str, Any]
 
 
 def function_values(config: Any, part: str = "") -> dict[str, Any]:
-    """What a config says of the function that its model computes, by the name of the field.
+    """What a config says of the function that its model computes and the weights' shapes do not, by name of the field.
 
     Args:
       config: a dataclass, of a family's model.
@@ -29,8 +32,8 @@ def function_values(config: Any, part: str = "") -> dict[str, Any]:
     >>> from tvjax.models.clip.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
     >>> config = CLIPConfig(CLIPVisionConfig(hidden_act="gelu_python"), CLIPTextConfig(eos_token_id=2))
     >>> values = function_values(config)
-    >>> values["vision.hidden_act"], values["vision.patch_size"], values["text.eos_token_id"]
-    ('gelu', 32, 49407)
+    >>> values["vision.hidden_act"], values["vision.num_attention_heads"], values["text.eos_token_id"]
+    ('gelu', 12, 49407)
     """
     values = {field.name: _value(config, field.name) for field in dataclasses.fields(config)}
     towers = [name for name, value in values.items() if dataclasses.is_dataclass(value)]
@@ -39,7 +42,7 @@ def function_values(config: Any, part: str = "") -> dict[str, Any]:
         if name in towers:
             if part in ("", name) or part not in towers:
                 found |= {f"{name}.{field}": item for field, item in function_values(value).items()}
-        elif name not in _WITHOUT_EFFECT and value is not None:
+        elif name not in (*_IN_THE_SHAPES, *_BEFORE_TRAINING) and value is not None:
             found[name] = value
     return found
 
