@@ -258,14 +258,17 @@ def test_the_base_that_the_config_names(base, tmp_path):
 
 
 def test_two_hub_ids(base, tmp_path):
-    ours = dataclasses.replace(base, name="openai/clip-vit-base-patch32", folder=None)
+    ours = dataclasses.replace(base, name="openai/clip-vit-base-patch32", revision=40 * "b", folder=None)
     cached = "/home/me/.cache/models--openai--clip-vit-base-patch32/snapshots/" + 40 * "a"
 
-    def read(named):
-        with open_adapter(write(tmp_path / "lora", factors(), base_model_name_or_path=named), ours) as opened:
+    def read(named, **more):
+        adapter = write(tmp_path / "lora", factors(), base_model_name_or_path=named, **more)
+        with open_adapter(adapter, ours) as opened:
             return opened.notes
 
     assert read("openai/clip-vit-base-patch32") == read(cached) == ()
+    assert read("openai/clip-vit-base-patch32", revision="main") == ()
+    assert f"is at {ours.revision}" in read("openai/clip-vit-base-patch32", revision=40 * "c")[0]
     with pytest.raises(ValueError, match="trained on 'laion/CLIP-B', and 'openai/clip-vit-base-patch32' is another"):
         read("laion/CLIP-B")
 
@@ -346,6 +349,31 @@ def test_every_initialisation_that_is_read_is_what_peft_merges(base, tmp_path, i
     for path, leaf in tree.flatten(tau).items():
         np.testing.assert_allclose(leaf, tree.get(expected, path), atol=1e-5)
     assert tree.norm(tau) > 0.01
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_the_conversion_of_peft_is_the_same_change(base, tmp_path, kind):
+    peft = pytest.importorskip("peft")
+    import torch
+    from transformers import CLIPVisionModelWithProjection as Model
+
+    settings = peft.LoraConfig(r=2, lora_alpha=5, target_modules=["q_proj", "fc1"], init_lora_weights=kind)
+    model = peft.get_peft_model(Model.from_pretrained(base.folder), settings)
+    model.save_pretrained(tmp_path / "initial")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    model.save_pretrained(tmp_path / "trained")
+    model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    trained, converted = (
+        tree.flatten(to_task_vector(load_adapter(tmp_path / name, base), base.params))
+        for name in ("trained", "converted")
+    )
+    for path, leaf in converted.items():
+        np.testing.assert_allclose(trained[path], leaf, atol=1e-5)
 
 
 @pytest.mark.torch

@@ -12,6 +12,7 @@ import numpy as np
 from tvjax.checkpoints.cards import is_hub_id
 from tvjax.checkpoints.huggingface import Checkpoint, Pretrained, open_checkpoint, read_leaf, shapes_of
 
+_COMMIT = re.compile("[0-9a-f]{40}")
 _CACHED = re.compile(r"models--([^/]+)--([^/]+)/snapshots/[0-9a-f]{40}$")  # a hub repository on a disk
 
 
@@ -35,6 +36,9 @@ def check_base(settings: Mapping[str, Any], base: Pretrained | Checkpoint, any_b
     named = settings.get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         return (f"the adapter names no base model, so nothing shows that it was trained on {base.name!r}",)
+    revision = settings.get("revision")
+    if _name(named) == _name(base.name) and _are_other_commits(revision, base.revision):
+        return (f"the adapter was trained on {named!r} at {revision}, and {base.name!r} is at {base.revision}",)
     if _name(named) == _name(base.name) or (base.folder is not None and Path(named).resolve() == base.folder.resolve()):
         return ()
     if Path(named).is_dir():
@@ -53,6 +57,11 @@ def check_base(settings: Mapping[str, Any], base: Pretrained | Checkpoint, any_b
         + (f" ({leaf} differs)" if leaf else "")
         + ": give the base that it was trained on; where you know that it fits, say --any-base (any_base=True)"
     )
+
+
+def _are_other_commits(first: Any, second: str) -> bool:
+    """Whether both are commits, not branches or nothing, and differ."""
+    return isinstance(first, str) and bool(_COMMIT.fullmatch(first) and _COMMIT.fullmatch(second)) and first != second
 
 
 def _name(name: str) -> str:
