@@ -95,7 +95,7 @@ def open_clip_tensors(params):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("spelling", ["plain", "training", "own text tower", "bfloat16"])
+@pytest.mark.parametrize("spelling", ["plain", "training", "own text tower", "bfloat16", "parameters", "sparse"])
 def test_state_dicts_of_open_clip(models, tmp_path, spelling):
     torch = pytest.importorskip("torch")
     params = from_pretrained(models["source"]).params
@@ -107,6 +107,10 @@ def test_state_dicts_of_open_clip(models, tmp_path, spelling):
         content = {key if key.startswith(outer) else f"text.{key}": value for key, value in content.items()}
     elif spelling == "bfloat16":
         content = {key: value.to(torch.bfloat16) for key, value in content.items()}
+    elif spelling == "parameters":
+        content = {key: torch.nn.Parameter(value) for key, value in content.items()}
+    elif spelling == "sparse":
+        content = {**content, "visual.proj": content["visual.proj"].to_sparse()}
     torch.save(content, tmp_path / "model.pt")
     words = ["--like", models["source"], "--allow-pickle", "--output", str(tmp_path / "out"), "--quiet"]
     assert run(["convert", str(tmp_path / "model.pt"), *words]) == 0
@@ -133,3 +137,62 @@ def test_state_dicts_that_are_refused(models, tmp_path, capsys):
         assert run(["convert", str(tmp_path / "model.pt"), *words]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def foreign_contents(torch, tensors):
+    """What else is in files that end in .pt, with what is said of it."""
+    weight = tensors["visual.proj"]
+
+    class Script(torch.nn.Module):
+        def forward(self, x):
+            return x
+
+    yield {**tensors, "visual.proj": weight.to(torch.float8_e4m3fn)}, "'visual.proj' is of dtype torch.float8_e4m3fn"
+    yield {**tensors, "visual.proj": weight.to(torch.complex64)}, "'visual.proj' is of dtype torch.complex64"
+    yield {**tensors, "visual.proj": weight.to("meta")}, "'visual.proj' is a tensor on the meta device"
+    rows = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    yield {**tensors, "visual.proj": rows}, "'visual.proj' is a nested tensor"
+    quantized = torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8)
+    yield {**tensors, "visual.proj": quantized}, "'visual.proj' is quantized (torch.qint8)"
+    yield {"state_dict": tensors, "best": np.float64(0.5)}, "it holds numpy._core.multiarray.scalar"
+    yield {**tensors, "visual.proj": np.ones(3)}, "it holds numpy._core.multiarray._reconstruct"
+    yield {**tensors, "module.visual.proj": weight}, "has 'visual.proj' twice, once as 'module.visual.proj'"
+    yield torch.jit.script(Script()), "is a TorchScript archive, a program"
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+def test_each_foreign_content_of_a_state_dict_is_said_in_a_sentence(models, tmp_path, capsys):
+    torch = pytest.importorskip("torch")
+    tensors = open_clip_tensors(from_pretrained(models["source"]).params)
+    file = tmp_path / "model.pt"
+    words = ["--like", models["source"], "--allow-pickle", "--output", str(tmp_path / "out"), "--quiet"]
+    for content, message in foreign_contents(torch, tensors):
+        if isinstance(content, torch.jit.ScriptModule):
+            content.save(file)
+        else:
+            torch.save(content, file)
+        assert run(["convert", str(file), *words]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert message in line and "weights_only" not in line and "option" not in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("zipped", [True, False])
+def test_damaged_state_dicts_are_said_to_be_so(models, tmp_path, capsys, zipped):
+    torch = pytest.importorskip("torch")
+    file = tmp_path / "model.pt"
+    torch.save({"a": torch.ones(3)}, file, _use_new_zipfile_serialization=zipped)
+    whole, rng = file.read_bytes(), np.random.default_rng(0)
+    words = ["--like", models["source"], "--allow-pickle", "--output", str(tmp_path / "out"), "--quiet"]
+    for number in range(60):
+        damaged = bytearray(whole)
+        if number % 2:
+            damaged = damaged[: rng.integers(len(damaged))]
+        else:
+            damaged[rng.integers(min(len(damaged), 900))] ^= int(rng.integers(1, 256))
+        file.write_bytes(damaged)
+        assert run(["convert", str(file), *words]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert "weights_only" not in line

@@ -1,13 +1,14 @@
 """LoRA adapters in the folders of PEFT, as what they change: one product of two factors for each kernel.
 
 A folder holds ``adapter_config.json`` and ``adapter_model.safetensors``. What it changes beyond the kernels of linear
-layers (whole layers, biases, magnitudes) is refused by name, not passed over.
+layers (whole layers, biases, magnitudes), and what its config says beyond what is understood here, is refused by name,
+not passed over. Where the initialisation was taken out of the base (PiSSA, OLoRA), the change is that from the
+unchanged base, as PEFT's own conversion and its merge have it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -17,19 +18,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tvjax import tree
-from tvjax.checkpoints.huggingface import Checkpoint, Pretrained, fetch, shapes_of
+from tvjax.checkpoints.adapter_base import check_base
+from tvjax.checkpoints.adapter_config import check_settings, initialisation, model_class, rank_and_scale
+from tvjax.checkpoints.huggingface import Checkpoint, Pretrained, fetch, read_leaf, shapes_of
 from tvjax.checkpoints.json_files import read_json
 from tvjax.checkpoints.memory import to_jax
 from tvjax.checkpoints.safetensors import Fingerprint, Tensors, open_tensors
 from tvjax.merge.adapters import Adapter
 from tvjax.models.families import family_of_config
-from tvjax.models.key_table import FLOATS, keys_of
+from tvjax.models.key_table import FLOATS, KeyTable, keys_of, module_key
 
 CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
+_OUTER = (("A", 1), ("B", 0))  # inputs and outputs of a layer: the axis of each factor
 _PREFIX = "base_model.model."
-# Settings under which the change of a kernel is not the product of its factors.
-_UNSUPPORTED = ("use_dora", "modules_to_save", "layer_replication", "lora_bias", "trainable_token_indices")
 
 
 class Factors(NamedTuple):
@@ -54,43 +56,65 @@ class AdapterFile(NamedTuple):
       revision: the commit of the hub repository.
       factors: by the path of their kernel.
       tensors: of the file.
+      initial: ``pissa`` or ``olora``, what was taken out of the base before training; "" for nothing.
+      trained_on: the base that its config names.
+      notes: what cannot be told of the base.
     """
 
     name: str
     revision: str
     factors: Mapping[str, Factors]
     tensors: Tensors
+    initial: str
+    trained_on: str
+    notes: tuple[str, ...]
 
-    def read(self, path: str) -> tuple[np.ndarray, np.ndarray, float]:
-        """The factors ``[in, r]`` and ``[r, out]`` of a kernel, and the scale of their product.
+    def read(self, path: str, kernel: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, float]:
+        """The factors ``[in, r]`` and ``[r, out]`` of the change of a kernel, and the scale of their product.
+
+        Args:
+          path: of the kernel.
+          kernel: of the base ``[in, out]``; read only where an initialisation was taken out of it.
 
         Raises:
           ValueError: where values are not finite.
         """
         factors = self.factors[path]
-        return self.tensors.read(factors.a).T, self.tensors.read(factors.b).T, factors.scale
+        a, b = self.tensors.read(factors.a).T, self.tensors.read(factors.b).T
+        if not self.initial or kernel is None:
+            return a, b, factors.scale
+        a_0, b_0 = _initial_factors(self.initial, np.asarray(kernel, np.float32), a.shape[1], factors.scale)
+        trained = np.float32(factors.scale) * a.astype(np.float32)
+        return np.concatenate([trained, -a_0], axis=1), np.concatenate([b.astype(np.float32), b_0]), 1.0
 
     def fingerprint(self) -> str:
         """The identity of the factors and scales."""
         found = Fingerprint()
         for path, (a, b, scale) in sorted(self.factors.items()):
-            found.add(f"{path} a {scale!r}", self.tensors.read(a))
+            found.add(f"{path} a {scale!r} {self.initial}".rstrip(), self.tensors.read(a))
             found.add(f"{path} b", self.tensors.read(b))
         return found.hexdigest()
 
 
 def load_adapter(
-    source: str | os.PathLike[str], base: Pretrained | Checkpoint, revision: str | None = None
+    source: str | os.PathLike[str],
+    base: Pretrained | Checkpoint,
+    revision: str | None = None,
+    *,
+    any_base: bool = False,
 ) -> dict[str, Adapter]:
     """Reads a LoRA adapter of PEFT, for `tvjax.merge.merge_adapters` or, by `to_task_vector`, as a task vector.
 
     The scale of a kernel's product is ``alpha / r``, or ``alpha / sqrt(r)`` (rslora), with the ranks and alphas that
-    the config gives for single layers by pattern.
+    the config gives for single layers by pattern. For PiSSA and OLoRA, whose initial product was taken out of the base
+    before training, that product is computed from the base again and subtracted: the factors have twice the rank. Other
+    initialisations that change the base (CorDA, LoftQ, LoRA-GA) are refused, with what PEFT has to convert them.
 
     Args:
       source: a folder or hub id with ``adapter_config.json`` and ``adapter_model.safetensors``.
       base: the model that it was trained on.
       revision: branch, tag or commit of the hub repository.
+      any_base: take it although its config names another base.
 
     Returns:
       For each kernel that it changes, by path, its adapter.
@@ -98,64 +122,52 @@ def load_adapter(
     Raises:
       ValueError: an adapter of another kind, or of another model; the message names every key.
     """
-    with open_adapter(source, base, revision) as opened:
-        found = {path: opened.read(path) for path in opened.factors}
+    with open_adapter(source, base, revision, any_base=any_base) as opened:
+        found = {path: opened.read(path, read_leaf(base, path) if opened.initial else None) for path in opened.factors}
     return {path: Adapter(to_jax(a), to_jax(b), scale) for path, (a, b, scale) in found.items()}
 
 
 @contextlib.contextmanager
 def open_adapter(
-    source: str | os.PathLike[str], base: Pretrained | Checkpoint, revision: str | None = None
+    source: str | os.PathLike[str],
+    base: Pretrained | Checkpoint,
+    revision: str | None = None,
+    *,
+    any_base: bool = False,
 ) -> Iterator[AdapterFile]:
-    """Opens a LoRA adapter of PEFT; everything is checked, and no weight is read. See `load_adapter`."""
+    """Opens a LoRA adapter of PEFT; everything is checked, and none of its weights is read. See `load_adapter`."""
     folder, revision = fetch(source, revision)
     settings = read_json(folder / CONFIG, "is it the folder of a PEFT adapter?")
     try:
-        _check_settings(settings)
+        check_settings(settings)
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
     if not (folder / _WEIGHTS).is_file():
         raise ValueError(f"{folder} has no {_WEIGHTS}: save the adapter with safe_serialization=True")
     with open_tensors(folder / _WEIGHTS) as tensors:
         factors = _find_factors(folder, settings, base, tensors)
-        yield AdapterFile(os.fspath(source), revision or "", factors, tensors)
+        notes = check_base(settings, base, any_base)
+        trained_on = str(settings.get("base_model_name_or_path") or "")
+        name = os.fspath(source)
+        yield AdapterFile(name, revision or "", factors, tensors, initialisation(settings), trained_on, notes)
 
 
-def _check_settings(settings: Mapping[str, Any]) -> None:
-    if settings.get("peft_type") != "LORA":
-        raise ValueError(f"peft_type is {settings.get('peft_type')!r}, only LORA adapters are read")
-    for name in _UNSUPPORTED:
-        if settings.get(name):
-            raise ValueError(
-                f"{name} is {settings[name]!r}: such an adapter is no product of two factors; merge it into its base "
-                "with PEFT (merge_and_unload), save that, and extract the task vector from it"
-            )
-    if settings.get("bias", "none") != "none":
-        raise ValueError(f"bias is {settings['bias']!r}, which changes the base's biases: merge it with PEFT first")
-    for name, kind in (("r", int), ("lora_alpha", (int, float))):
-        value = settings.get(name)
-        if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value) or value < (name == "r"):
-            raise ValueError(f"{name} is {value!r}, expected a positive number")
-    for name, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
-        patterns = settings.get(name) or {}
-        if not isinstance(patterns, dict) or not all(
-            isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
-            for value in patterns.values()
-        ):
-            raise ValueError(f"{name} is {patterns!r}, expected numbers by pattern")
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{name}: {pattern!r} is no pattern ({error})") from error
+def _initial_factors(initial: str, kernel: np.ndarray, rank: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Factors ``[in, r]`` and ``[r, out]`` of what an initialisation took out of a kernel, ``[in, out]``.
+
+    PiSSA takes the r largest singular directions; OLoRA alpha/r times the first r columns of Q and rows of R, of the
+    weight as torch has it, ``[out, in]``. Neither product depends on the signs that a decomposition leaves open.
+    """
+    if initial == "pissa":
+        u, s, vt = np.linalg.svd(kernel, full_matrices=False)
+        return u[:, :rank] * s[:rank], vt[:rank]
+    q, r = np.linalg.qr(kernel.T)
+    return np.float32(scale) * r[:rank].T, q[:, :rank].T
 
 
 def _find_factors(
     folder: Path, settings: Mapping[str, Any], base: Pretrained | Checkpoint, tensors: Tensors
 ) -> dict[str, Factors]:
-    family = family_of_config(base.config)
-    shapes = shapes_of(base.config)
-    path_of = {key: path for path, key in keys_of(family.keys, shapes).items() if path.endswith("/kernel")}
     pairs: dict[str, dict[str, str]] = {}
     problems = []
     for key in tensors.headers:
@@ -164,11 +176,18 @@ def _find_factors(
             problems.append(f"{key}: no factor of a linear layer")
         else:
             pairs.setdefault(match[1], {})[match[2]] = key
+    shapes = shapes_of(base.config)
+    kernels = {path: shape for path, shape in shapes.items() if path.endswith("/kernel") and len(shape) == 2}
+    sizes = {
+        module: tuple(tensors.headers[pair[name]].shape[axis] if name in pair else None for name, axis in _OUTER)
+        for module, pair in pairs.items()
+        if all(len(tensors.headers[key].shape) == 2 for key in pair.values())
+    }
+    path_of = _find_kernels(folder, family_of_config(base.config).keys, kernels, sizes, model_class(settings))
     factors: dict[str, Factors] = {}
     for module, pair in pairs.items():
-        spellings = [module, *(wrapper + module for wrapper in family.keys.wrappers)]
-        path = next((path_of[f"{name}.weight"] for name in spellings if f"{name}.weight" in path_of), None)
-        if path is None or len(shapes[path]) != 2:
+        path = path_of.get(module)
+        if path is None:
             problems.append(f"{module}: the model has no such linear layer")
             continue
         if set(pair) != {"A", "B"} or path in factors:
@@ -177,7 +196,7 @@ def _find_factors(
             )
             continue
         a, b = tensors.headers[pair["A"]], tensors.headers[pair["B"]]
-        rank = _by_pattern(settings.get("rank_pattern"), module, settings["r"])
+        rank, scale = rank_and_scale(settings, module)
         inputs, outputs = shapes[path]
         if (a.shape, b.shape) != ((rank, inputs), (outputs, rank)):
             problems.append(
@@ -186,9 +205,7 @@ def _find_factors(
         elif {a.dtype, b.dtype} - set(FLOATS):
             problems.append(f"{module}: is {a.dtype} and {b.dtype}, expected one of {', '.join(FLOATS)}")
         else:
-            alpha = _by_pattern(settings.get("alpha_pattern"), module, settings["lora_alpha"])
-            root = math.sqrt(rank) if settings.get("use_rslora") else rank
-            factors[path] = Factors(pair["A"], pair["B"], alpha / root)
+            factors[path] = Factors(pair["A"], pair["B"], scale)
     if not pairs and not problems:
         problems.append("it holds no factors")
     if problems:
@@ -199,12 +216,59 @@ def _find_factors(
     return factors
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """The value of the first pattern that the end of a module's name matches, as PEFT decides it."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+def _find_kernels(
+    folder: Path,
+    table: KeyTable,
+    kernels: Mapping[str, tuple[int, ...]],
+    sizes: Mapping[str, tuple[int | None, ...]],
+    trained_in: str,
+) -> dict[str, str]:
+    """The path of each module's kernel, where it has one.
+
+    The modules of a tower that was trained alone have no tower in their names; which one it is says the class that the
+    adapter was trained in, or that only one has such layers of these sizes.
+
+    Args:
+      folder: of the adapter, for the error.
+      table: of the model's family.
+      kernels: shapes of the model's matrices by path.
+      sizes: inputs and outputs of each module, None where a factor is missing.
+      trained_in: class of transformers; "" where it is not known.
+
+    Raises:
+      ValueError: several towers fit.
+    """
+    known = {key.removesuffix(".weight"): path for path, key in keys_of(table, kernels).items()}
+
+    def paths(names: list[str], wrapper: str) -> dict[str, str]:
+        keys = {name: module_key(table, wrapper + name) for name in names}
+        return {name: known[key] for name, key in keys.items() if key in known}
+
+    found = paths(list(sizes), "")
+    rest = [name for name in sizes if name not in found]
+    if not rest:
+        return found
+    if trained_in in table.wrapper_of:
+        return found | paths(rest, table.wrapper_of[trained_in])
+    towers = [paths(rest, wrapper) for wrapper in table.wrappers]
+    fits = [
+        tower
+        for tower in towers
+        if len(tower) == len(rest)
+        and all(
+            size in (None, length)
+            for name, path in tower.items()
+            for size, length in zip(sizes[name], kernels[path], strict=True)
+        )
+    ]
+    if len(fits) > 1:
+        where = " and ".join(sorted({path.split("/")[0] for tower in fits for path in tower.values()}))
+        classes = " or ".join(f'"{name}"' for name in table.wrapper_of)
+        raise ValueError(
+            f"the adapter {folder} fits {where} alike, its keys ({rest[0]}, ...) do not say which, and its {CONFIG} "
+            f'names no class that does: write "auto_mapping": {{"base_model_class": {classes}}} into that file'
+        )
+    return found | max(fits or towers, key=len, default={})
 
 
 def product(a: np.ndarray, b: np.ndarray, scale: float, out: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+_CONFIGS = ("config", "base_config")  # the model has its own beside the card
 _PACKAGES = ("tvjax", "jax", "numpy", "safetensors")
 
 
@@ -60,7 +61,7 @@ def model_card(
         ("Result", results or {}),
         ("Versions", versions),
     ):
-        known = {key: value for key, value in content.items() if value not in (None, "")}
+        known = {key: value for key, value in content.items() if value not in (None, "") and key not in _CONFIGS}
         if known:
             rows = "\n".join(f"| {key} | {_cell(value)} |" for key, value in known.items())
             parts.append(f"## {heading}\n\n| | |\n|---|---|\n{rows}\n")

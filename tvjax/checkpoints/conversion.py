@@ -31,6 +31,7 @@ from tvjax.checkpoints.huggingface import (
 from tvjax.checkpoints.memory import contiguous, to_jax
 from tvjax.checkpoints.orbax import PARAMS, load_orbax, save_orbax
 from tvjax.checkpoints.safetensors import cast, check_finite, fingerprint, tensor_header
+from tvjax.checkpoints.torch_files import load_tensors
 from tvjax.models.clip.config import CLIPConfig
 from tvjax.models.families import family_of_config, family_of_settings
 from tvjax.models.key_table import KeyTable, Row, find_sources
@@ -163,7 +164,7 @@ def load_state_dict(
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     family = family_of_config(config)
-    tensors = _load_tensors(file)
+    tensors = load_tensors(file)
     table = family.keys
     if isinstance(config, CLIPConfig) and any(".resblocks." in key for key in tensors):
         tensors, table = _split_attention(tensors), OPEN_CLIP
@@ -174,39 +175,6 @@ def load_state_dict(
         check_finite(found.key, tensors[found.key])
         leaves[path] = to_jax(contiguous(found.to_ours(tensors[found.key])))
     return Pretrained(family.build(config, tree.nest(leaves)), config, os.fspath(file), "", folder, settings)
-
-
-def _load_tensors(file: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The tensors of a state dict as arrays that share its memory."""
-    try:
-        import torch
-    except ImportError as error:
-        raise ValueError("a state dict is read with torch, which is not installed: pip install torch") from error
-    import pickle
-
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{os.fspath(file)!r} is no state dict of tensors ({reason}): save model.state_dict() with torch.save"
-        ) from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ValueError(f"{os.fspath(file)!r} holds a {type(content).__name__}, expected tensors by name")
-    tensors = {}
-    for key, value in content.items():
-        if not isinstance(value, torch.Tensor):
-            raise ValueError(f"{os.fspath(file)!r}: {key!r} is a {type(value).__name__}, expected a tensor")
-        name = key.removeprefix("module.")
-        if re.match(r"text\.(transformer|token_embedding|positional_embedding|ln_final|text_projection)\b", name):
-            name = name.removeprefix("text.")  # as open_clip's models with a text tower of its own class have it
-        if value.dtype == torch.bfloat16:
-            tensors[name] = value.contiguous().view(torch.int16).numpy().view(jax.numpy.bfloat16)
-        else:
-            tensors[name] = value.numpy()
-    return tensors
 
 
 def _split_attention(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

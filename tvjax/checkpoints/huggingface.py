@@ -37,6 +37,7 @@ from tvjax.checkpoints.safetensors import (
     tensor_header,
     write_tensors,
 )
+from tvjax.models.differences import function_values, to_text
 from tvjax.models.families import Family, family_of_config, family_of_settings
 from tvjax.models.key_table import Source, Tensor, find_sources, to_checkpoint
 from tvjax.models.settings import Settings
@@ -102,10 +103,11 @@ class Pretrained:
         return dataclasses.replace(self, model=self.model.replace(params=params))
 
     def identity(self) -> dict[str, str]:
-        """Name, revision and fingerprint, as a task vector's file names the model that it belongs to."""
+        """Name, revision, config and fingerprint, as a task vector's file names the model that it belongs to."""
         return {
             "base_model": self.name,
             "base_revision": self.revision,
+            "base_config": to_text(function_values(self.config)),
             "base_fingerprint": self._fingerprint,
         }
 
@@ -159,6 +161,13 @@ class Checkpoint:
         if not moves:
             return source.to_ours(raw)
         return contiguous(source.to_ours(raw), None if keep else scratch.take("ours", size))
+
+
+def read_leaf(model: Pretrained | Checkpoint, path: str) -> np.ndarray:
+    """One parameter of a model that is in memory or on disk, in its own dtype and our layout."""
+    if isinstance(model, Checkpoint):
+        return model.read(path, Scratch(), keep=True)
+    return np.asarray(tree.get(model.params, path))
 
 
 @contextlib.contextmanager

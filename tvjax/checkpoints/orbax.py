@@ -1,12 +1,14 @@
 """Models as Orbax directories: sharded state that is read straight to where an abstract tree says.
 
 A folder of ours holds ``config.json``, the processors, and the parameters as an Orbax directory ``params``. What a
-training run wrote is read too, given the config and where in its state the parameters are.
+training run wrote is read too, given the config and where in its state the parameters are: plain trees, states of NNX
+(``nnx.state``, ``nnx.split``), whose arrays lie one level deeper under ``value``, and the items of a CheckpointManager.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
 PARAMS = "params"
+_METADATA = "_METADATA"  # in every Orbax directory
+_VALUE = "/value"  # where NNX has the array of a variable
+_RANDOM = re.compile(r"(^|/)(count|key)/value$")  # of a stream of random numbers
 
 
 def save_orbax(pretrained: Pretrained, folder: str | os.PathLike[str]) -> None:
@@ -67,9 +72,11 @@ def load_orbax(
     """Reads a model from an Orbax directory.
 
     Args:
-      folder: of `save_orbax`; or an Orbax directory of a training run, with `config`.
+      folder: of `save_orbax`; or, with `config`, an Orbax directory of a training run, or a step of its
+        CheckpointManager.
       config: of the model; None reads the folder's ``config.json``.
-      subtree: path of the parameters in the state (``params``); nothing else of it is read.
+      subtree: path of the parameters in the state (``params``, ``model``), after the name of the item where a step has
+        several (``state/params``); nothing else of it is read.
       abstract: the parameters as ``jax.ShapeDtypeStruct`` with the dtype and the sharding that each is to have; None
         gives the dtypes of the files, on the default device.
       dtype: dtype that activations are computed in.
@@ -102,8 +109,9 @@ def load_orbax(
             config = family_of_settings(settings).config.from_dict(settings)
         except ValueError as error:
             raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    stored = tree.get(_stored(where), subtree)
-    leaves = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in tree.flatten(stored).items()}
+    where, subtree = _item(where, subtree)
+    stored, is_nnx = _without_random_state(tree.get(_stored(where), subtree))
+    leaves = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in _leaves(stored, is_nnx).items()}
     check_params(config, tree.nest(leaves))
     wanted = tree.flatten(abstract) if abstract is not None else {}
     if abstract is not None:
@@ -111,6 +119,7 @@ def load_orbax(
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def target(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
+        path = path.removesuffix(_VALUE) if is_nnx else path
         asked = wanted.get(path, leaf)
         sharding = getattr(asked, "sharding", None) if path in wanted else None
         return jax.ShapeDtypeStruct(leaf.shape, asked.dtype, sharding=sharding or here)
@@ -118,18 +127,59 @@ def load_orbax(
     item = tree.put({}, subtree, tree.map_with_path(target, stored))
     with _checkpointer() as checkpointer:
         arguments = ocp.args.PyTreeRestore(
-            item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=bool(subtree)
+            item,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+            partial_restore=bool(subtree) or is_nnx,
         )
         restored = checkpointer.restore(where, args=arguments)
-    params = tree.nest(tree.flatten(tree.get(restored, subtree)))
+    params = tree.nest(_leaves(tree.get(restored, subtree), is_nnx))
     _check_all_finite(params)
     model = family_of_config(config).build(config, params, dtype)
     return Pretrained(model, config, str(folder), "", folder if settings else None, settings)
 
 
+def _item(folder: Path, subtree: str) -> tuple[Path, str]:
+    """The Orbax directory in a step of a CheckpointManager, and the path of the parameters in it.
+
+    Raises:
+      ValueError: several, none, or a folder of steps.
+    """
+    if (folder / _METADATA).is_file() or not folder.is_dir():
+        return folder, subtree
+    items = sorted(path.parent.name for path in folder.glob(f"*/{_METADATA}"))
+    name, _, rest = subtree.partition("/")
+    if name in items:
+        return folder / name, rest
+    if len(items) == 1:
+        return folder / items[0], subtree
+    if items:
+        raise ValueError(f"{folder} holds {', '.join(items)}: name the one with the parameters (subtree={items[0]!r})")
+    parents = {path.parent.parent for path in folder.glob(f"*/*/{_METADATA}")}
+    steps = sorted((int(number[0]), step) for step in parents if (number := re.findall(r"\d+$", step.name)))
+    if steps:
+        names = tree.list_some([step.name for _, step in steps])
+        raise ValueError(f"{folder} holds the steps of a training run:\n{names}\ngive one, such as {steps[-1][1]}")
+    return folder, subtree
+
+
+def _without_random_state(stored: PyTree) -> tuple[PyTree, bool]:
+    """What a directory holds without the keys and counts of NNX's random streams, and whether it is a state of NNX."""
+    leaves = tree.flatten(stored)
+    if not leaves or not all(path.endswith(_VALUE) for path in leaves):
+        return stored, False
+    kept = {path: leaf for path, leaf in leaves.items() if not (_RANDOM.search(path) and leaf.dtype == jnp.uint32)}
+    return tree.nest(kept), True
+
+
+def _leaves(stored: PyTree, is_nnx: bool) -> dict[str, Any]:
+    """The leaves by the paths of the parameters."""
+    leaves = tree.flatten(stored)
+    return {path.removesuffix(_VALUE): leaf for path, leaf in leaves.items()} if is_nnx else leaves
+
+
 def _stored(folder: Path) -> Mapping[str, Any]:
     """What the directory holds, as a tree of shapes and dtypes."""
-    if not (folder / "_METADATA").is_file():
+    if not (folder / _METADATA).is_file():
         raise ValueError(f"{folder} is no complete Orbax directory: give the one that holds _METADATA")
     with _checkpointer() as checkpointer:
         metadata = checkpointer.metadata(folder).item_metadata

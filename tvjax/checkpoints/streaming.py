@@ -23,7 +23,9 @@ from tvjax.checkpoints.adapters import open_adapter, product
 from tvjax.checkpoints.cards import model_card
 from tvjax.checkpoints.huggingface import Checkpoint, open_checkpoint, write_checkpoint
 from tvjax.checkpoints.memory import Scratch
+from tvjax.checkpoints.provenance import check_configs, check_made_for, check_same_base, check_same_config
 from tvjax.checkpoints.safetensors import Fingerprint, Tensors, cast, cast_header, open_tensors, write_tensors
+from tvjax.models.differences import function_values, to_text
 from tvjax.models.key_table import Tensor
 
 Progress = Callable[[int, int, str], None]
@@ -39,6 +41,7 @@ class Extracted(NamedTuple):
       norm: Euclidean norm of all of them together.
       metadata: of the file.
       changed_outside: leaves outside the subtree that fine-tuning changed too, which take no part.
+      notes: what could not be told of the models, and what was allowed.
     """
 
     leaves: int
@@ -46,6 +49,7 @@ class Extracted(NamedTuple):
     norm: float
     metadata: dict[str, str]
     changed_outside: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 class Applied(NamedTuple):
@@ -70,6 +74,7 @@ def extract(
     path: str | os.PathLike[str],
     *,
     subtree: str = "",
+    allow_config_differences: bool = False,
     dtype: DTypeLike = np.float32,
     revision: str | None = None,
     finetuned_revision: str | None = None,
@@ -83,6 +88,7 @@ def extract(
       path: the file to write (.safetensors).
       subtree: the part of the model that tau covers (``vision``), "" for all of it. A tower that was fine-tuned without
         its projection gives a tau that does not cover that.
+      allow_config_differences: take the difference although the two configs differ in what the models compute.
       dtype: dtype that tau is stored in; the difference is taken in float32.
       revision: branch, tag or commit of the pre-trained model.
       finetuned_revision: the same of the fine-tuned one.
@@ -97,14 +103,20 @@ def extract(
     """
     with open_checkpoint(pretrained, revision) as base, open_checkpoint(finetuned, finetuned_revision) as tuned:
         covered = _common_leaves(base, tuned, subtree)
+        notes = check_configs(
+            (base.name, tuned.name), (base.config, tuned.config), _part(covered), allow_config_differences
+        )
         metadata = {
             "base_model": base.name,
             "base_revision": base.revision,
+            "base_config": to_text(function_values(base.config)),
             "base_fingerprint": _UNKNOWN,
             "finetuned_model": tuned.name,
             "finetuned_revision": tuned.revision,
             "finetuned_fingerprint": _UNKNOWN,
         }
+        if notes:
+            metadata["notes"] = "; ".join(notes)
         headers = {leaf: cast_header(leaf, Tensor("F32", base.shapes[leaf]), dtype) for leaf in covered}
         squares, changed, scratch = 0.0, [], Scratch()
         with write_tensors(path, headers, metadata) as writer, _Reader(base, tuned) as reader:
@@ -120,7 +132,7 @@ def extract(
             found = {"base_fingerprint": base_digest, "finetuned_fingerprint": tuned_digest}
             writer.set_metadata(found)
     parameters = sum(math.prod(base.shapes[leaf]) for leaf in covered)
-    return Extracted(len(covered), parameters, squares**0.5, metadata | found, tuple(changed))
+    return Extracted(len(covered), parameters, squares**0.5, metadata | found, tuple(changed), notes)
 
 
 def extract_adapter(
@@ -131,6 +143,7 @@ def extract_adapter(
     dtype: DTypeLike = np.float32,
     revision: str | None = None,
     adapter_revision: str | None = None,
+    any_base: bool = False,
     progress: Progress | None = None,
 ) -> Extracted:
     """Writes the task vector of a LoRA adapter of PEFT, the products of its factors, tensor by tensor.
@@ -142,6 +155,7 @@ def extract_adapter(
       dtype: dtype that tau is stored in; the products are taken in float32.
       revision: branch, tag or commit of the pre-trained model.
       adapter_revision: the same of the adapter.
+      any_base: take it although its config names another base than this.
       progress: called with leaves done, leaves in all, and the path of the last.
 
     Returns:
@@ -151,29 +165,35 @@ def extract_adapter(
       ValueError: an adapter of another kind or another model, before anything is written; values that are not finite,
         and nothing is left behind.
     """
-    with open_checkpoint(pretrained, revision) as base, open_adapter(adapter, base, adapter_revision) as opened:
+    with (
+        open_checkpoint(pretrained, revision) as base,
+        open_adapter(adapter, base, adapter_revision, any_base=any_base) as opened,
+    ):
+        covered = sorted(opened.factors)
         metadata = {
             "base_model": base.name,
             "base_revision": base.revision,
+            "base_config": to_text(function_values(base.config)),
             "base_fingerprint": _UNKNOWN,
             "finetuned_model": opened.name,
             "finetuned_revision": opened.revision,
             "finetuned_fingerprint": opened.fingerprint(),
         }
-        covered = sorted(opened.factors)
+        if opened.notes:
+            metadata |= {"adapter_base_model": opened.trained_on, "notes": "; ".join(opened.notes)}
         headers = {leaf: cast_header(leaf, Tensor("F32", base.shapes[leaf]), dtype) for leaf in covered}
         squares, scratch = 0.0, Scratch()
         with write_tensors(path, headers, metadata) as writer, _Reader(base) as reader:
-            for leaf, _ in reader.leaves(progress):
+            for leaf, (kernel,) in reader.leaves(progress):
                 if leaf in headers:
                     with np.errstate(over="ignore"):  # reported where it is written
-                        change = product(*opened.read(leaf), _wide_memory(scratch, "change", base.shapes[leaf]))
+                        change = product(*opened.read(leaf, kernel), _wide_memory(scratch, "change", base.shapes[leaf]))
                     squares += float(np.vdot(change, change))
                     writer.write(leaf, cast(change, dtype))
             found = {"base_fingerprint": reader.fingerprints()[0]}
             writer.set_metadata(found)
     parameters = sum(math.prod(base.shapes[leaf]) for leaf in covered)
-    return Extracted(len(covered), parameters, squares**0.5, metadata | found, ())
+    return Extracted(len(covered), parameters, squares**0.5, metadata | found, (), opened.notes)
 
 
 def apply(
@@ -219,6 +239,7 @@ def apply(
         taus = [stack.enter_context(open_tensors(name)) for name in names]
         _check_fit(base, dict(zip(names, taus, strict=True)))
         made_for = check_same_base(names, [tau.metadata for tau in taus], any_base)
+        check_same_config(made_for, base, names, any_base)
         written = Fingerprint()
         scratch = Scratch()
         changed: list[str] = []
@@ -262,47 +283,6 @@ def apply(
     covered = set(changed)
     copied = tuple(leaf for leaf in sorted(base.shapes) if leaf not in covered)
     return Applied(tuple(changed), copied, count, written.hexdigest())
-
-
-def check_same_base(files: Sequence[str], metadata: Sequence[Mapping[str, str]], any_base: bool) -> dict[str, str]:
-    """What the metadata of task vectors say of the model that they were made for.
-
-    Args:
-      files: their names, for the error.
-      metadata: of each.
-      any_base: whether they may have been made for different models.
-
-    Raises:
-      ValueError: they were made for different models.
-    """
-    said = [(file, about) for file, about in zip(files, metadata, strict=True) if "base_fingerprint" in about]
-    for file, about in said[1:]:
-        if about["base_fingerprint"] != said[0][1]["base_fingerprint"] and not any_base:
-            raise ValueError(
-                f"{file!r} was made for {about.get('base_model')!r}, and {said[0][0]!r} for "
-                f"{said[0][1].get('base_model')!r}, whose weights differ: move one there first (tvjax transport), or "
-                "say --any-base"
-            )
-    return {key: said[0][1][key] for key in said[0][1] if key.startswith("base_")} if said else {}
-
-
-def check_made_for(
-    made_for: Mapping[str, str], name: str, fingerprint: str, files: Sequence[str], any_base: bool
-) -> None:
-    """Raises a ValueError where task vectors were made for other weights than a model's.
-
-    Args:
-      made_for: what `check_same_base` gave.
-      name: of the model.
-      fingerprint: of its weights.
-      files: names of the task vectors, for the error.
-      any_base: whether they may have been made for other weights.
-    """
-    if made_for.get("base_fingerprint", fingerprint) != fingerprint and not any_base:
-        raise ValueError(
-            f"{', '.join(map(repr, files))} made for {made_for.get('base_model')!r}, whose weights are not those of "
-            f"{name!r}: move there first (tvjax transport), or say --any-base (any_base=True)"
-        )
 
 
 class _Reader:
@@ -404,6 +384,12 @@ def _common_leaves(base: Checkpoint, tuned: Checkpoint, subtree: str) -> list[st
             "fits, name it (subtree)"
         )
     return sorted(theta_0)
+
+
+def _part(covered: Sequence[str]) -> str:
+    """The tower that all paths are of, "" where there are several."""
+    parts = {path.partition("/")[0] for path in covered}
+    return parts.pop() if len(parts) == 1 else ""
 
 
 def _check_fit(base: Checkpoint, taus: Mapping[str, Tensors]) -> None:

@@ -127,12 +127,13 @@ def evaluate(
 
 
 def _with_text(name: str, base: Pretrained, its: Processor) -> tuple[Pretrained, Processor]:
-    """A CLIP; where the name is one of a vision tower alone, in the place of the base's own.
+    """A CLIP; where the name is one of a vision tower alone, that in the place of the base's own, run with its config.
 
     Raises:
       ValueError: for a tower that does not fit.
     """
     from tvjax.checkpoints import from_pretrained, load_processor
+    from tvjax.models.clip import clip
 
     loaded, processor = from_pretrained(name), load_processor(name)
     if loaded.config.text is not None:
@@ -141,6 +142,9 @@ def _with_text(name: str, base: Pretrained, its: Processor) -> tuple[Pretrained,
         whole = base.with_params({**base.params, "vision": {**base.params["vision"], **loaded.params["vision"]}})
     except ValueError as error:
         raise ValueError(f"{name!r} has no text tower, and does not fit that of {base.name!r}: {error}") from error
+    vision = dataclasses.replace(loaded.config.vision, projection_dim=base.config.vision.projection_dim)
+    config = dataclasses.replace(base.config, vision=vision)
+    whole = dataclasses.replace(whole, model=clip(config, whole.params), config=config, settings=None)
     return whole, dataclasses.replace(its, image_processor=processor.image_processor or its.image_processor)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tvjax.cli import config as recipes
-from tvjax.cli.options import Json, Quiet
+from tvjax.cli.options import AllowConfigDifferences, AnyBase, Json, Quiet
 from tvjax.cli.output import show
 
 
@@ -26,6 +26,8 @@ def extract(
         str, typer.Option(metavar="PATH", help="The part of the model to take: vision, text; '' for all of it.")
     ] = "vision",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    allow_config_differences: AllowConfigDifferences = False,
+    any_base: AnyBase = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -40,11 +42,21 @@ def extract(
     inputs.check_file(output)
     with progress("extract", quiet or as_json) as report:
         if finetuned is not None:
-            found = streaming.extract(pretrained, finetuned, output, subtree=subtree, dtype=dtype, progress=report)
+            found = streaming.extract(
+                pretrained,
+                finetuned,
+                output,
+                subtree=subtree,
+                allow_config_differences=allow_config_differences,
+                dtype=dtype,
+                progress=report,
+            )
         elif adapter is not None:
-            found = streaming.extract_adapter(pretrained, adapter, output, dtype=dtype, progress=report)
+            found = streaming.extract_adapter(
+                pretrained, adapter, output, dtype=dtype, any_base=any_base, progress=report
+            )
     recipes.write(context, output)
-    notes = []
+    notes = [f"note: {note}" for note in found.notes]
     if found.changed_outside:
         first, number = found.changed_outside[0], len(found.changed_outside)
         notes.append(f"note: fine-tuning changed {number} leaves outside {subtree!r} too ({first}, ...), which stay")

@@ -17,7 +17,7 @@ from tvjax.checkpoints import Pretrained, from_pretrained, load_processor
 from tvjax.checkpoints.atomic import replacing
 from tvjax.checkpoints.huggingface import fetch
 from tvjax.checkpoints.json_files import read_json
-from tvjax.checkpoints.streaming import check_made_for, check_same_base
+from tvjax.checkpoints.provenance import check_made_for, check_same_base, check_same_config
 from tvjax.data.batches import few_shot, herding, k_medoids
 from tvjax.data.images import Images
 from tvjax.data.loader import Loader
@@ -203,8 +203,10 @@ def common_base(files: Sequence[Path], metadata: Sequence[Mapping[str, str]], an
 
 
 def check_base(metadata: Mapping[str, str], base: Pretrained, files: Sequence[Path], any_base: bool) -> None:
-    """Raises a ValueError where task vectors were made for other weights than these, unless `any_base`."""
-    check_made_for(metadata, base.name, base.identity()["base_fingerprint"], [str(file) for file in files], any_base)
+    """Raises a ValueError where task vectors were made for other weights or another config, unless `any_base`."""
+    names = [str(file) for file in files]
+    check_same_config(metadata, base, names, any_base)
+    check_made_for(metadata, base.name, base.identity()["base_fingerprint"], names, any_base)
 
 
 def about_model(model: Pretrained) -> dict[str, str]:

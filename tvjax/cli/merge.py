@@ -45,7 +45,10 @@ def merge(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Merge task vectors of one model into one, and write it or the model with it."""
+    """Merge task vectors of one model into one, and write it or the model with it.
+
+    A leaf that only some of them cover, as with adapters of different target modules, counts as zero in the others.
+    """
     import jax
 
     from tvjax import arithmetic, tree
@@ -86,15 +89,17 @@ def merge(
         base = from_pretrained(model)
         inputs.check_base(metadata, base, task_vectors, any_base)
 
+    taus, partly = methods.cover([tau for tau, _ in loaded])
     rows: list[MergedLeaf] = []
-    leaves = len(tree.flatten(loaded[0][0]))
+    leaves = len(tree.flatten(taus[0]))
     with progress(method, quiet) as tell:
 
         def report(row: MergedLeaf) -> None:
-            rows.append(row)
+            covered = {"covered_by": partly[row.path]} if row.path in partly else {}
+            rows.append(row._replace(measures=row.measures | covered))
             tell(len(rows), leaves, row.path)
 
-        tau = function([tau for tau, _ in loaded], report=report, **arguments)
+        tau = function(taus, report=report, **arguments)
     if base is None:
         save_tree(output, arithmetic.scale(tau, scale), metadata, dtype)
     else:
@@ -107,12 +112,19 @@ def merge(
         )
         save_pretrained(base.with_params(arithmetic.apply(base.params, tau, scale)), output, card=card)
     about = {"method": method, "scale": scale, "task_vectors": [str(file) for file in task_vectors]}
+    notes = []
+    if partly:
+        notes.append(
+            f"note: {len(partly)} leaves ({next(iter(partly))}, ...) are not covered by every task vector, and count "
+            f"as zero in the others; which, says covered_by in {report_name(output).name}"
+        )
     write_report(output, rows, about)
     recipes.write(context, output)
     norm = float(tree.norm(tau))
     name = metadata.get("base_model")
     show(
         {"output": output, **about, "base_model": name, "norm": norm, "leaf_report": report_name(output)},
+        *notes,
         f"{output}: {len(loaded)} task vectors of {name or 'one model'} merged by {method}",
         f"scale {scale:g}, norm {norm:.4g}; by leaf: {report_name(output).name}",
         as_json=as_json,
@@ -121,7 +133,7 @@ def merge(
 
 
 def check_options(name: str, method: Callable[..., Any], options: Mapping[str, Any], given: Collection[str]) -> None:
-    """Raises a ValueError for a hyperparameter that a method does not have, or a value of another kind than it takes.
+    """Raises a ValueError for a hyperparameter that a method lacks or is not given, or a value of another kind.
 
     Args:
       name: of the method.
@@ -136,6 +148,9 @@ def check_options(name: str, method: Callable[..., Any], options: Mapping[str, A
     """
     parameters = inspect.signature(method).parameters
     known = [key for key in parameters if key not in given]
+    missing = [key for key in known if parameters[key].default is inspect.Parameter.empty and key not in options]
+    if missing:
+        raise ValueError(f"{name} needs the option {missing[0]} (--options {missing[0]}=...)")
     for option, value in options.items():
         if option not in known:
             if not known:

@@ -59,6 +59,13 @@ Options = Annotated[
 AnyBase = Annotated[
     bool, typer.Option("--any-base", help="Take task vectors although they were made for another model.")
 ]
+AllowConfigDifferences = Annotated[
+    bool,
+    typer.Option(
+        "--allow-config-differences",
+        help="Subtract the weights of models whose configs differ in what they compute (activation, heads, epsilon).",
+    ),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at once.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object, and nothing else.")]

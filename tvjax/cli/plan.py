@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tvjax.cli import config as recipes
-from tvjax.cli.options import BatchSize, Classes, Images, Json, Options, PerClass, Quiet, Select, Task, Templates
+from tvjax.cli.options import (
+    AllowConfigDifferences,
+    BatchSize,
+    Classes,
+    Images,
+    Json,
+    Options,
+    PerClass,
+    Quiet,
+    Select,
+    Task,
+    Templates,
+)
 from tvjax.cli.output import show
 from tvjax.cli.transport import (
     Depth,
@@ -60,6 +72,7 @@ def plan(
     tokens: Tokens = "interpolate",
     maps: Maps = None,
     save_task_vector: SaveTaskVector = None,
+    allow_config_differences: AllowConfigDifferences = False,
     output: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Checked, as the transport would; nothing is written.")
     ] = None,
@@ -85,7 +98,7 @@ def plan(
         inputs.check_file(save_task_vector)
     moving = make_transport(method, recipes.parse_options(options or ()))
     pairing = read_depth(depth)
-    check_models(moving, source, target, finetuned, validation)
+    check_models(moving, source, target, finetuned, validation, allow_config_differences)
     prompts = inputs.read_prompts(task, classes, templates)
     found = None
     if reads_images(moving) and (images is not None or task is not None):

@@ -13,6 +13,7 @@ import typer
 from tvjax.cli import config as recipes
 from tvjax.cli.options import (
     LARGEST_SEED,
+    AllowConfigDifferences,
     BatchSize,
     Classes,
     Images,
@@ -90,6 +91,7 @@ def transport(
     tokens: Tokens = "interpolate",
     maps: Maps = None,
     save_task_vector: SaveTaskVector = None,
+    allow_config_differences: AllowConfigDifferences = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -119,7 +121,7 @@ def transport(
         inputs.check_file(save_task_vector)
     moving = make_transport(method, given)
     pairing = read_depth(depth)
-    check_models(moving, source, target, finetuned, validation)
+    allowed = check_models(moving, source, target, finetuned, validation, allow_config_differences)
     prompts = inputs.read_prompts(task, classes, templates)
     found = None
     if reads_images(moving):
@@ -149,7 +151,9 @@ def transport(
     if maps is not None:
         depends_on = {"method": method, "options": json.dumps(given, sort_keys=True), "batch size": str(batch_size)}
         depends_on |= {"depth": depth, "tokens": tokens}
-        depends_on |= {"source": base.identity()["base_fingerprint"], "target": receiver.identity()["base_fingerprint"]}
+        for side, model in (("source", base), ("target", receiver)):
+            identity = model.identity()
+            depends_on |= {side: identity["base_fingerprint"], f"{side} config": identity["base_config"]}
         if looked_at is not None:
             depends_on["images"] = looked_at["sha256"]
         if found is not None and moving.needs_gradients:
@@ -158,7 +162,7 @@ def transport(
     with progress(moving.name, quiet or as_json) as report:
         pairs = list(zip(*views, strict=True)) if views else []
         state = fit(moving, a, b, pairs, depth=pairing, tokens=tokens, progress=report, store=store)
-    state = dataclasses.replace(state, notes=(*state.notes, *inputs.notes(base, tuned)))
+    state = dataclasses.replace(state, notes=(*state.notes, *allowed, *inputs.notes(base, tuned)))
     moved = moving.apply(state, tau)
     chosen = None
     if held_out is not None:
@@ -198,16 +202,29 @@ def transport(
 
 
 def check_models(
-    moving: Transport, source: str, target: str, finetuned: str | None = None, validation: str | None = None
-) -> None:
-    """Raises a ValueError where the configs of the models show that the transport cannot be; no weight is read."""
+    moving: Transport,
+    source: str,
+    target: str,
+    finetuned: str | None = None,
+    validation: str | None = None,
+    allow_config_differences: bool = False,
+) -> tuple[str, ...]:
+    """Raises a ValueError where the configs of the models show that the transport cannot be; no weight is read.
+
+    Returns:
+      A note where source and fine-tuned source differ in what they compute, and that is allowed.
+    """
+    from tvjax.checkpoints import provenance
     from tvjax.cli import inputs
 
-    check_configs(moving, inputs.read_clip_config(source), inputs.read_clip_config(target), source, target)
+    base = inputs.read_clip_config(source)
+    check_configs(moving, base, inputs.read_clip_config(target), source, target)
     if validation is not None and inputs.read_clip_config(target).text is None:
         raise ValueError(f"--validation needs a zero-shot head, but {target!r} has no text tower: give the full CLIP")
-    if finetuned is not None:
-        inputs.read_clip_config(finetuned)
+    if finetuned is None:
+        return ()
+    configs = (base, inputs.read_clip_config(finetuned))
+    return provenance.check_configs((source, finetuned), configs, "vision", allow_config_differences)
 
 
 def read_depth(text: str) -> str | list[int]:

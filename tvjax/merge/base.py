@@ -61,8 +61,8 @@ class Vectors:
         if problems:
             raise ValueError(
                 f"task vectors that are merged must have the same paths and shapes, {len(problems)} leaves differ:\n"
-                f"{tree.list_some(problems)}\nwere they made for one model? select the common leaves first "
-                "(tvjax.tree.select), or transport them first (tvjax.fit)"
+                f"{tree.list_some(problems)}\nwere they made for one model? count what some lack as zero "
+                "(tvjax.merge.cover), select the common leaves (tvjax.tree.select), or transport them first (tvjax.fit)"
             )
         self.paths = list(shapes[0])
         if not self.paths:

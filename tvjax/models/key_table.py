@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -75,11 +76,16 @@ class KeyTable(NamedTuple):
       rows: every layer that a model of the family can have.
       unused: keys (with ``{tower}``) that checkpoints may have and the model does not read.
       wrappers: beginnings of keys that some checkpoints leave out.
+      wrapper_of: by class of transformers, the beginning that its modules' names leave out.
+      renamed: names of modules in recent transformers (with ``{i}``), which its checkpoints do not have, and the keys
+        that stand for them there.
     """
 
     rows: tuple[Row, ...]
     unused: tuple[str, ...] = ()
     wrappers: tuple[str, ...] = ()
+    wrapper_of: Mapping[str, str] = MappingProxyType({})
+    renamed: tuple[tuple[str, str], ...] = ()
 
 
 class Tensor(NamedTuple):
@@ -179,6 +185,15 @@ def to_checkpoint(table: KeyTable, params: PyTree) -> dict[str, np.ndarray]:
 def keys_of(table: KeyTable, paths: Iterable[str]) -> dict[str, str]:
     """The key of each parameter, as the table spells it, by path."""
     return {path: _locate(table, path)[0] for path in paths}
+
+
+def module_key(table: KeyTable, module: str) -> str:
+    """The key that stands in checkpoints for a module, whatever the version of transformers calls it."""
+    for name, key in table.renamed:
+        match = _pattern(name).fullmatch(module)
+        if match:
+            return key.format(**match.groupdict())
+    return module
 
 
 def _locate(table: KeyTable, path: str) -> tuple[str, Leaf]:

@@ -29,4 +29,5 @@ KEYS = KeyTable(
     ),
     unused=("{tower}_model.embeddings.position_ids",),  # 0, 1, 2, ...: a buffer that older versions saved
     wrappers=("vision_model.", "text_model."),  # a tower saved alone has keys with or without
+    wrapper_of={"CLIPVisionModel": "vision_model.", "CLIPTextModel": "text_model."},
 )

@@ -22,4 +22,14 @@ KEYS = KeyTable(
         Row("head",                              "classifier",                                      "linear"),
     ),
     unused=("vit.pooler.dense.weight", "vit.pooler.dense.bias"),  # the classifier reads the class token itself
+    wrappers=("vit.",),
+    wrapper_of={"ViTModel": "vit."},
+    renamed=(
+        ("vit.layers.{i}.attention.q_proj", "vit.encoder.layer.{i}.attention.attention.query"),
+        ("vit.layers.{i}.attention.k_proj", "vit.encoder.layer.{i}.attention.attention.key"),
+        ("vit.layers.{i}.attention.v_proj", "vit.encoder.layer.{i}.attention.attention.value"),
+        ("vit.layers.{i}.attention.o_proj", "vit.encoder.layer.{i}.attention.output.dense"),
+        ("vit.layers.{i}.mlp.fc1",          "vit.encoder.layer.{i}.intermediate.dense"),
+        ("vit.layers.{i}.mlp.fc2",          "vit.encoder.layer.{i}.output.dense"),
+    ),
 )

@@ -1,0 +1,45 @@
+"""Task vectors that do not cover the same leaves, such as those of adapters with different target modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tvjax import tree
+
+PyTree = Any
+
+
+def cover(taus: Sequence[PyTree]) -> tuple[list[PyTree], dict[str, list[int]]]:
+    """The task vectors on the leaves that one or more of them cover: zero where a vector has none.
+
+    A merge takes vectors of the same leaves, so that a misspelt path is no zero in silence; this says so instead. The
+    zeros take no memory until their leaf is merged.
+
+    Args:
+      taus: nested dicts of arrays.
+
+    Returns:
+      The vectors, in dicts of the same paths, sorted; and for each leaf that some lack, the numbers of those that
+      have it. Vectors that cover the same leaves are returned as they are.
+
+    Raises:
+      ValueError: a vector that is no nested dict.
+
+    >>> import jax.numpy as jnp
+    >>> filled, partly = cover([{"query": jnp.ones(2)}, {"query": jnp.ones(2), "value": jnp.ones(1)}])
+    >>> filled[0]["value"].tolist(), partly
+    ([0.0], {'value': [1]})
+    """
+    if not all(isinstance(tau, Mapping) for tau in taus):
+        raise ValueError(f"expected nested dicts of arrays, found {[type(tau).__name__ for tau in taus]}")
+    flat = [tree.flatten(tau) for tau in taus]
+    shapes = {path: np.shape(leaf) for leaves in flat for path, leaf in leaves.items()}
+    having = {path: [number for number, leaves in enumerate(flat) if path in leaves] for path in sorted(shapes)}
+    partly = {path: numbers for path, numbers in having.items() if len(numbers) < len(flat)}
+    if not partly:
+        return list(taus), {}
+    zeros = {path: np.broadcast_to(np.float32(0), shapes[path]) for path in partly}
+    return [tree.nest({path: leaves.get(path, zeros.get(path)) for path in having}) for leaves in flat], partly
