@@ -213,7 +213,8 @@ def cosine(a: PyTree, b: PyTree) -> jax.Array:
     -1.0
     """
     norms = norm(a) * norm(b)
-    return jnp.where(norms > 0, dot(a, b) / jnp.where(norms > 0, norms, 1), 0)
+    zero = norms == 0  # NaN is not, and is seen in the result
+    return jnp.where(zero, 0, dot(a, b) / jnp.where(zero, 1, norms))
 
 
 def sign_agreement(a: PyTree, b: PyTree) -> jax.Array:
