@@ -41,26 +41,30 @@ def test_tokens(folder):
 def with_text_config(folder, target, **text):
     shutil.copytree(folder, target)
     settings = json.loads((folder / "config.json").read_text())
-    settings["text_config"] |= text
+    settings["text_config"] = text
     (target / "config.json").write_text(json.dumps(settings))
     return load_processor(target)
 
 
 def test_a_tokenizer_of_more_tokens_than_embeddings_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="knows 6 tokens, but the model has embeddings for 5"):
-        with_text_config(folder, tmp_path / "fewer", vocab_size=5).tokens(["a"])  # none of which is out of the table
-    assert with_text_config(folder, tmp_path / "more", vocab_size=8).tokens(["a"])["tokens"].shape == (1, 6)
+        with_text_config(folder, tmp_path / "fewer", vocab_size=5, eos_token_id=5, max_position_embeddings=6).tokens(
+            ["a"]
+        )  # none of which is out of the table
+    assert with_text_config(folder, tmp_path / "more", vocab_size=8, eos_token_id=5, max_position_embeddings=6).tokens(
+        ["a"]
+    )["tokens"].shape == (1, 6)
 
 
 def test_texts_without_the_end_token_of_the_config_are_refused(folder, tmp_path):
-    absent = with_text_config(folder, tmp_path / "absent", eos_token_id=None, vocab_size=None)  # CLIP's own are meant
+    absent = with_text_config(folder, tmp_path / "absent", max_position_embeddings=6)  # CLIP's own are meant
     message = r"2 of 2 texts \('a digit', ...\) lack the token 49407 .*'s is 5 \('</s>'\)"
     with pytest.raises(ValueError, match=message):
         absent.tokens(["a digit", "a"])
-    padding = with_text_config(folder, tmp_path / "padding", eos_token_id=0)
+    padding = with_text_config(folder, tmp_path / "padding", eos_token_id=0, max_position_embeddings=6)
     with pytest.raises(ValueError, match=r"1 of 2 texts \('digit a digit a'"):
         padding.tokens(["a", "digit a digit a"])
-    legacy = with_text_config(folder, tmp_path / "legacy", eos_token_id=2)
+    legacy = with_text_config(folder, tmp_path / "legacy", eos_token_id=2, max_position_embeddings=6)
     assert legacy.tokens(["a"])["tokens"].tolist() == [[2, 3, 5, 0, 0, 0]]
 
 

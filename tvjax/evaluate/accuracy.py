@@ -78,7 +78,7 @@ def predict(model: Model, inputs: PyTree) -> Int[Array, " batch"]:
         examples = np.flatnonzero(wrong)
         raise ValueError(
             f"{len(examples)} of {len(wrong)} examples have scores that are NaN or infinite (first: number "
-            f"{examples[0]} of its batch), which say nothing of their classes: are the weights, the inputs and the head finite?"
+            f"{examples[0]} of its batch), which say nothing of their classes: are weights, inputs and head finite?"
         )
     return predicted
 
