@@ -73,8 +73,8 @@ def test_lists_with_a_name_twice_and_what_was_not_read_are_said(models, places, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vocab_size": 53}, "knows 54 tokens, but the model has embeddings for 53"),
-        ({"eos_token_id": 3}, r"lack the token 3 that .* the tokenizer's is 53 \('<|endoftext|>'\)"),
+        ({"vocab_size": 55}, "knows 56 tokens, but the model has embeddings for 55"),
+        ({"eos_token_id": 3}, r"2 of 2 texts \('cat', ...\) lack the token 3 that .*'s is 55 \('<\|endoftext\|>'\)"),
     ],
 )
 def test_a_tokenizer_that_does_not_fit_its_model(models, images, tmp_path, capsys, monkeypatch, change, message):

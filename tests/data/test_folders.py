@@ -2,7 +2,7 @@ import shutil
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from tvjax.data.folders import read_folder
 
@@ -91,14 +91,16 @@ def test_hidden_and_service_folders_are_no_classes(folder, name):
 
 
 KINDS = {
-    "jfif": "JPEG", "jpe": "JPEG", "pgm": "PPM", "pbm": "PPM", "avif": "AVIF", "jp2": "JPEG2000", "": "PNG", "ABC": "WEBP",
+    "jfif": "JPEG", "jpe": "JPEG", "pgm": "PPM", "pbm": "PPM", "avif": "AVIF", "jp2": "JPEG2000", "": "PNG",
+    "ABC": "WEBP",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("ending", KINDS)
 def test_images_of_every_ending_count(folder, ending):
-    if KINDS[ending] not in Image.SAVE and not Image.init() and KINDS[ending] not in Image.SAVE:
-        pytest.skip(f"this Pillow writes no {KINDS[ending]}")
+    needs = {"avif": "avif", "jp2": "jpg_2000", "ABC": "webp"}.get(ending)
+    if needs is not None and needs not in features.get_supported():
+        pytest.skip(f"this Pillow was built without {needs}")
     file = folder / "dog" / (f"photo.{ending}" if ending else "photo")
     Image.new({"pbm": "1", "pgm": "L"}.get(ending, "RGB"), (16, 12), 1).save(file, KINDS[ending])
     found = read_folder(folder)
@@ -136,9 +138,7 @@ def test_splits_are_no_classes(folder):
     (folder / "all" / "train").mkdir(parents=True)
     for name in ("dog", "tabby_cat"):
         (folder / name).rename(folder / "all" / "train" / name)
-    with pytest.raises(
-        ValueError, match=r"train' has no images of its own, .*\(train/dog, ...\): it looks like a split"
-    ):
+    with pytest.raises(ValueError, match=r"train' has no images of its own, .*\(train/dog, ...\): it looks"):
         read_folder(folder / "all")
     assert read_folder(folder / "all" / "train").class_names == ("dog", "tabby cat")
 

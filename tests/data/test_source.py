@@ -68,9 +68,7 @@ def test_lists_with_a_name_twice_are_of_numbered_classes(everywhere):
         assert found.labels.tolist() == [0, 1, 2] and "'missile' is 0 and 2" in found.notes[-1]
     for source in (folder, texts):
         assert open_images(source, [*NAMES, "missile", "missile"]).labels.tolist() == [0, 1, 2]
-        with pytest.raises(
-            ValueError, match=r"'apple pie' by name, which the list names more than once \(classes 1, 3\)"
-        ):
+        with pytest.raises(ValueError, match=r"'apple pie' by name, .* more than once \(classes 1, 3\)"):
             open_images(source, [*NAMES, "apple pie"])
 
 
