@@ -62,6 +62,7 @@ def test_answers_are_fetched_together(monkeypatch):
     assert len(fetched) == 1
 
 
-def test_cosines_of_what_is_not_finite_are_no_numbers():
+def test_similarities_of_what_is_not_finite_are_no_numbers():
     one, bad = {"a": jnp.ones(3)}, {"a": jnp.array([1.0, jnp.nan, 0.0])}
-    assert np.isnan(tree.cosine(one, bad)) and tree.cosine(one, {"a": jnp.zeros(3)}) == 0
+    for similarity in (tree.cosine, tree.sign_agreement):
+        assert np.isnan(similarity(one, bad)) and similarity(one, {"a": jnp.zeros(3)}) == 0

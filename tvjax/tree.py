@@ -232,7 +232,8 @@ def sign_agreement(a: PyTree, b: PyTree) -> jax.Array:
     # Each leaf is counted in integers: float32 would stop counting at 2^24.
     agreeing = sum((jnp.sum(s > 0).astype(jnp.float32) for s in jax.tree.leaves(signs)), jnp.float32(0))
     compared = sum((jnp.sum(s != 0).astype(jnp.float32) for s in jax.tree.leaves(signs)), jnp.float32(0))
-    return jnp.where(compared > 0, agreeing / jnp.where(compared > 0, compared, 1), 0)
+    broken = sum((jnp.sum(s * 0) for s in jax.tree.leaves(signs)), jnp.float32(0))  # NaN where a sign is, else 0
+    return jnp.where(compared > 0, agreeing / jnp.where(compared > 0, compared, 1), 0) + broken
 
 
 def by_leaf(function: Callable[..., Any], *trees: PyTree) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def embed_images(model: Model, batches: Batch | Iterable[Batch]) -> Float[np.nda
       batches: one batch or several; labels are not looked at.
 
     Raises:
-      ValueError: for no batches.
+      ValueError: for no batches, or embeddings that are not finite.
 
     >>> from tvjax.stages import Stage
     >>> tower = Model({}, (Stage("tower", lambda params, pixels: {"image": pixels}),))
@@ -117,7 +117,9 @@ def embed_images(model: Model, batches: Batch | Iterable[Batch]) -> Float[np.nda
     found = [np.asarray(normalise(model(batch.inputs)["image"].astype(jnp.float32))) for batch in batches]
     if not found:
         raise ValueError("there are no images to embed: give at least one batch")
-    return np.concatenate(found)
+    embeddings = np.concatenate(found)
+    check_finite({"image": embeddings}, "the output of the vision tower")
+    return embeddings
 
 
 def zero_shot_scores(loss_params: PyTree, outputs: PyTree) -> Float[Array, "batch classes"]:
