@@ -228,7 +228,8 @@ def cosine(a: PyTree, b: PyTree) -> jax.Array:
     -1.0
     """
     norms = norm(a) * norm(b)
-    return jnp.where(norms > 0, dot(a, b) / jnp.where(norms > 0, norms, 1), 0)
+    zero = norms == 0  # NaN is not, and is seen in the result
+    return jnp.where(zero, 0, dot(a, b) / jnp.where(zero, 1, norms))
 
 
 def sign_agreement(a: PyTree, b: PyTree) -> jax.Array:
@@ -246,7 +247,8 @@ def sign_agreement(a: PyTree, b: PyTree) -> jax.Array:
     # Each leaf is counted in integers: float32 would stop counting at 2^24.
     agreeing = sum((jnp.sum(s > 0).astype(jnp.float32) for s in jax.tree.leaves(signs)), jnp.float32(0))
     compared = sum((jnp.sum(s != 0).astype(jnp.float32) for s in jax.tree.leaves(signs)), jnp.float32(0))
-    return jnp.where(compared > 0, agreeing / jnp.where(compared > 0, compared, 1), 0)
+    broken = sum((jnp.sum(s * 0) for s in jax.tree.leaves(signs)), jnp.float32(0))  # NaN where a sign is, else 0
+    return jnp.where(compared > 0, agreeing / jnp.where(compared > 0, compared, 1), 0) + broken
 
 
 def by_leaf(function: Callable[..., Any], *trees: PyTree) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from jax.extend.core import Var
 
 from tvjax import tree
 from tvjax.capture import Captured, SiteTable, instrument, jaxprs, sites
+from tvjax.finite import check_finite
 from tvjax.stages import Batch, Model, local_params, run_stage
 
 PyTree = Any
@@ -58,10 +59,13 @@ class Walk:
         if index not in self._cotangents:
             if index == len(self.model.stages) - 1:
                 outputs = self.carries(index + 1)
-                self._cotangents[index] = [
+                found = [
                     _loss_cotangent(self.model.loss, self.model.loss_params, output, batch.labels)
                     for output, batch in zip(outputs, self.batches, strict=True)
                 ]
+                # Votes are signs, and count a NaN as zero: none may begin here.
+                check_finite({f"batch {number}": each for number, each in enumerate(found)}, "the gradient of the loss")
+                self._cotangents[index] = found
             else:
                 stage, params = self.model.stages[index + 1], self.params(index + 1)
                 self._cotangents[index] = [

@@ -1,6 +1,7 @@
 """Tokenizers and image processors of transformers in tvjax's layout."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ def folder(tmp_path_factory):
     fast.save_pretrained(folder)
     size = {"height": 8, "width": 8}
     transformers.CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size=size).save_pretrained(folder)
-    settings = {"model_type": "clip", "text_config": {"max_position_embeddings": 6}}
+    text = {"max_position_embeddings": 6, "vocab_size": 6, "eos_token_id": 5}
+    settings = {"model_type": "clip", "text_config": text}
     (folder / "config.json").write_text(json.dumps(settings))
     return folder
 
@@ -34,6 +36,36 @@ def test_tokens(folder):
     assert inputs["tokens"].dtype == np.int32 and inputs["mask"].dtype == bool
     assert inputs["tokens"].tolist() == [[2, 3, 4, 5, 0, 0], [2, 3, 4, 3, 4, 5], [2, 1, 5, 0, 0, 0]]
     assert inputs["mask"].sum(1).tolist() == [4, 6, 3]
+
+
+def with_text_config(folder, target, **text):
+    shutil.copytree(folder, target)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["text_config"] = text
+    (target / "config.json").write_text(json.dumps(settings))
+    return load_processor(target)
+
+
+def test_a_tokenizer_of_more_tokens_than_embeddings_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="knows 6 tokens, but the model has embeddings for 5"):
+        with_text_config(folder, tmp_path / "fewer", vocab_size=5, eos_token_id=5, max_position_embeddings=6).tokens(
+            ["a"]
+        )  # none of which is out of the table
+    assert with_text_config(folder, tmp_path / "more", vocab_size=8, eos_token_id=5, max_position_embeddings=6).tokens(
+        ["a"]
+    )["tokens"].shape == (1, 6)
+
+
+def test_texts_without_the_end_token_of_the_config_are_refused(folder, tmp_path):
+    absent = with_text_config(folder, tmp_path / "absent", max_position_embeddings=6)  # CLIP's own are meant
+    message = r"2 of 2 texts \('a digit', ...\) lack the token 49407 .*'s is 5 \('</s>'\)"
+    with pytest.raises(ValueError, match=message):
+        absent.tokens(["a digit", "a"])
+    padding = with_text_config(folder, tmp_path / "padding", eos_token_id=0, max_position_embeddings=6)
+    with pytest.raises(ValueError, match=r"1 of 2 texts \('digit a digit a'"):
+        padding.tokens(["a", "digit a digit a"])
+    legacy = with_text_config(folder, tmp_path / "legacy", eos_token_id=2, max_position_embeddings=6)
+    assert legacy.tokens(["a"])["tokens"].tolist() == [[2, 3, 5, 0, 0, 0]]
 
 
 def test_pixels_are_channels_last(folder):

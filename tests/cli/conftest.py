@@ -11,7 +11,7 @@ from PIL import Image
 from tvjax.checkpoints import Pretrained, save_pretrained
 from tvjax.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, clip, init
 
-SIZE, LENGTH = 8, 24
+SIZE, LENGTH = 8, 64
 
 
 def write_processors(folder):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -50,6 +51,40 @@ def test_a_folder_an_archive_and_a_dataset_give_the_same_numbers(models, images,
         assert len(result["images"]["sha256"]) == 64
         assert result["models"] == found[0]["models"] and result["classes"] == ["cat", "polar bear"]
     assert sum(row["total"] for row in found[0]["models"][0]["by_class"]) == 6
+
+
+def test_lists_with_a_name_twice_and_what_was_not_read_are_said(models, places, images, evaluate, tmp_path, capfd):
+    (tmp_path / "names.txt").write_text("missile\nmissile\n")
+    found = evaluate(models["same"], "--images", f"{places}/images.npz", "--classes", tmp_path / "names.txt")
+    first, second = found["models"][0]["by_class"]
+    assert found["classes"] == ["missile", "missile"] and first["accuracy"] == 1 and second["correct"] == 0
+    assert any("'missile' is 0 and 1" in note for note in found["images"]["notes"])
+    shutil.copytree(images, tmp_path / "photos")
+    (tmp_path / "photos" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "photos" / "cat" / "a.heic").write_bytes(b"ftypheic")
+    (tmp_path / "names.txt").write_text("cat\npolar_bear\n")
+    words = ["--images", str(tmp_path / "photos"), "--classes", str(tmp_path / "names.txt")]
+    assert run(["evaluate", models["same"], *words]) == 0
+    printed = " ".join(capfd.readouterr().out.split())
+    for note in ("passed over: .ipynb_checkpoints", "1 file is no image: 1 .heic", "'polar_bear' is 'polar bear'"):
+        assert printed.count(note) == 1, note
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 55}, "knows 56 tokens, but the model has embeddings for 55"),
+        ({"eos_token_id": 3}, r"2 of 2 texts \('cat', ...\) lack the token 3 that .*'s is 55 \('<\|endoftext\|>'\)"),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_its_model(models, images, tmp_path, capsys, monkeypatch, change, message):
+    shutil.copytree(models["same"], tmp_path / "model")
+    settings = json.loads((tmp_path / "model" / "config.json").read_text())
+    settings["text_config"] |= change
+    (tmp_path / "model" / "config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr("tvjax.checkpoints.from_pretrained", lambda *_: pytest.fail("weights were read"))
+    assert run(["evaluate", models["source"], str(tmp_path / "model"), "--images", str(images)]) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_models_in_one_result(models, images, evaluate, tmp_path):

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tvjax.data.images import Images, read_image, with_names
+from tvjax.data.images import Images, by_name, read_image, spelled, with_names
+from tvjax.data.tasks import TASKS
 
 
 def shades(values, labels=None, names=()):
@@ -110,9 +111,33 @@ def test_labels_that_are_no_classes_are_refused(labels, message):
         shades([1, 2], np.array(labels), ("a", "b"))
 
 
-def test_classes_of_one_name_are_refused():
-    with pytest.raises(ValueError, match="names a class more than once: a, a"):
-        shades([1, 2], np.array([0, 1]), ("a", "a"))
+def test_numbered_classes_may_share_a_name():
+    found = shades([1, 2, 3], np.array([0, 1, 2]), ("missile", "a", "missile"))
+    assert found.labels.tolist() == [0, 1, 2] and found.class_names == ("missile", "a", "missile")
+    (note,) = found.take([0, 1]).notes
+    assert note == "classes of one name are not told apart, the first of them is predicted: 'missile' is 0 and 2"
+
+
+def test_names_are_spelled_in_one_way():
+    found = shades([1, 2, 3], np.array([0, 1, 2]), ("apple_pie", "AnnualCrop", "Speed limit (20km/h)"))
+    assert found.class_names == ("apple pie", "AnnualCrop", "Speed limit (20km/h)")
+    assert (
+        found.take([0]).part(0, 1).notes
+        == found.notes
+        == ("underscores in class names are spaces: 'apple_pie' is 'apple pie'",)
+    )
+    for task in TASKS.values():
+        assert all(spelled(name) == name for name in task.class_names), task.name
+    with pytest.raises(ValueError, match="the class '__', which leaves no letter"):
+        shades([1], np.array([0]), ("__",))
+
+
+def test_classes_that_are_stored_by_name():
+    assert by_name("x", ["a_b", "c"], None) == (("a_b", "c"), {"a_b": 0, "c": 1})
+    assert by_name("x", ["a b", "a_b", "c"], None)[1] == {"a b": 0, "a_b": 0, "c": 1}
+    assert by_name("x", ["a_b"], ["m", "m", "a b"]) == (("m", "m", "a b"), {"a_b": 2})
+    with pytest.raises(ValueError, match=r"'x' has the class 'm' by name, .* more than once \(classes 0, 2\)"):
+        by_name("x", ["m"], ["m", "a", "m"])
 
 
 def test_no_images_are_refused():

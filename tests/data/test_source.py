@@ -31,6 +31,47 @@ def test_every_place_gives_the_same_images(places):
     assert not set(half.keys) & set(rest.keys)
 
 
+NAMES = ["AnnualCrop", "apple_pie", "sea"]
+
+
+@pytest.fixture
+def everywhere(tmp_path):
+    """The same three images as a folder, an archive, and datasets of numbers and of texts."""
+    datasets = pytest.importorskip("datasets")
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 6, 5, 3), np.uint8)
+    for name, image in zip(NAMES, pixels, strict=True):
+        (tmp_path / "folder" / name).mkdir(parents=True)
+        Image.fromarray(image).save(tmp_path / "folder" / name / "0.png")
+    np.savez(tmp_path / "archive.npz", images=pixels, labels=[0, 1, 2], class_names=NAMES)
+    rows = [str(tmp_path / "folder" / name / "0.png") for name in NAMES]
+    for kind, labels, feature in (
+        ("numbers", [0, 1, 2], datasets.ClassLabel(names=NAMES)), ("texts", NAMES, datasets.Value("string"))
+    ):  # fmt: skip
+        features = datasets.Features({"image": datasets.Image(), "label": feature})
+        datasets.Dataset.from_dict({"image": rows, "label": labels}, features=features).save_to_disk(tmp_path / kind)
+    return [f"{tmp_path}/folder", f"{tmp_path}/archive.npz", f"hf:{tmp_path}/numbers", f"hf:{tmp_path}/texts"]
+
+
+@pytest.mark.parametrize("given", [None, NAMES, ["AnnualCrop", "apple pie", "sea"]])
+def test_every_place_spells_names_alike(everywhere, given):
+    for source in everywhere:
+        found = open_images(source, given)
+        assert found.class_names == ("AnnualCrop", "apple pie", "sea") and found.labels.tolist() == [0, 1, 2], source
+        if given is None:
+            assert found.notes == ("underscores in class names are spaces: 'apple_pie' is 'apple pie'",)
+
+
+def test_lists_with_a_name_twice_are_of_numbered_classes(everywhere):
+    folder, archive, numbers, texts = everywhere
+    for source in (archive, numbers):
+        found = open_images(source, ["missile", "pie", "missile"])
+        assert found.labels.tolist() == [0, 1, 2] and "'missile' is 0 and 2" in found.notes[-1]
+    for source in (folder, texts):
+        assert open_images(source, [*NAMES, "missile", "missile"]).labels.tolist() == [0, 1, 2]
+        with pytest.raises(ValueError, match=r"'apple pie' by name, .* more than once \(classes 1, 3\)"):
+            open_images(source, [*NAMES, "apple pie"])
+
+
 def test_a_question_mark_in_a_path_is_a_path(places):
     folder, _ = places
     (folder / "folder").rename(folder / "who?part=0:1")

@@ -1,9 +1,11 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tvjax.data.batches import examples, split
-from tvjax.evaluate.accuracy import Accuracy, accuracy, predict
+from tvjax.evaluate.accuracy import Accuracy, accuracy, predict, predictions
+from tvjax.evaluate.scale import choose_scale
 from tvjax.stages import Batch, Model, Stage
 
 
@@ -43,6 +45,32 @@ def test_unlabelled_and_absent_batches_are_refused(model):
         accuracy(model, Batch(jnp.ones((1, 3))))
     with pytest.raises(ValueError, match="no examples to evaluate on"):
         accuracy(model, [])
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_scores_that_are_not_numbers_are_no_accuracy(model, bad):
+    inputs = jnp.eye(3).at[1, 2].set(bad)
+    batches = [examples(jnp.eye(3), [0, 1, 2]), examples(inputs, [0, 1, 2])]
+    for evaluate in (
+        accuracy,
+        predictions,
+        lambda *given: choose_scale(given[0], {"kernel": jnp.eye(3)}, [0, 1], given[1]),
+    ):
+        with pytest.raises(ValueError, match=r"1 of 3 examples have scores that are NaN or infinite \(first: number 1"):
+            evaluate(model, batches)
+    masked = jnp.where(jnp.eye(3) == 0, -jnp.inf, 1.0)  # of classes that cannot be
+    constant = Model({}, (Stage("scores", lambda params, carry: {"logits": carry}),))
+    assert accuracy(constant, examples(masked, [0, 1, 2])).correct == 3
+    assert jax.jit(predict)(model, inputs).shape == (3,)
+
+
+def test_a_model_that_scores_tokens_is_no_classifier(model):
+    tokens = np.zeros((4, 15, 3), np.float32)
+    for labels in (np.zeros((4, 15), int), np.zeros(4, int)):
+        with pytest.raises(ValueError, match=r"shape \[4, 15, 3\], expected \[batch, classes\]: .*causal"):
+            accuracy(model, Batch(tokens, labels))
+    with pytest.raises(ValueError, match=r"labels of shape \[4, 15\] for 4 predictions"):
+        accuracy(model, Batch(tokens[:, 0], np.zeros((4, 15), int)))
 
 
 @pytest.mark.parametrize(("correct", "total"), [(0, 10), (10, 10), (3, 7)])

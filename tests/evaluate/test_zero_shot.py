@@ -4,6 +4,7 @@ import numpy as np
 import optax
 import pytest
 
+from tvjax.evaluate.accuracy import predict
 from tvjax.evaluate.zero_shot import (
     classifier,
     zero_shot,
@@ -13,6 +14,7 @@ from tvjax.evaluate.zero_shot import (
 )
 from tvjax.models.clip.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from tvjax.models.clip.modeling import clip, init, text_model, vision_model
+from tvjax.stages import Model, Stage
 
 CONFIG = CLIPConfig(
     CLIPVisionConfig(8, 16, 1, 2, image_size=8, patch_size=4, projection_dim=4),
@@ -48,6 +50,48 @@ def test_classifier_is_the_normalised_mean_of_normalised_prompts(model):
 def test_classifier_of_nothing_is_refused(model, names, templates, message):
     with pytest.raises(ValueError, match=message):
         classifier(model, tokenize, names, templates)
+
+
+def test_classes_of_one_name_have_one_column(model):
+    names = ["ab", "cd", "ab", "e"]
+    head = classifier(model, tokenize, names, ["{}!", "x{}"])
+    np.testing.assert_array_equal(head[:, 0], head[:, 2])
+    np.testing.assert_allclose(
+        head[:, [0, 1, 3]], classifier(model, tokenize, ["ab", "cd", "e"], ["{}!", "x{}"]), atol=1e-6
+    )
+
+
+def test_of_equal_columns_the_first_wins():
+    random = np.random.default_rng(0)
+    head = random.normal(size=(512, 397)).astype(np.float32)
+    head[:, 396], head[:, 200] = head[:, 0], head[:, 1]  # sums over the last columns are rounded otherwise on CPU
+    tower = zero_shot(Model({}, (Stage("image", lambda params, carry: {"image": carry}),)), head, 0.0)
+    found = predict(tower, np.concatenate([head[:, [396, 200, 7]].T, random.normal(size=(4, 512)).astype(np.float32)]))
+    assert found[:3].tolist() == [0, 1, 7] and not set(found.tolist()) & {200, 396}
+    scores = zero_shot_scores(tower.loss_params, {"image": jnp.asarray(random.normal(size=(7, 512)), jnp.float32)})
+    np.testing.assert_array_equal(scores[:, 396], scores[:, 0])
+
+
+def test_many_prompts_are_embedded_in_parts(model, monkeypatch):
+    whole = classifier(model, tokenize, ["ab", "cd", "e"], ["{}!", "x{}"])
+    monkeypatch.setitem(classifier.__globals__, "_TEXTS", 4)
+    np.testing.assert_allclose(classifier(model, tokenize, ["ab", "cd", "e"], ["{}!", "x{}"]), whole, atol=1e-6)
+
+
+def test_a_head_that_does_not_read_its_texts_is_refused(model):
+    def outside(texts):
+        return {**tokenize(texts), "tokens": np.where(tokenize(texts)["tokens"] == 31, 40, tokenize(texts)["tokens"])}
+
+    def endless(texts):
+        start = np.full((len(texts), 1), 30, np.int32)
+        return {"tokens": np.concatenate([start, np.minimum(tokenize(texts)["tokens"], 29)], 1)[:, :6]}
+
+    with pytest.raises(ValueError, match="embeddings of 2 of 2 classes are NaN or infinite:\n  'ab'\n  'cd'\n"):
+        zero_shot_model(model, outside, ["ab", "cd"], ["{}"])
+    with pytest.raises(ValueError, match="(?s)2 pairs of classes have one text embedding.*'ab' and 'cd'.*eos_token_id"):
+        zero_shot_model(model, endless, ["ab", "cd", "e"], ["{}"])
+    with pytest.raises(ValueError, match="the zero-shot head has values that are NaN"):
+        zero_shot(vision_model(model), np.full((4, 3), np.nan), 2.0)
 
 
 def test_loss_is_the_cross_entropy_of_clips_own_logits(model, key):

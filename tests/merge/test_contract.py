@@ -140,6 +140,15 @@ def test_vectors_that_do_not_fit(method, taus):
             method.merge(taus[:1])
 
 
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize("place", [np.asarray, jnp.asarray])
+def test_values_that_are_not_finite_are_refused(method, taus, value, place):
+    bad = jax.tree.map(np.array, taus[-1])
+    bad["blocks"][1]["kernel"][3, 5] = value
+    with pytest.raises(ValueError, match=f"task vector {len(taus) - 1} has .*\n  blocks/1/kernel: 1 of 960\n"):
+        method.merge([*taus[:-1], jax.tree.map(place, bad)])
+
+
 def test_settings_out_of_range(method, taus):
     for name, values in method.settings.items():
         for value in values:

@@ -107,6 +107,7 @@ def test_regmean_of_stacked_and_of_multi_axis_kernels():
         ([{"k": np.eye(5)}] * 2, {}, r"(?s)k: \(5, 5\) for a kernel of \(4, 3\)"),
         ([{"other": np.eye(4)}] * 2, {}, "no leaf has a Gram matrix"),
         ([({"k": np.eye(4)}, {})] * 2, {}, r"by path, input_grams\(...\).matrices, found tuple"),
+        ([{"k": np.eye(4)}, {"k": np.full((4, 4), np.nan)}], {}, "(?s)Gram matrices of task 1 has .*k: 16 of 16"),
         ([{"k": np.eye(4)}] * 2, {"shrink": 1.5}, "shrink must lie in"),
         ([{"k": np.eye(4)}] * 2, {"ridge": -1.0}, "ridge be 0 or more"),
         ([{"k": np.eye(4)}] * 2, {"weights": [1.0, -1.0]}, "weights must be 0 or more"),
@@ -314,6 +315,7 @@ def test_fisher_information_of_any_size_and_none():
         ([{"w": np.ones(3)}, {"w": np.ones(4)}], {}, r"w of task 1: \(4,\), the task vector has \(3,\)"),
         ([{"w": np.ones(3)}] * 2, {"floor": -1.0}, r"floor must lie in \[0, 1\)"),
         ([{"w": np.ones(3)}] * 2, {"weights": -1.0}, "weights must be 0 or more"),
+        ([{"w": np.ones(3)}, {"w": np.array([0, np.inf, 0])}], {}, "(?s)Fisher matrix of task 1 has .*w: 1 of 3"),
     ],
 )
 def test_fisher_of_what_does_not_fit(fishers, options, message):

@@ -147,10 +147,10 @@ def test_tiny_and_huge_vectors(name):
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_what_is_not_finite_is_seen(name, value):
+def test_what_is_not_finite_is_seen_inside_jit(name, value):
     leaves = draw(2, (9, 14))
     leaves[1][3, 4] = value
-    assert np.isnan(merged(METHODS[name][0], leaves)).any()
+    assert np.isnan(merged(jax.jit(METHODS[name][0]), leaves)).any()
 
 
 @pytest.mark.parametrize("name", METHODS)

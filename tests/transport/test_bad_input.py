@@ -116,6 +116,32 @@ def test_batches(tiny, idle, transport):
             fit(transport, tiny.a, tiny.b, [one, spoilt])
 
 
+def test_values_that_are_not_finite(tiny, idle):
+    path = "vision/blocks/1/attention/query/kernel"
+    for bad in (jnp.nan, -jnp.inf):
+        spoilt = tree.map_with_path(
+            lambda own, leaf, bad=bad: leaf.at[(0,) * leaf.ndim].set(bad) if own == path else leaf, tiny.a.params
+        )
+        for transport in (theseus(), bico(), gradfix(), identity()):
+            with pytest.raises(ValueError, match=f"(?s)the source model has .*NaN or infinite.*{path}: 1 of"):
+                fit(transport, tiny.a.replace(params=spoilt), tiny.b, tiny.batches)
+            with pytest.raises(ValueError, match=f"(?s)the target model has .*NaN or infinite.*{path}: 1 of"):
+                fit(transport, tiny.a, tiny.a.replace(params=spoilt), tiny.batches)
+        state = fit(identity(), tiny.a, tiny.b)
+        with pytest.raises(ValueError, match=f"(?s)the task vector has .*NaN or infinite.*{path}: 1 of"):
+            identity().apply(state, spoilt)
+        with pytest.raises(ValueError, match=f"(?s)task vector 1 has .*NaN or infinite.*{path}: 1 of"):
+            transport_stages(theseus(), tiny.a, tiny.b, tiny.batches, [tiny.a.params, spoilt])
+
+
+def test_a_loss_that_is_not_a_number_is_no_vote_of_zero(tiny):
+    head = tiny.b.loss_params.at[:, 2].set(jnp.nan)
+    broken = tiny.b.with_loss(tiny.b.loss, head)
+    for transport in (gradfix(), bico()):
+        with pytest.raises(ValueError, match="(?s)the gradient of the loss has .*NaN or infinite.*batch 0"):
+            fit(transport, tiny.a, broken, tiny.batches)
+
+
 def test_batches_by_link(tiny, idle):
     transport = chain(theseus(), gradfix())
     with pytest.raises(ValueError, match=r"no calibration batches for gradfix: found batches for \['theseus'\]"):

@@ -28,6 +28,7 @@ from tvjax.checkpoints.huggingface import (
 )
 from tvjax.checkpoints.json_files import read_json, write_json
 from tvjax.checkpoints.safetensors import tensor_header
+from tvjax.finite import check_finite
 from tvjax.models.families import family_of_config, family_of_settings
 from tvjax.stages import PyTree
 
@@ -133,7 +134,7 @@ def load_orbax(
         )
         restored = checkpointer.restore(where, args=arguments)
     params = tree.nest(_leaves(tree.get(restored, subtree), is_nnx))
-    _check_all_finite(params)
+    check_finite(params, f"the checkpoint {folder}")
     model = family_of_config(config).build(config, params, dtype)
     return Pretrained(model, config, str(folder), "", folder if settings else None, settings)
 
@@ -190,12 +191,3 @@ def _checkpointer() -> ocp.Checkpointer:
     import orbax.checkpoint as ocp
 
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-
-
-def _check_all_finite(params: PyTree) -> None:
-    wrong = [path for path, leaf in tree.flatten(params).items() if not jnp.all(jnp.isfinite(leaf))]
-    if wrong:
-        raise ValueError(
-            f"{len(wrong)} parameters have values that are NaN or infinite:\n{tree.list_some(wrong)}\ntake an earlier "
-            "checkpoint of the run"
-        )

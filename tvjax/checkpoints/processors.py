@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from jaxtyping import Float
 
 from tvjax.checkpoints.huggingface import fetch
 from tvjax.checkpoints.json_files import read_json
+from tvjax.models.clip.config import LEGACY_END_TOKEN
+from tvjax.models.families import FAMILIES, family_of_settings
 
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 _TOKEN_FILES = ("tokenizer.json", "vocab.json")
@@ -26,11 +29,15 @@ class Processor:
       image_processor: transformers' image processor on its PIL backend; None where the folder has none.
       tokenizer: transformers' tokenizer; None where the folder has none.
       length: tokens that every text is padded or cut to.
+      vocabulary: tokens that the model has embeddings for; None: not known, and not looked at.
+      end_token: the id at which the model reads a text's embedding; None: not known, and not looked at.
     """
 
     image_processor: Any = None
     tokenizer: Any = None
     length: int = 77
+    vocabulary: int | None = None
+    end_token: int | None = None
 
     def pixels(self, images: Sequence[Any]) -> Float[np.ndarray, "images height width 3"]:
         """Resized, cropped and normalised images, channels last.
@@ -57,7 +64,8 @@ class Processor:
         """Token ids and the padding mask, ``{"tokens": int32, "mask": bool}``, both ``[texts, length]``.
 
         Raises:
-          ValueError: for a model without a tokenizer.
+          ValueError: for a model without a tokenizer; for a tokenizer that knows more tokens than the model has
+            embeddings for, or does not end a text with the token that the model's config names.
         """
         if self.tokenizer is None:
             raise ValueError(
@@ -66,7 +74,28 @@ class Processor:
         batch = self.tokenizer(
             list(texts), padding="max_length", truncation=True, max_length=self.length, return_tensors="np"
         )
-        return {"tokens": batch["input_ids"].astype(np.int32), "mask": batch["attention_mask"].astype(bool)}
+        ids = np.asarray(batch["input_ids"], np.int32)
+        self._check(texts, ids)
+        return {"tokens": ids, "mask": np.asarray(batch["attention_mask"], bool)}
+
+    def _check(self, texts: Sequence[str], ids: np.ndarray) -> None:
+        """Raises a ValueError unless the tokenizer and the model that the config describes belong together."""
+        known = max(len(self.tokenizer), int(ids.max(initial=0)) + 1)
+        if self.vocabulary is not None and known > self.vocabulary:
+            raise ValueError(
+                f"the tokenizer knows {known} tokens, but the model has embeddings for {self.vocabulary} (vocab_size "
+                "in config.json): copy the tokenizer of the model's original folder"
+            )
+        if self.end_token in (None, LEGACY_END_TOKEN):
+            return
+        endless = [text for text, row in zip(texts, ids, strict=True) if self.end_token not in row]
+        if endless:
+            raise ValueError(
+                f"{len(endless)} of {len(texts)} texts ({endless[0]!r}, ...) lack the token {self.end_token} that "
+                "config.json names as their end (eos_token_id), where they are read; the tokenizer's is "
+                f"{self.tokenizer.eos_token_id} ({self.tokenizer.eos_token!r}): name it in text_config, or copy the "
+                "tokenizer of the model's original folder"
+            )
 
 
 def load_processor(source: str | os.PathLike[str], revision: str | None = None) -> Processor:
@@ -80,7 +109,7 @@ def load_processor(source: str | os.PathLike[str], revision: str | None = None) 
       The processor; no code of the folder is run.
 
     Raises:
-      ValueError: a file of the processors that is damaged.
+      ValueError: a file of the processors, or the config, that is damaged.
     """
     folder, _ = fetch(source, revision)
     for name in (*_IMAGE_FILES, *_TOKEN_FILES, "tokenizer_config.json"):
@@ -93,11 +122,21 @@ def load_processor(source: str | os.PathLike[str], revision: str | None = None) 
         image_processor = load(folder, backend="pil", trust_remote_code=False)
     if any((folder / name).is_file() for name in _TOKEN_FILES):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    length = Processor.length
-    if (folder / "config.json").is_file():
-        settings = read_json(folder / "config.json")
-        length = (settings.get("text_config") or settings).get("max_position_embeddings", length)
-    return Processor(image_processor, tokenizer, length)
+    text = _text_config(folder / "config.json")
+    if text is None:
+        return Processor(image_processor, tokenizer)
+    return Processor(image_processor, tokenizer, text.max_position_embeddings, text.vocab_size, text.eos_token_id)
+
+
+def _text_config(file: Path) -> Any:
+    """The config of the text tower that a ``config.json`` describes; None where it describes none that tvjax knows."""
+    settings = read_json(file) if file.is_file() else {}
+    if settings.get("model_type") not in FAMILIES:
+        return None
+    try:
+        return getattr(family_of_settings(settings).config.from_dict(settings), "text", None)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _import_transformers() -> Any:

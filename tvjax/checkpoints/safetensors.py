@@ -24,6 +24,7 @@ from jax.typing import ArrayLike, DTypeLike
 from tvjax import tree
 from tvjax.checkpoints.atomic import replacing
 from tvjax.checkpoints.memory import Scratch, aligned_memory, contiguous, to_jax
+from tvjax.finite import count_not_finite
 from tvjax.models.key_table import Tensor
 from tvjax.stages import PyTree
 
@@ -39,11 +40,9 @@ _DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+_FLOATING = tuple(_DTYPES[name] for name in ("F64", "F32", "F16", "BF16"))
 _SYNC_EVERY = 2**26  # bytes
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-# The bits of infinity: what is not finite has these or more, its sign aside.
-_INFINITY = {np.dtype(np.float64): 0x7FF << 52, np.dtype(np.float32): 0xFF << 23, np.dtype(np.float16): 0x1F << 10}
-_INFINITY[_DTYPES["BF16"]] = 0xFF << 7
 
 
 class Tensors:
@@ -284,17 +283,17 @@ def cast_header(key: str, header: Tensor, dtype: DTypeLike | None) -> Tensor:
     Raises:
       ValueError: a dtype that is not written, or that has no fractions.
     """
-    if dtype is None or numpy_dtype(key, header) not in _INFINITY:
+    if dtype is None or numpy_dtype(key, header) not in _FLOATING:
         return header
     stored = np.dtype(jnp.dtype(dtype))
-    if stored not in _INFINITY:
-        raise ValueError(f"weights are stored in {', '.join(map(str, _INFINITY))}, not in {stored.name}")
+    if stored not in _FLOATING:
+        raise ValueError(f"weights are stored in {', '.join(map(str, _FLOATING))}, not in {stored.name}")
     return header._replace(dtype=_NAMES[stored])
 
 
 def cast(array: np.ndarray, dtype: DTypeLike | None) -> np.ndarray:
     """Floating values in another dtype, rounded; None, and values that are not floating, leave it."""
-    if dtype is None or array.dtype not in _INFINITY:
+    if dtype is None or array.dtype not in _FLOATING:
         return array
     with np.errstate(over="ignore"):  # what became infinite is reported where it is written
         return array.astype(jnp.dtype(dtype), copy=False)
@@ -412,17 +411,9 @@ def fingerprint(params: PyTree) -> str:
 
 def check_finite(key: str, array: np.ndarray) -> None:
     """Raises a ValueError where values are NaN or infinite, with the tensor's name and their number."""
-    if array.dtype not in _INFINITY or not array.size or not _may_be_infinite(array):
-        return
-    wrong = array.size - int(np.count_nonzero(np.isfinite(array)))
-    raise ValueError(
-        f"the tensor {key!r} ({array.dtype.name}) has {wrong} of {array.size} values that are NaN or infinite: "
-        "take an earlier checkpoint of the run, or a dtype of wider range"
-    )
-
-
-def _may_be_infinite(array: np.ndarray) -> bool:
-    """By the greatest bits of either sign, as integers: a single pass without new memory, for every dtype alike."""
-    bits, width = _INFINITY[array.dtype], 8 * array.dtype.itemsize
-    positive, any_sign = array.view(f"i{width // 8}").max(), array.view(f"u{width // 8}").max()
-    return int(positive) >= bits or int(any_sign) >= bits + (1 << (width - 1))
+    wrong = count_not_finite(array)
+    if wrong:
+        raise ValueError(
+            f"the tensor {key!r} ({array.dtype.name}) has {wrong} of {array.size} values that are NaN or infinite: "
+            "take an earlier checkpoint of the run, or a dtype of wider range"
+        )

@@ -103,6 +103,7 @@ def compose(
     from tvjax.cli.output import show
     from tvjax.cli.progress import progress
     from tvjax.data.augment import StrongView, WeakView
+    from tvjax.data.images import spelled
     from tvjax.data.loader import Loader
     from tvjax.evaluate.accuracy import accuracy, class_scores
     from tvjax.evaluate.zero_shot import zero_shot_model
@@ -118,7 +119,7 @@ def compose(
     prompts = inputs.read_prompts(task, classes, templates)
     found = inputs.read_images(inputs.images_of(images, task, "train"), prompts, objective if labelled else "")
     found = inputs.draw_images(found, per_class, select, seed, inputs.embeddings(model, batch_size))
-    names = found.class_names or prompts.class_names
+    names = found.class_names or tuple(map(spelled, prompts.class_names or ()))
     if not names:
         raise ValueError(f"{objective} needs the names of the classes: give --classes, or images in one folder a class")
     held_out = None if validation is None else inputs.read_images(validation, prompts, "choosing a learning rate")
@@ -191,6 +192,7 @@ def compose(
     plot_coefficients(coefficients, output / "coefficients.png")
     inputs.write_json(output / "images.json", looked_at)
     recipes.write(context, output)
+    notes = inputs.notes_of(found, held_out)
     number, leaves = coefficients.values.size, len(trained.trainable.leaves) if tuned else 0
     also = f" and {leaves} leaves" if tuned else ""
     by = "" if trained.score is None else f", accuracy {100 * trained.score:.1f} % on {validation}"
@@ -205,7 +207,9 @@ def compose(
             "learning_rate": trained.learning_rate,
             "epochs": trained.epochs,
             "validation_accuracy": trained.score,
+            "notes": notes,
         },
+        *(f"note: {note}" for note in notes),
         f"{output}: {model} with {len(taus)} task vectors, {number} coefficients{also},",
         f"learning rate {trained.learning_rate:g}, {trained.epochs} epochs{by}",
         as_json=as_json,

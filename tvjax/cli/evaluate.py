@@ -88,6 +88,8 @@ def evaluate(
         "templates": prompts.templates,
     }
 
+    for name in full:
+        load_processor(name).tokens(found.class_names)  # one that does not fit its model is refused before any is run
     seen: dict[str, Predictions] = {}
     curve: list[Predictions] = []
     base = from_pretrained(full[0]), load_processor(full[0])
@@ -123,7 +125,8 @@ def evaluate(
 
         title = f"{models[0]} + scale × {task_vector}"
         plot_scale_curve(grid, [at.accuracy for at in curve], plot, title, None if norm is None else norm.fraction)
-    show(results, *_tables(results, by_class), as_json=as_json, quiet=quiet)
+    said = [f"note: {note}" for note in inputs.notes_of(found)]
+    show(results, *said, *_tables(results, by_class), as_json=as_json, quiet=quiet)
 
 
 def _with_text(name: str, base: Pretrained, its: Processor) -> tuple[Pretrained, Processor]:

@@ -48,16 +48,13 @@ def read_prompts(task: str | None, classes: Path | None, templates: Path | None)
     """Class names and prompts: of the files, or else of the task, or else of the images and the default prompt.
 
     Raises:
-      ValueError: no such task, no such file, an empty one, or a class that is named twice.
+      ValueError: no such task, no such file, or an empty one.
     """
     known = None if task is None else find_task(task)
     names = None if known is None else known.class_names
     prompts = TEMPLATES if known is None else known.templates
     if classes is not None:
         names = read_lines(classes, "class names")
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"{str(classes)!r} names the classes {', '.join(twice)} more than once")
     return Prompts(names, prompts if templates is None else read_lines(templates, "prompts"))
 
 
@@ -145,7 +142,12 @@ def record(found: Images) -> dict[str, Any]:
     Raises:
       ValueError: for an image that is empty or none.
     """
-    return {"source": found.name, "count": len(found), "sha256": found.sha256()}
+    return {"source": found.name, "count": len(found), "sha256": found.sha256(), "notes": list(found.notes)}
+
+
+def notes_of(*images: Images | None) -> list[str]:
+    """What a user should know of how images were read, each said once."""
+    return list(dict.fromkeys(f"{found.name}: {note}" for found in images if found is not None for note in found.notes))
 
 
 def read_lines(file: Path, what: str) -> tuple[str, ...]:

@@ -105,8 +105,7 @@ def plan(
         found = read_calibration(moving, inputs.images_of(images, task, "train"), prompts)
         # How many, not which: a choice by embeddings would read the weights.
         found = inputs.draw_images(found, per_class, "random", seed, inputs.embeddings(target, batch_size))
-    if validation is not None:
-        inputs.read_images(validation, prompts, "choosing a scale")
+    held_out = None if validation is None else inputs.read_images(validation, prompts, "choosing a scale")
     number = count if found is None else len(found)
     sizes = [min(batch_size, number - start) for start in range(0, number, batch_size)]
     names = len(found.class_names) if found is not None and found.labels is not None else 10
@@ -130,7 +129,9 @@ def plan(
         result["disk"]["maps"] = found_plan.memory["maps"]
     if save_task_vector is not None:
         result["disk"]["task vector"] = tree.nbytes(b.params)
-    notes = ["source layers are paired by cka when they have been run; shown is uniform"] if depth == "cka" else []
+    notes = inputs.notes_of(found, held_out)
+    if depth == "cka":
+        notes.append("source layers are paired by cka when they have been run; shown is uniform")
     show({**result, "notes": notes}, *texts(result, source, target, method), *notes, as_json=as_json, quiet=quiet)
 
 

@@ -191,9 +191,10 @@ def transport(
     recipes.write(context, output)
     if save_task_vector is not None:
         save_tree(save_task_vector, moved, receiver.identity())
+    notes = [*inputs.notes_of(found, held_out), *state.notes]
     show(
-        {**about, "output": output, "notes": state.notes},
-        *(f"note: {note}" for note in state.notes),
+        {**about, "output": output, "notes": notes},
+        *(f"note: {note}" for note in notes),
         f"{output}: {target} with {scale:g} times the task of {finetuned}, moved by {method}",
         f"norm {norms['source']:.4g} in the source, {norms['target']:.4g} in the target; by leaf: leaf_report.txt",
         as_json=as_json,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tvjax.data.images import Images, read_file, with_names
+from tvjax.data.images import Images, by_name, read_file, with_names
 
 
 def read_dataset(
@@ -61,11 +61,8 @@ def read_dataset(
     if any(value is None for value in values):
         raise ValueError(f"{name!r}: {sum(v is None for v in values)} rows have nothing in the column {label!r}")
     if values and all(isinstance(value, str) for value in values):
-        names = tuple(sorted(set(values)) if class_names is None else class_names)
-        unknown = sorted(set(values) - set(names))
-        if unknown:
-            raise ValueError(f"{name!r} has the classes {unknown}, which are none of {list(names)}")
-        numbers = np.array([names.index(value) for value in values])
+        names, number = by_name(name, sorted(set(values)), class_names)
+        numbers = np.array([number[value] for value in values])
     else:
         names = with_names(name, getattr(features[label], "names", None) or [], class_names)
         numbers = np.asarray(values)

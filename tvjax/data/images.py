@@ -29,10 +29,12 @@ class Images:
       keys: what `read` takes, one for each image; a path is named in messages as it is.
       read: a key to what is stored: an encoded file's bytes, or an array of pixels.
       labels: ``[n]`` int32, indices of `class_names`; None where there are none.
-      class_names: names of the classes, in the order of the labels.
+      class_names: names of the classes, in the order of the labels, spelled as prompts have them (`spelled`). Numbered
+        classes may share a name.
+      notes: what a user should know of how they were read.
 
     Raises:
-      ValueError: for no images, or labels that are not one of the classes for each image.
+      ValueError: for no images, labels that are not one of the classes for each image, or a class without a name.
 
     >>> photos = np.zeros((3, 4, 5, 3), np.uint8)
     >>> images = Images("photos", range(3), photos.__getitem__, np.array([0, 1, 0]), ("cat", "dog"))
@@ -45,12 +47,20 @@ class Images:
     read: Callable[[Any], bytes | np.ndarray]
     labels: np.ndarray | None = None
     class_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not len(self.keys):
             raise ValueError(f"{self.name!r} has no images")
-        if len(set(self.class_names)) < len(self.class_names):
-            raise ValueError(f"{self.name!r} names a class more than once: {', '.join(self.class_names)}")
+        names = tuple(spelled(name) for name in self.class_names)
+        if "" in names:
+            nameless = self.class_names[names.index("")]
+            raise ValueError(
+                f"{self.name!r} has the class {nameless!r}, which leaves no letter for a prompt: rename it"
+            )
+        notes = [*self.notes, *_notes_of_names(self.class_names, names)]
+        object.__setattr__(self, "class_names", names)
+        object.__setattr__(self, "notes", tuple(dict.fromkeys(notes)))
         if self.labels is None:
             return
         labels = np.asarray(self.labels)
@@ -140,6 +150,65 @@ class Images:
     def _place(self, index: int) -> str:
         key = self.keys[index]
         return repr(str(key)) if isinstance(key, Path) else f"{key} of {self.name!r}"
+
+
+def spelled(name: str) -> str:
+    """A class name as prompts have it, wherever it is stored: underscores are spaces, and all else is kept.
+
+    Spaces around it, and the slash that ``ls -d */`` puts behind it, are no part of it. Capitals inside a word are not
+    taken apart: whether ``AnnualCrop`` is two words and ``McLaren`` one, only a list of names can say.
+
+    >>> spelled("apple_pie"), spelled("AnnualCrop"), spelled("polar_bear/")
+    ('apple pie', 'AnnualCrop', 'polar bear')
+    """
+    return " ".join(name.replace("_", " ").rstrip("/").split())
+
+
+def by_name(
+    place: str, stored: Sequence[str], given: Sequence[str] | None, what: str = "classes"
+) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Classes that are stored by name: the names in the order of the labels, and the label of each stored name.
+
+    Args:
+      place: where they are stored, for messages.
+      stored: the names that occur, each once.
+      given: the names that are asked for, in the order of the labels; None: those that are stored.
+      what: what bears the names, for messages.
+
+    Raises:
+      ValueError: a stored name that is none of those given, or one of several alike.
+
+    >>> by_name("photos", ["polar_bear"], ["cat", "polar bear"])
+    (('cat', 'polar bear'), {'polar_bear': 1})
+    """
+    names = tuple({spelled(name): name for name in stored}.values()) if given is None else tuple(given)
+    order = [spelled(name) for name in names]
+    surplus = sorted({spelled(name) for name in stored} - set(order))
+    if surplus:
+        raise ValueError(f"{place!r} has the {what} {surplus}, which are none of the classes {list(names)}")
+    for name in map(spelled, stored):
+        if order.count(name) > 1:
+            numbers = [str(number) for number, other in enumerate(order) if other == name]
+            raise ValueError(
+                f"{place!r} has the class {name!r} by name, which the list names more than once (classes "
+                f"{', '.join(numbers)}): give each its own name"
+            )
+    return names, {name: order.index(spelled(name)) for name in stored}
+
+
+def _notes_of_names(stored: Sequence[str], names: Sequence[str]) -> list[str]:
+    """What to say of class names, as they were stored and as they are spelled."""
+    notes = []
+    changed = [f"{one!r} is {other!r}" for one, other in zip(stored, names, strict=True) if one != other]
+    if changed:
+        notes.append(f"underscores in class names are spaces: {changed[0]}" + (", ..." if len(changed) > 1 else ""))
+    numbers: dict[str, list[str]] = {}
+    for number, name in enumerate(names):
+        numbers.setdefault(name, []).append(str(number))
+    shared = [f"{name!r} is {' and '.join(own)}" for name, own in numbers.items() if len(own) > 1]
+    if shared:
+        notes.append(f"classes of one name are not told apart, the first of them is predicted: {', '.join(shared)}")
+    return notes
 
 
 def with_names(name: str, own: Sequence[str], given: Sequence[str] | None) -> tuple[str, ...]:

@@ -24,8 +24,9 @@ def open_images(source: str, class_names: Sequence[str] | None = None) -> Images
     ``digits:thick/test``   the embedded digits, a style (or ``base``) and a part; ``?seed=1`` for other photographs
     ======================  =========================================================================================
 
-    All take ``?part=0:0.8``, a share of each class that depends on content alone, and ``part_seed=1`` for another
-    (`Images.part`).
+    Names of classes are spelled in one way wherever they are stored or given: underscores are spaces, all else is kept
+    (`tvjax.data.images.spelled`). All places take ``?part=0:0.8``, a share of each class that depends on content alone,
+    and ``part_seed=1`` for another (`Images.part`).
 
     Args:
       source: the text.

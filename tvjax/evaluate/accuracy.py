@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from tvjax import tree
 from tvjax.evaluate.zero_shot import zero_shot_scores
 from tvjax.stages import Batch, Model, PyTree
 
@@ -46,20 +48,45 @@ def class_scores(model: Model, outputs: PyTree) -> Float[Array, "batch classes"]
     """The scores of the classes in what a model returned: its logits, or those of its zero-shot head.
 
     Raises:
-      ValueError: for a model that has neither.
+      ValueError: for a model that has neither, or whose logits are not one row for each example.
     """
     if "logits" in outputs:
-        return outputs["logits"]
-    if "image" in outputs and isinstance(model.loss_params, dict) and "classifier" in model.loss_params:
-        return zero_shot_scores(model.loss_params, outputs)
-    raise ValueError(
-        f"the model returns {sorted(outputs)} and has no zero-shot head: give it one with tvjax.evaluate.zero_shot"
-    )
+        scores = outputs["logits"]
+    elif "image" in outputs and isinstance(model.loss_params, dict) and "classifier" in model.loss_params:
+        scores = zero_shot_scores(model.loss_params, outputs)
+    else:
+        raise ValueError(
+            f"the model returns {sorted(outputs)} and has no zero-shot head: give it one with tvjax.evaluate.zero_shot"
+        )
+    if jnp.ndim(scores) != 2:
+        raise ValueError(
+            f"the scores have shape {list(jnp.shape(scores))}, expected [batch, classes]: a model that scores every "
+            "token (a causal language model) is no classifier; return as logits those of the one place that answers"
+        )
+    return scores
 
 
 def predict(model: Model, inputs: PyTree) -> Int[Array, " batch"]:
-    """The class of the greatest score, for each example."""
-    return jnp.argmax(class_scores(model, model(inputs)), axis=-1)
+    """The class of the greatest score, for each example; of equal scores the first.
+
+    Raises:
+      ValueError: as `class_scores` does; for scores that are NaN or infinite (inside `jit` there are none to look at).
+    """
+    scores = class_scores(model, model(inputs))
+    predicted, wrong = _greatest(scores)
+    if not tree.is_traced(wrong) and np.any(wrong):
+        examples = np.flatnonzero(wrong)
+        raise ValueError(
+            f"{len(examples)} of {len(wrong)} examples have scores that are NaN or infinite (first: number "
+            f"{examples[0]} of its batch), which say nothing of their classes: are weights, inputs and head finite?"
+        )
+    return predicted
+
+
+@jax.jit
+def _greatest(scores: Float[Array, "batch classes"]) -> tuple[Int[Array, " batch"], Bool[Array, " batch"]]:
+    """The place of the greatest score, and whether that is no number: NaN is the greatest of all."""
+    return jnp.argmax(scores, axis=-1), ~jnp.isfinite(jnp.max(scores, axis=-1))
 
 
 class Predictions(NamedTuple):
@@ -102,23 +129,26 @@ def predictions(model: Model, batches: Batch | Iterable[Batch]) -> Predictions:
       batches: one batch or several, with labels.
 
     Raises:
-      ValueError: for no batches, or one without labels.
+      ValueError: for no batches, one without a label for each example, or scores that are NaN.
     """
-    return joined(
-        Predictions(np.asarray(predict(model, batch.inputs)), labels_of(batch))
-        for batch in ([batches] if isinstance(batches, Batch) else batches)
-    )
+    return joined(of_batch(model, batch) for batch in ([batches] if isinstance(batches, Batch) else batches))
 
 
-def labels_of(batch: Batch) -> np.ndarray:
-    """The labels of a batch.
+def of_batch(model: Model, batch: Batch) -> Predictions:
+    """The predictions for one batch.
 
     Raises:
-      ValueError: where it has none.
+      ValueError: as `predict` does; where it has not one label for each example.
     """
     if batch.labels is None:
         raise ValueError("a batch has no labels: accuracy needs them")
-    return np.asarray(batch.labels)
+    predicted, labels = np.asarray(predict(model, batch.inputs)), np.asarray(batch.labels)
+    if labels.shape != predicted.shape:
+        raise ValueError(
+            f"a batch has labels of shape {list(labels.shape)} for {len(predicted)} predictions: accuracy needs one "
+            "class for each example"
+        )
+    return Predictions(predicted, labels)
 
 
 def joined(parts: Iterable[Predictions]) -> Predictions:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from tvjax.arithmetic import apply
-from tvjax.evaluate.accuracy import Predictions, joined, labels_of, predict
+from tvjax.evaluate.accuracy import Predictions, joined, of_batch
 from tvjax.stages import Batch, Model, PyTree
 
 
@@ -75,15 +75,14 @@ def scale_curve(
       Predictions of each scale, all for the same examples.
 
     Raises:
-      ValueError: for no scales, values that are not finite, no batches, or one without labels.
+      ValueError: for no scales, values or scores that are not finite, no batches, or one without labels.
     """
     if not len(scales) or not np.isfinite(np.asarray(scales, np.float64)).all():
         raise ValueError(f"scales: found {list(scales)}, expected at least one finite number")
     parts: list[list[Predictions]] = [[] for _ in scales]
     for batch in [batches] if isinstance(batches, Batch) else batches:
-        labels = labels_of(batch)
         for scale, part in zip(scales, parts, strict=True):
-            part.append(Predictions(np.asarray(predict(_edited(model, tau, float(scale)), batch.inputs)), labels))
+            part.append(of_batch(_edited(model, tau, float(scale)), batch))
     return [joined(part) for part in parts]
 
 

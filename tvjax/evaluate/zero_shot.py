@@ -9,10 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from tvjax import tree
+from tvjax.finite import check_finite
 from tvjax.models.clip.modeling import text_model, vision_model
 from tvjax.stages import Batch, Model, PyTree
 
 Tokenize = Callable[[Sequence[str]], PyTree]
+
+_TEXTS = 1024  # embedded at once
+_SAME = 1e-5  # by how much an entry of two unit columns may differ by rounding
 
 
 def classifier(
@@ -20,7 +25,8 @@ def classifier(
 ) -> Float[Array, "embedding classes"]:
     """The classifier of a CLIP's prompts.
 
-    Column c is the normalised mean, over the templates, of the normalised embeddings of the prompts of class c.
+    Column c is the normalised mean, over the templates, of the normalised embeddings of the prompts of class c. Classes
+    of one name have one column; other names whose columns are equal are refused: the tower does not read the texts.
 
     Args:
       model: a CLIP with a text tower.
@@ -32,7 +38,8 @@ def classifier(
       Unit columns.
 
     Raises:
-      ValueError: for no classes, no templates, or a template without ``{}``.
+      ValueError: for no classes, no templates, or a template without ``{}``; for columns that are not finite, or equal
+        for classes of different names, naming the classes.
 
     >>> from tvjax.checkpoints import from_pretrained, load_processor
     >>> from tvjax.data.embedded import model_folder
@@ -46,10 +53,40 @@ def classifier(
     for template in templates:
         if "{}" not in template:
             raise ValueError(f"the template {template!r} has no '{{}}' in place of the class name")
-    prompts = [template.replace("{}", name) for name in class_names for template in templates]
-    embeddings = normalise(text_model(model)(tokenize(prompts))["text"])
-    means = embeddings.reshape(len(class_names), len(templates), -1).mean(1)
-    return normalise(means).T
+    names = list(dict.fromkeys(class_names))
+    prompts = [template.replace("{}", name) for name in names for template in templates]
+    tower = text_model(model)
+    parts = [tower(tokenize(prompts[start : start + _TEXTS]))["text"] for start in range(0, len(prompts), _TEXTS)]
+    means = normalise(jnp.concatenate(parts)).reshape(len(names), len(templates), -1).mean(1)
+    columns = normalise(means).T
+    _check_columns(columns, names)
+    column = {name: number for number, name in enumerate(names)}
+    return columns[:, np.array([column[name] for name in class_names])]
+
+
+def _check_columns(columns: Float[Array, "embedding classes"], names: Sequence[str]) -> None:
+    """Raises a ValueError where columns of different names are equal or not finite; inside `jit` it cannot look."""
+    if tree.is_traced(columns):
+        return
+    found = np.asarray(columns, np.float64).T
+    broken = [repr(name) for name, column in zip(names, found, strict=True) if not np.isfinite(column).all()]
+    if broken:
+        raise ValueError(
+            f"the text embeddings of {len(broken)} of {len(names)} classes are NaN or infinite:\n"
+            f"{tree.list_some(broken)}\ndo the tokenizer and the weights belong to one model?"
+        )
+    order = np.argsort(found @ np.cos(np.arange(found.shape[1])))  # what is equal comes side by side
+    alike = [
+        f"{names[one]!r} and {names[other]!r}"
+        for one, other in zip(order[:-1], order[1:], strict=True)
+        if np.abs(found[one] - found[other]).max() <= _SAME
+    ]
+    if alike:
+        raise ValueError(
+            f"{len(alike)} pairs of classes have one text embedding, so none could be told from the other:\n"
+            f"{tree.list_some(alike)}\ndoes the tokenizer end texts with the token that the model's config names "
+            "(eos_token_id), does it know the words, and are the names different where texts are cut?"
+        )
 
 
 def normalise(embeddings: Float[Array, "*n embedding"]) -> Float[Array, "*n embedding"]:
@@ -69,7 +106,7 @@ def embed_images(model: Model, batches: Batch | Iterable[Batch]) -> Float[np.nda
       batches: one batch or several; labels are not looked at.
 
     Raises:
-      ValueError: for no batches.
+      ValueError: for no batches, or embeddings that are not finite.
 
     >>> from tvjax.stages import Stage
     >>> tower = Model({}, (Stage("tower", lambda params, pixels: {"image": pixels}),))
@@ -80,18 +117,22 @@ def embed_images(model: Model, batches: Batch | Iterable[Batch]) -> Float[np.nda
     found = [np.asarray(normalise(model(batch.inputs)["image"].astype(jnp.float32))) for batch in batches]
     if not found:
         raise ValueError("there are no images to embed: give at least one batch")
-    return np.concatenate(found)
+    embeddings = np.concatenate(found)
+    check_finite({"image": embeddings}, "the output of the vision tower")
+    return embeddings
 
 
 def zero_shot_scores(loss_params: PyTree, outputs: PyTree) -> Float[Array, "batch classes"]:
     """``exp(logit_scale) cos(image, classifier)``.
 
     Args:
-      loss_params: ``{"classifier": [embedding, classes], "logit_scale": []}``.
+      loss_params: ``{"classifier": [embedding, classes], "logit_scale": []}``, and where columns are equal ``"first":
+        [classes]``, the first that is equal to each.
       outputs: ``{"image": [batch, embedding]}``.
     """
     scale = jnp.exp(loss_params["logit_scale"].astype(jnp.float32))
-    return scale * normalise(outputs["image"].astype(jnp.float32)) @ loss_params["classifier"]
+    scores = scale * normalise(outputs["image"].astype(jnp.float32)) @ loss_params["classifier"]
+    return scores[:, loss_params["first"]] if "first" in loss_params else scores
 
 
 def zero_shot_loss(loss_params: PyTree, outputs: PyTree, labels: Int[Array, " batch"]) -> Float[Array, " batch"]:
@@ -110,6 +151,8 @@ def zero_shot(
 ) -> Model:
     """A vision tower with the zero-shot head as its loss; the head is no parameter.
 
+    Of equal columns the first wins: their scores are equal to the last bit, whatever the order of summation.
+
     Args:
       model: the vision tower (`tvjax.models.clip.vision_model`).
       classifier: unit columns, from `classifier`.
@@ -117,8 +160,16 @@ def zero_shot(
 
     Returns:
       The model with `zero_shot_loss`.
+
+    Raises:
+      ValueError: a head that is not finite.
     """
     head = {"classifier": jnp.asarray(classifier), "logit_scale": jnp.asarray(logit_scale, jnp.float32)}
+    check_finite(head, "the zero-shot head")
+    if not tree.is_traced(head):
+        _, index, place = np.unique(np.asarray(classifier), axis=1, return_index=True, return_inverse=True)
+        if len(index) < len(place):
+            head["first"] = jnp.asarray(index[place], jnp.int32)
     return model.with_loss(zero_shot_loss, head)
 
 
@@ -133,6 +184,9 @@ def zero_shot_model(model: Model, tokenize: Tokenize, class_names: Sequence[str]
 
     Returns:
       The vision tower; its parameters are under ``vision/`` as before.
+
+    Raises:
+      ValueError: as `classifier` does.
     """
     head = classifier(model, tokenize, class_names, templates)
     return zero_shot(vision_model(model), head, jnp.asarray(model.params["logit_scale"], jnp.float32))

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from tvjax import tree
 from tvjax.align.decompositions import qr, svd
 from tvjax.align.products import product
+from tvjax.finite import check_finite
 from tvjax.merge.base import PyTree
 from tvjax.merge.settings import Settings, resolve_each
 
@@ -134,7 +135,11 @@ def to_task_vector(adapters: Adapters, like: PyTree = None) -> PyTree:
 
 
 def check_adapters(adapters: Sequence[Adapters]) -> dict[str, tuple[int, ...]]:
-    """Shapes ``(in, out)`` of the kernels by path; raises a ValueError where factors or tasks do not fit."""
+    """Shapes ``(in, out)`` of the kernels by path.
+
+    Raises:
+      ValueError: no adapters, factors or tasks that do not fit, or values that are not finite.
+    """
     if not isinstance(adapters, Sequence) or not adapters:
         raise ValueError("expected a list of one or more mappings from paths to adapters")
     shapes: dict[str, tuple[int, ...]] = {}
@@ -153,6 +158,8 @@ def check_adapters(adapters: Sequence[Adapters]) -> dict[str, tuple[int, ...]]:
         raise ValueError(f"{len(problems)} adapters do not fit:\n{tree.list_some(problems)}")
     if not shapes:
         raise ValueError("the mappings hold no adapters")
+    for task, each in enumerate(adapters):
+        check_finite(dict(each), f"the set of adapters of task {task}")
     return shapes
 
 

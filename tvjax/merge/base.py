@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tvjax import tree
+from tvjax.finite import check_finite
 from tvjax.merge.leaf_report import Report, tell
 
 PyTree = Any
@@ -44,7 +45,8 @@ class Vectors:
           least: how many the method needs.
 
         Raises:
-          ValueError: too few vectors, other paths or shapes, or leaves that are no floating-point arrays.
+          ValueError: too few vectors, other paths or shapes, leaves that are no floating-point arrays, or values that
+            are not finite; inside `jit` there are no values to look at.
         """
         if not isinstance(taus, Sequence):
             raise ValueError(f"a merge takes a list of task vectors, found {type(taus).__name__}")
@@ -75,6 +77,8 @@ class Vectors:
         ]
         if wrong:
             raise ValueError(f"the leaves of a task vector are floating-point arrays, found\n{tree.list_some(wrong)}")
+        for number, flat in enumerate(self.flat):
+            check_finite(flat, f"task vector {number}")
 
     def __len__(self) -> int:
         return len(self.flat)

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tvjax import tree
+from tvjax.finite import check_finite
 from tvjax.merge.base import PyTree, Vectors, merge_leaves, stack, wide
 from tvjax.merge.leaf_report import Report
 from tvjax.merge.matrices import total
@@ -158,6 +159,8 @@ def _check(vectors: Vectors, fishers: Sequence[PyTree], floor: float) -> dict[st
     ]
     if problems:
         raise ValueError(f"Fisher matrices that do not fit the task vectors:\n{tree.list_some(problems)}")
+    for task, flat in enumerate(flats):
+        check_finite(flat, f"the Fisher matrix of task {task}")
     return {path: [flat[path] for flat in flats] for path in vectors.paths}
 
 

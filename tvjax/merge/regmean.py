@@ -17,6 +17,7 @@ from tvjax.align.products import product
 from tvjax.align.rows import check_streams, row_axes, row_weights
 from tvjax.capture import Site, SiteTable
 from tvjax.capture.views import apply_view
+from tvjax.finite import check_finite
 from tvjax.merge.base import PyTree, Vectors, stack, weighted_sum
 from tvjax.merge.leaf_report import Report, tell
 from tvjax.merge.matrices import total, weighted
@@ -190,6 +191,8 @@ def _check(vectors: Vectors, grams: Sequence[Mapping[str, Any]], shrink: float, 
             problems.append(f"{path}: {sizes[0]} for a kernel of {shape}, expected [*layers, in, in]")
     if problems:
         raise ValueError(f"Gram matrices that do not fit the task vectors:\n{tree.list_some(problems)}")
+    for task, each in enumerate(grams):
+        check_finite(dict(each), f"the set of Gram matrices of task {task}")
     if not any(path in grams[0] for path in vectors.paths):
         raise ValueError(
             f"no leaf has a Gram matrix: they are for {list(grams[0])[:4]}, the task vectors have {vectors.paths[:4]}; "

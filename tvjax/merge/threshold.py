@@ -98,7 +98,7 @@ def kth_largest_of_all(vectors: Vectors, ranks: Sequence[int]) -> UInt32[np.ndar
       ranks: k for each, from 1 to the number of entries.
 
     Raises:
-      ValueError: entries that are not finite, or a call inside `jit`.
+      ValueError: a call inside `jit`.
     """
     if any(isinstance(leaf, jax.core.Tracer) for flat in vectors.flat for leaf in flat.values()):
         raise ValueError(
@@ -136,18 +136,13 @@ def _count(vectors: Vectors, levels: np.ndarray) -> np.ndarray:
     """How many entries of each whole vector are at or above each pattern."""
     levels = levels.astype(np.uint32)
     total = np.zeros(levels.shape, np.int64)
-    for path, counts in over_leaves(vectors, count_at_least, dict.fromkeys(vectors.paths, levels)):
-        found = np.asarray(counts, np.int64)
-        infinite = np.where(levels == _INFINITY, found, 0).max(axis=1)
-        if infinite.any():
-            number = int(np.argmax(infinite > 0))
-            raise ValueError(f"task vector {number} has {infinite[number]} entries that are not finite in {path}")
-        total += found
+    for _, counts in over_leaves(vectors, count_at_least, dict.fromkeys(vectors.paths, levels)):
+        total += np.asarray(counts, np.int64)
     return total
 
 
 def _first_levels(vectors: Vectors, ranks: Sequence[int]) -> np.ndarray:
-    """Patterns around the quantiles of a sample, and infinity: a count there finds what is not finite."""
+    """Patterns around the quantiles of a sample."""
     sizes = [math.prod(vectors.shape(path)) for path in vectors.paths]
     options = (("stride", max(1, sum(sizes) // _SAMPLE)),)
     found = [np.asarray(sample) for _, sample in over_leaves(vectors, _sample, options=options)]
@@ -157,8 +152,7 @@ def _first_levels(vectors: Vectors, ranks: Sequence[int]) -> np.ndarray:
     spread = np.sqrt(share * (1 - share) / count)
     quantiles = share[:, None] + spread[:, None] * np.concatenate([-_AROUND[::-1], [0], _AROUND])
     places = np.clip(np.rint(quantiles * (count - 1)), 0, count - 1).astype(np.int64)
-    levels = np.take_along_axis(samples, places, axis=1).astype(np.int64)
-    return np.concatenate([levels, np.full((len(vectors), 1), _INFINITY)], axis=1)
+    return np.take_along_axis(samples, places, axis=1).astype(np.int64)
 
 
 def _sample(leaves: Sequence[Any], stride: int) -> UInt32[Array, "vectors sample"]:

@@ -49,8 +49,7 @@ def ties(
       The merged task vector, float32.
 
     Raises:
-      ValueError: vectors that do not fit together, or an option out of range; with ``scope="vector"`` also entries that
-        are not finite.
+      ValueError: vectors that do not fit together, or an option out of range.
 
     Deviation: where a mass is exactly zero the published code takes the sign that most entries of the model have.
 

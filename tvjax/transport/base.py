@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from tvjax import tree
 from tvjax.capture.views import View
+from tvjax.finite import check_finite
 
 PyTree = Any
 Flat = dict[str, jax.Array]
@@ -175,7 +176,8 @@ class Transport(NamedTuple):
           parameters where it covers them all, else as nested dicts.
 
         Raises:
-          ValueError: a state of another transport; a leaf that the source does not have, or of another shape.
+          ValueError: a state of another transport; a leaf that the source does not have, or of another shape; values
+            that are not finite (inside `jit` there are none to look at).
         """
         names = tuple(part.link for part in state.parts)
         if names != tuple(link.name for link in self.links):
@@ -183,6 +185,7 @@ class Transport(NamedTuple):
         flat = {path: jnp.asarray(leaf, jnp.float32) for path, leaf in tree.flatten(tau).items()}
         expected = {rule.source: rule.source_shape for rule in state.parts[0].rules if rule.source}
         check_leaves(flat, expected, also=state.sources)
+        check_finite(tau, "the task vector")
         for link, part in zip(self.links, state.parts, strict=True):
             flat = link.transform(part, flat)
         if state.structure is not None and set(flat) == set(state.paths):

@@ -22,6 +22,7 @@ from tvjax.align.procrustes import Rotation
 from tvjax.align.rows import alignment, arranged, on_tokens, padding_mask
 from tvjax.capture import SiteTable, check_gradient_identity
 from tvjax.capture.axes import of_argument
+from tvjax.finite import check_finite
 from tvjax.stages import Batch, Model, Stage, layer_groups, owner_paths
 from tvjax.transport.base import Flat, Part, State, Transport, check_leaves
 from tvjax.walk import Walk, differentiable
@@ -182,7 +183,8 @@ def fit(
       The state, a pytree.
 
     Raises:
-      ValueError: models that cannot be matched, missing labels or loss, no rows; the message names what and where.
+      ValueError: models that cannot be matched, missing labels or loss, no rows, parameters, inputs or gradients of the
+        loss that are not finite; the message names what and where.
     """
     parts: tuple[Part, ...] | None = None
     stream = Fitting(transport, source, target, batches, depth, tokens, check, host, task, progress, store)
@@ -227,11 +229,13 @@ def transport_stages(
       The transported task vectors.
 
     Raises:
-      ValueError: as `fit` does, and for a task vector that is not one of the source, before anything is computed.
+      ValueError: as `fit` does, and for a task vector that is not one of the source or not finite, before anything is
+        computed.
     """
     shapes = {path: tuple(jnp.shape(leaf)) for path, leaf in tree.flatten(source.params).items()}
-    for tau in taus:
+    for number, tau in enumerate(taus):
         check_leaves(tau, shapes)
+        check_finite(tau, f"task vector {number}")
     stream = Fitting(transport, source, target, batches, depth, tokens, check, host, task, progress)
     flats = [{path: jnp.asarray(leaf, jnp.float32) for path, leaf in tree.flatten(tau).items()} for tau in taus]
     moved: list[Flat] = [{} for _ in taus]
@@ -273,6 +277,8 @@ class Fitting:
         if tokens not in get_args(token_alignment.Mode):
             raise ValueError(f"tokens must be one of {get_args(token_alignment.Mode)}, found {tokens!r}")
         _check_models(transport, source, target)
+        for side, model in (("source", source), ("target", target)):
+            check_finite(model.params, f"the {side} model")
         if isinstance(batches, Mapping):
             unknown = [name for name in batches if name not in {link.name for link in transport.links}]
             if unknown:
@@ -399,16 +405,8 @@ def _check_batches(name: str, views: list[tuple[Batch, Batch]]) -> None:
                 f"calibration batch {number} has {sizes[0]} examples for the source and {sizes[1]} for the target: "
                 "both are views of the same examples, in the same order"
             )
-    if tree.is_traced(views):
-        return
-    finite = []
-    for number, view in enumerate(views):
-        for leaf in jax.tree.leaves([batch.inputs for batch in view]):
-            if jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-                finite.append((number, jnp.all(jnp.isfinite(leaf))))
-    for number, all_finite in jax.device_get(finite):
-        if not all_finite:
-            raise ValueError(f"calibration batch {number} holds NaN or infinite inputs")
+    for number, (source, target) in enumerate(views):
+        check_finite({"source": source.inputs, "target": target.inputs}, f"calibration batch {number}")
 
 
 def _examples(name: str, batch: Batch) -> int:

@@ -8,6 +8,8 @@ from typing import Any
 from tvjax.models.settings import Settings, architecture, fields, part
 from tvjax.models.transformer import BlockConfig
 
+LEGACY_END_TOKEN = 2  # in OpenAI's first configs, where it is no token's right id: the end is the greatest id of a text
+
 # What each architecture of transformers consists of: (vision, text, projection).
 _ARCHITECTURES = {
     "CLIPModel": (True, True, True),

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from tvjax import tree
-from tvjax.models.clip.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from tvjax.models.clip.config import LEGACY_END_TOKEN, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from tvjax.models.transformer import (
     Block,
     LayerNorm,
@@ -252,7 +252,7 @@ def end_position(tokens: Int[Array, "batch tokens"], eos_token_id: int) -> Int[A
     >>> end_position(jnp.array([[5, 9, 7, 9]]), 9).tolist(), end_position(jnp.array([[5, 8, 7, 2]]), 2).tolist()
     ([1], [1])
     """
-    return jnp.argmax(tokens if eos_token_id == 2 else tokens == eos_token_id, axis=-1)
+    return jnp.argmax(tokens if eos_token_id == LEGACY_END_TOKEN else tokens == eos_token_id, axis=-1)
 
 
 def similarities(logit_scale: Float[Array, ""], embeddings: dict[str, Array]) -> Float[Array, "images texts"]:
