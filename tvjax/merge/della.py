@@ -26,6 +26,7 @@ def della(
     weights: Settings = 1.0,
     combine: Combine = "ties",
     ranked: Ranked = "unit",
+    rescale: bool = True,
     report: Report | None = None,
 ) -> PyTree:
     """Drops each entry with a probability that falls with the rank of its magnitude, and rescales the others.
@@ -43,6 +44,7 @@ def della(
       combine: ``"ties"``, the election and disjoint mean of `tvjax.merge.ties`, as published; or ``"linear"``.
       ranked: together: the entries of one ``"unit"`` (a column of a kernel seen as [in, out], as published; all of a
         leaf of one axis), or those of the ``"leaf"``.
+      rescale: False leaves the entries that stay as they are.
       report: called for each merged leaf.
 
     Returns:
@@ -84,7 +86,7 @@ def della(
         rates,
         spreads,
         words(key, vectors.paths, len(vectors)),
-        options=(("combine", combine), ("ranked", ranked)),
+        options=(("combine", combine), ("ranked", ranked), ("rescale", rescale)),
         report=report,
     )
 
@@ -97,13 +99,14 @@ def _dropped(
     keyed: UInt32[Array, " words"],
     combine: Combine,
     ranked: Ranked,
+    rescale: bool,
 ) -> tuple[Float[Array, "*shape"], dict[str, Array]]:
     bits = entry_bits(jnp.shape(leaves[0]), keyed)
     kept = []
     for i, leaf in enumerate(wide(leaves)):
         drop = rates[i] + spreads[i] * (0.5 - _relative_rank(leaf, ranked))
         uniform = (bits[i] >> 8).astype(jnp.float32) * jnp.float32(2**-24)
-        kept.append(jnp.where(uniform >= drop, leaf / (1 - drop), 0))
+        kept.append(jnp.where(uniform >= drop, leaf / (1 - drop) if rescale else leaf, 0))
     return combined(kept, weights, combine), {"rate": rates, "epsilon": spreads}
 
 

@@ -16,7 +16,7 @@ from tvjax.merge.base import PyTree, Vectors, by_shape, matrix_paths, run_matric
 from tvjax.merge.leaf_report import Report, tell
 from tvjax.merge.settings import Settings, resolve_each
 
-Others = Literal["average", "zero"]
+Others = Literal["average", "weighted_average", "zero"]
 
 BATCH_BYTES = 2**26  # of the float32 matrices that are on the device at once
 
@@ -39,7 +39,9 @@ def merge_matrices(
       taus: task vectors of one base.
       weights: the task vectors are multiplied by these.
       matrices: path patterns of the leaves that are matrices; None: those of two axes or more.
-      others: what the other leaves are: ``"average"``, the mean ``1/T sum_i w_i tau_i``, or ``"zero"``.
+      others: what the other leaves are: ``"average"``, ``1/T sum_i w_i tau_i``, linear in the vectors and the weights
+        as the matrices are; ``"weighted_average"``, ``sum_i w_i tau_i / sum_i w_i``, as published code with weights has
+        it, for which their sum must be positive; or ``"zero"``. Without weights the first two are one.
       batch_bytes: matrices of one shape go to the device in batches of this size in float32. It changes no result.
       report: called for each leaf (`tvjax.merge.leaf_report.MergedLeaf`).
 
