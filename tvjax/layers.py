@@ -133,8 +133,9 @@ def _stacked(stem: str, layers: PyTree, axis: int) -> PyTree:
             for path in {**one, **two}
             if one.get(path) != two.get(path)
         ]
-        if not different and str(jax.tree.structure(first)) != str(jax.tree.structure(other)):
-            different = [f"{jax.tree.structure(first)} and {jax.tree.structure(other)}"]
+        structures: list[Any] = [jax.tree.structure(layer) for layer in (first, other)]
+        if not different and structures[0] != structures[1]:
+            different = [f"{structures[0]} and {structures[1]}"]
         if different:
             raise ValueError(
                 f"the layers {stem}/0 and {stem}/{number} cannot be stacked, they differ:\n{tree.list_some(different)}"

@@ -18,6 +18,7 @@ from tvjax.merge.slerp import slerp
 from tvjax.merge.task_arithmetic import task_arithmetic
 from tvjax.merge.ties import ties
 from tvjax.merge.tsv import tsv_m
+from tvjax.merge.views import matrix_views
 from tvjax.merge.wudi import wudi
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "karcher_mean",
     "knots",
     "knots_adapters",
+    "matrix_views",
     "merge_adapters",
     "model_stock",
     "regmean",
