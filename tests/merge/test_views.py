@@ -180,6 +180,51 @@ def test_a_stack_inside_jit():
     assert_near(jax.jit(call)(taus), call(taus))
 
 
+def test_della_ranks_the_inputs_of_an_output_together():
+    """In whatever array they lie; the largest entries of each stay."""
+    taus = unrolled(1)
+    options = {"key": jax.random.key(3), "rate": 0.5, "epsilon": 0.9999998, "combine": "linear", "rescale": False}
+    kept = as_matrices(merge.della(taus, matrices=letters(stacked=False), **options))
+    stacked = merge.della([tv.stack(taus[0], "blocks", 1)], matrices=letters(1), **options)
+    for found in (kept, as_matrices(tv.unstack(stacked, "blocks", 1))):
+        for path, leaf in tree.flatten(as_matrices(taus[0])).items():
+            ranks = np.argsort(np.argsort(np.abs(leaf), axis=0), axis=0)
+            kept = np.asarray(tree.flatten(found)[path]) != 0
+            assert kept[ranks == len(leaf) - 1].all() and not kept[ranks == 0].any(), path
+    with pytest.raises(ValueError, match="nothing says which are stacked"):
+        merge.della(taus, **options)
+
+
+BY_LAYER = {
+    "ties": partial(merge.ties, density=0.3, scope="leaf"),
+    "dare": partial(merge.dare, key=jax.random.key(0), rate=0.5),
+    "della": partial(merge.della, key=jax.random.key(0)),
+    "breadcrumbs": merge.breadcrumbs,
+    "karcher_mean": merge.karcher_mean,
+    "average": merge.average,
+    "iso_c": partial(merge.iso_c, matrices="**/kernel"),
+}
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("name", BY_LAYER)
+def test_any_merge_layer_by_layer(name, axis):
+    draw = np.random.default_rng(0).normal
+    shapes = {"blocks": {str(i): {"kernel": (6, 8), "bias": (8,)} for i in range(3)}, "head": {"kernel": (8, 2)}}
+    is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
+    taus = [
+        jax.tree.map(lambda shape: jnp.asarray(draw(size=shape), jnp.float32), shapes, is_leaf=is_shape)
+        for _ in range(3)
+    ]
+    weights = {"weights": [1.0, merge.ByDepth((0.5, 2.0), other=0.25), {"**": 1.0, "blocks/1": 0.5}]}
+    rows = []
+    expected = BY_LAYER[name](taus, **weights)
+    call = merge.by_layer(BY_LAYER[name], "blocks", axis)
+    found = call([tv.stack(tau, "blocks", axis) for tau in taus], report=rows.append, **weights)
+    assert_near(found, tv.stack(expected, "blocks", axis), 1e-6)
+    assert {row.path for row in rows} == set(tree.flatten(expected))
+
+
 # -- weights of leaves that are no matrices ---------------------------------------------------------------------------
 
 

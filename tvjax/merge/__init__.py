@@ -3,6 +3,7 @@
 from tvjax.merge.adapters import Adapter, merge_adapters, to_task_vector
 from tvjax.merge.average import average
 from tvjax.merge.breadcrumbs import breadcrumbs
+from tvjax.merge.by_layer import by_layer
 from tvjax.merge.dare import dare
 from tvjax.merge.della import della
 from tvjax.merge.fisher import diagonal_fisher, fisher
@@ -27,6 +28,7 @@ __all__ = [
     "MergedLeaf",
     "average",
     "breadcrumbs",
+    "by_layer",
     "dare",
     "della",
     "diagonal_fisher",
