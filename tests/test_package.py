@@ -12,7 +12,7 @@ import tvjax
 ROOT = Path(tvjax.__file__).parent
 # Each floor imports only from those before it.
 FLOORS = [
-    "tree", "arithmetic", "capture", "stages", "walk", "align", "transport", "merge", "compose", "models",
+    "tree", "arithmetic", "layers", "capture", "stages", "walk", "align", "transport", "merge", "compose", "models",
     "checkpoints", "data", "evaluate", "report", "demo", "cli",
 ]  # fmt: skip
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tvjax import capture, compose, merge, transport, tree
     from tvjax.arithmetic import add, analogy, apply, interpolate, negate, scale, task_vector
+    from tvjax.layers import stack, unstack
     from tvjax.stages import Batch, Model, Stage, Stream, single_stage
     from tvjax.transport.base import State, Transport, chain, identity, scale_by
     from tvjax.transport.bico import bico
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 # Public names by module, imported on first use: the command line starts without JAX.
 _NAMES = {
     "arithmetic": ("add", "analogy", "apply", "interpolate", "negate", "scale", "task_vector"),
-    "stages": ("Batch", "Model", "Stream", "Stage", "single_stage"),
+    "layers": ("stack", "unstack"),
+    "stages": ("Batch", "Model", "Stage", "Stream", "single_stage"),
     "transport": (
         *("State", "Transport", "bico", "chain", "fit", "gradfix", "identity", "leaf_report", "orthogonal_shift"),
         *("scale_by", "theseus", "transfusion", "transport_stages"),
@@ -66,10 +68,12 @@ __all__ = [
     "scale",
     "scale_by",
     "single_stage",
+    "stack",
     "task_vector",
     "theseus",
     "transfusion",
     "transport",
     "transport_stages",
     "tree",
+    "unstack",
 ]

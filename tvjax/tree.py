@@ -170,6 +170,25 @@ def match(paths: Sequence[str], pattern: str) -> list[str]:
     return found
 
 
+def stems(paths: Sequence[str], pattern: str) -> dict[str, str]:
+    """For each path that a pattern selects, the shortest part of it, from the left, that the pattern matches.
+
+    Raises:
+      ValueError: it selects none, as `match`.
+
+    >>> stems(["text/blocks/up", "vision/blocks/up", "scale"], "*/blocks")
+    {'text/blocks/up': 'text/blocks', 'vision/blocks/up': 'vision/blocks'}
+    """
+    if not pattern:
+        return dict.fromkeys(paths, "")
+    expression = re.compile(_expression(pattern.split("/")), re.DOTALL)
+    found = {}
+    for path in match(paths, pattern):
+        ends = [place.start() for place in re.finditer("/", path)] + [len(path)]
+        found[path] = next(path[:end] for end in ends if expression.fullmatch(path[:end]))
+    return found
+
+
 def _expression(keys: Sequence[str]) -> str:
     """The regular expression of a glob pattern, its keys given."""
     expression = ""

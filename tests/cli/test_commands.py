@@ -141,6 +141,7 @@ def test_merge_into_a_file_and_into_a_model(models, task_vectors, tmp_path, caps
         (["--method", "iso_cts", "--options", "common=true"], "common is True, expected float"),
         (["--method", "average", "--scale", "inf"], "inf is no finite number"),
         (["--method", "dare", "--seed", "-1"], "seed"),
+        (["--method", "iso_c", "--options", "matrices={'**': lio}"], "matrices` takes one letter an axis"),
         (["--method", "average", "--options", "weights=[1]"], "weights: 1 given for 2 task vectors"),
         (["--method", "average", "--options", "weights={'x/*': 1}"], "'x/\\*' matches none"),
     ],

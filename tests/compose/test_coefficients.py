@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tvjax import tree
 from tvjax.compose import combine, entries, few_shot, init, value, weighted_sum
-from tvjax.compose.coefficients import partition_ids
+from tvjax.compose.partitions import partition_ids
 
 LAYOUTS = {
     "leaf": {},

@@ -129,7 +129,7 @@ METHODS = {
 }  # fmt: skip
 SHAPES = {
     "blocks": [{"kernel": (24, 40), "bias": (40,)}, {"kernel": (24, 40), "bias": (40,)}],
-    "patch": {"kernel": (2, 3, 4, 40), "frozen": None},
+    "patch": {"kernel": (3, 3, 2, 40), "frozen": None},
     "norm": (40,),
     "logit_scale": (),
 }

@@ -115,6 +115,58 @@ def test_a_weight_is_that_many_votes_and_members():
     assert_is(merge.ties(TAUS, weights=[1.0, 3.0, 0.0]), flat([several])[0])
 
 
+ELECTIONS = {
+    "weighted": lambda x, w: (w * x).sum(0),
+    "sum": lambda x, w: x.sum(0),
+    "count": lambda x, w: np.sign(x).sum(0),
+}
+
+
+@pytest.mark.parametrize("scope", ["vector", "leaf"])
+@pytest.mark.parametrize("over", ["weights", "count", "vectors", "none"])
+@pytest.mark.parametrize("elect", ELECTIONS)
+def test_ties_by_other_elections_and_divisors(elect, over, scope):
+    expected = {}
+    for path, x in leaves():
+        w = column(WEIGHTS, x)
+        agrees = (np.sign(x) == np.sign(ELECTIONS[elect](x, w))) & (x != 0)
+        total = (w * x * agrees).sum(0)
+        shares = {"weights": (w * agrees).sum(0), "count": agrees.sum(0), "vectors": len(x), "none": 1}
+        expected[path] = total / np.maximum(shares[over], 1e-30)
+    assert_is(merge.ties(TAUS, weights=WEIGHTS, density=1.0, elect=elect, over=over, scope=scope), expected)
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore:The density 1.0")
+@pytest.mark.parametrize(("elect", "method"), [("sum", "total"), ("count", "frequency")])
+def test_ties_of_peft(elect, method):
+    torch = pytest.importorskip("torch")
+    utils = pytest.importorskip("peft.utils.merge_utils")
+    rows = np.random.default_rng(0).normal(size=(3, 30, 41)).astype(np.float32)  # three signs: no draws
+    weights = torch.tensor(WEIGHTS)
+    theirs = utils.ties([torch.from_numpy(x) for x in rows], weights, 1.0, majority_sign_method=method)
+    ours = merge.ties([{"w": x} for x in rows], weights=WEIGHTS, density=1.0, elect=elect, over="count")["w"]
+    np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-6)
+    cut = utils.ties([torch.from_numpy(x) for x in rows], weights, 0.4, majority_sign_method="total")
+    ours = merge.ties([{"w": x} for x in rows], weights=WEIGHTS, density=0.4, scope="leaf", elect="sum", over="count")
+    np.testing.assert_allclose(ours["w"], cut.numpy(), atol=1e-6)
+
+
+def test_average_over_the_number_of_vectors():
+    weights = [2.0, -3.0, 0.5]  # of no positive sum
+    expected = {path: (column(weights, x) * x).sum(0) / 3 for path, x in leaves()}
+    assert_is(merge.average(TAUS, weights=weights, over="vectors"), expected)
+
+
+@pytest.mark.parametrize("call", [merge.average, merge.ties])
+def test_unknown_elections_and_divisors(call):
+    with pytest.raises(ValueError, match="over must be one of .*found 'n'"):
+        call(TAUS, over="n")
+    if call is merge.ties:
+        with pytest.raises(ValueError, match="elect must be one of .*found 'mass'"):
+            call(TAUS, elect="mass")
+
+
 def bits(path, shape, number, vectors=3):
     """The counter-based bits again, in NumPy."""
 
@@ -137,6 +189,22 @@ def test_dare(combine):
         mean = disjoint_mean(kept, WEIGHTS)
         expected[path] = (column(WEIGHTS, x) * kept).sum(0) if combine == "linear" else mean
     assert_is(merge.dare(TAUS, key=KEY, rate=rates, weights=WEIGHTS, combine=combine), expected)
+
+
+@pytest.mark.parametrize("combine", ["linear", "ties"])
+def test_dropping_without_rescaling(combine):
+    """What stays is what was there."""
+    options = {"key": KEY, "weights": WEIGHTS, "combine": combine}
+    rows, expected = [], {}
+    for path, x in leaves():
+        kept = x * np.stack([bits(path, y.shape, i) / 2.0**32 >= 0.6 for i, y in enumerate(x)])
+        expected[path] = (column(WEIGHTS, x) * kept).sum(0) if combine == "linear" else disjoint_mean(kept, WEIGHTS)
+    assert_is(merge.dare(TAUS, rate=0.6, rescale=False, report=rows.append, **options), expected)
+    assert rows[0].measures == {"rate": pytest.approx([0.6] * 3), "factor": [1.0] * 3}
+    found = merge.della(TAUS[:1], key=KEY, rescale=False, combine="linear")
+    for path, (leaf,) in leaves(TAUS[:1]):
+        moved = tree.flatten(found)[path]
+        assert np.all((moved == 0) | (moved == np.float32(leaf)))
 
 
 def test_the_mean_of_dare_over_keys_is_the_sum():

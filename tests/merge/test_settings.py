@@ -34,6 +34,12 @@ def test_the_depth_is_the_first_number_of_the_path():
     assert resolve(ByDepth((7.0, 8.0), other=0.0), ["blocks/0/w"]) == {"blocks/0/w": 7}
 
 
+def test_a_depth_where_no_layers_are_in_sight():
+    """A scanned model: one array holds a parameter of all layers."""
+    with pytest.raises(ValueError, match=r"(?s)ByDepth finds no layers.*blocks/w.*by_layer.*unstack"):
+        resolve(ByDepth((1.0, 2.0), other=0.0), ["blocks/w", "head"])
+
+
 def test_one_for_each_vector():
     found = resolve_each([1, {"**": 2, "logit_scale": 3}, ByDepth((4.0,), other=5.0)], PATHS, 3, "weights")
     assert found["vision/blocks/1/w"].tolist() == [1, 2, 4] and found["logit_scale"].tolist() == [1, 3, 5]

@@ -131,6 +131,19 @@ def test_identity_scale_and_shift(tiny, fitted):
         )
 
 
+def test_a_share_of_the_shift(tiny, fitted):
+    """Linear between the task vector as it is and without its component; a fitted state serves any share."""
+    whole, state = fitted("orthogonal_shift")
+    assert_close(orthogonal_shift(beta=0.0).apply(state, tiny.tau), tiny.tau, 0)
+    moved = whole.apply(state, tiny.tau)
+    between = jax.tree.map(lambda tau, shifted: 0.75 * tau + 0.25 * shifted, tiny.tau, moved)
+    assert_close(orthogonal_shift(beta=0.25).apply(state, tiny.tau), between)
+    with pytest.raises(ValueError, match="orthogonal_shift has no option 'share'; the nearest of beta is 'beta'"):
+        orthogonal_shift(share=0.5)
+    with pytest.raises(ValueError, match="orthogonal_shift: beta is nan, expected a finite number"):
+        orthogonal_shift(beta=float("nan"))
+
+
 def test_the_shift_of_equal_models_is_nothing(tiny):
     state = fit(orthogonal_shift(), tiny.a, tiny.a)
     assert_close(orthogonal_shift().apply(state, tiny.tau), tiny.tau, 0)

@@ -198,7 +198,7 @@ class _RegionFinder:
                 else:
                     x_cut = _slice(source.aval.shape, x_axes[0][shared.index(axis)], mark)
                     y_cut = _slice(out.aval.shape, layout.batch[shared.index(axis)], mark)
-            x_layout = Layout(*x_axes, x_cut)
+            x_layout = Layout(x_axes[0], x_axes[1], x_axes[2], x_cut)
             name = self._activation(self.root(source), x_layout, mark, "in", "input")
             site = self._site("dense", mark, view, out, layout, name)
             site = site._replace(d_in=matrix[1], raw=not self.is_in(source, self.touched))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from tvjax.checkpoints.safetensors import open_tensors, save_tensors
-from tvjax.compose.coefficients import Coefficients, Layout, Place
+from tvjax.compose.coefficients import Coefficients, Layout, Place, Stacked
 from tvjax.stages import PyTree
 
 if TYPE_CHECKING:
@@ -69,9 +69,16 @@ def load_coefficients(path: str | os.PathLike[str]) -> tuple[Coefficients, dict[
             raise ValueError(f"{os.fspath(path)!r} holds no coefficients: make it with save_coefficients")
         values = jnp.asarray(file.read("values"))
     found = json.loads(metadata.pop("layout"))
-    places = tuple(Place(leaf, block, tuple(vectors)) for leaf, block, vectors in found["places"])
+    places = tuple(
+        Place(leaf, block, tuple(vectors), *(_stacked(each) for each in stacked))
+        for leaf, block, vectors, *stacked in found["places"]
+    )
     layout = Layout(tuple(found["vectors"]), tuple(found["blocks"]), places, found["partitions"], tuple(found["seed"]))
     return Coefficients(values, layout), metadata
+
+
+def _stacked(found: list[Any] | None) -> Stacked | None:
+    return None if found is None else Stacked(found[0], found[1], tuple(found[2]))
 
 
 class TrainingStore:

@@ -299,9 +299,8 @@ def make_transport(method: str, options: Mapping[str, Any] | None = None) -> Tra
         if not dot and len(names) > 1:
             raise ValueError(f"say whose option {option!r} is: {' or '.join(f'{name}.{option}' for name in names)}")
         settings[link or names[0]][key] = value
-    for name in ("naive", "orthogonal_shift"):
-        if settings.get(name):
-            raise ValueError(f"{name} has no options, found {', '.join(map(repr, settings[name]))}")
+    if settings.get("naive"):
+        raise ValueError(f"naive has no options, found {', '.join(map(repr, settings['naive']))}")
     return methods.chain(*(known[name](**settings[name]) for name in names))
 
 

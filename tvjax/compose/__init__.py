@@ -1,7 +1,7 @@
 """Learned coefficients of task vectors: layouts, objectives, training, and the linearised model."""
 
 from tvjax.compose.ada_merging import ada_merging
-from tvjax.compose.coefficients import Coefficients, Entry, Layout, Place, combine, entries, init, weighted_sum
+from tvjax.compose.coefficients import Coefficients, Entry, Layout, Place, Stacked, combine, entries, init, weighted_sum
 from tvjax.compose.edited import Edited
 from tvjax.compose.linearised import Linearised, linearise
 from tvjax.compose.objectives import (
@@ -33,6 +33,7 @@ __all__ = [
     "Linearised",
     "Objective",
     "Place",
+    "Stacked",
     "Store",
     "Term",
     "Trained",

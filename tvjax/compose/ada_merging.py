@@ -24,6 +24,8 @@ def ada_merging(
     scores: Scores = logits,
     blocks: Blocks = "leaf",
     start: float = 0.3,
+    stacks: str | Sequence[str] = (),
+    axis: int = 0,
     **options: Any,
 ) -> Trained:
     """Merges task vectors with the coefficients of least entropy (Yang et al., ICLR 2024, arXiv 2310.02575).
@@ -39,6 +41,8 @@ def ada_merging(
       scores: ``(model, outputs) -> [batch, classes]``, before the softmax.
       blocks: as for `init`.
       start: of every coefficient.
+      stacks: subtrees of leaves that are stacked over layers, as for `init`: layer-wise then means their layers.
+      axis: the layer axis of these.
       **options: those of `train`.
 
     Returns:
@@ -60,7 +64,7 @@ def ada_merging(
         "batches_per_epoch": 50,
     }  # fmt: skip
     objective = average([entropy(model, inputs, scores) for model, inputs in tasks])
-    coefficients = init(taus, blocks=blocks, value=start)
+    coefficients = init(taus, blocks=blocks, stacks=stacks, axis=axis, value=start)
     return learn(params, taus, objective, key=key, coefficients=coefficients, **{**published, **options})
 
 

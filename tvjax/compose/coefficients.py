@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,42 +21,10 @@ from jaxtyping import Array, Float, Int
 
 from tvjax import tree
 from tvjax.arithmetic import apply
+from tvjax.compose.layout import Blocks, Layout, Place, Stacked, group_names, layer_paths, stems_of
+from tvjax.compose.partitions import partition_ids
 
 PyTree = Any
-Blocks = Literal["leaf", "vector"] | Mapping[str, str] | Callable[[str], str]
-
-
-class Place(NamedTuple):
-    """Where the coefficients of one leaf stand.
-
-    Attributes:
-      path: of the leaf.
-      block: index of its block; None for a leaf that takes no part, and stays as in the base model.
-      vectors: indices of the task vectors that cover it.
-    """
-
-    path: str
-    block: int | None
-    vectors: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Which coefficient belongs to which entries of which task vector.
-
-    Attributes:
-      vectors: names of the task vectors.
-      blocks: names of the blocks.
-      places: one for each leaf that a task vector covers.
-      partitions: K; 1: a block has one coefficient for each vector.
-      seed: of the random parts.
-    """
-
-    vectors: tuple[str, ...]
-    blocks: tuple[str, ...]
-    places: tuple[Place, ...]
-    partitions: int = 1
-    seed: tuple[int, ...] = ()
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("values",), meta_fields=("layout",))
@@ -95,6 +63,8 @@ def init(
     blocks: Blocks = "leaf",
     partitions: int = 1,
     matrices_only: bool = False,
+    stacks: str | Sequence[str] = (),
+    axis: int = 0,
     key: Array | None = None,
     value: float = 0.0,
     names: Sequence[str] | None = None,
@@ -108,6 +78,9 @@ def init(
       partitions: K; the entries of every leaf are split at random into K parts with a coefficient each (aTLAS x K).
         The parts of a leaf are the same for all task vectors and depend on the key and the leaf's path alone.
       matrices_only: leaves of fewer than two axes take no part, as published for K parts; by default all do.
+      stacks: subtrees whose leaves are stacked over layers, as `tvjax.unstack` takes them: each layer of a leaf is a
+        leaf of its own, ``blocks/3/up/kernel``, with a coefficient and parts of its own.
+      axis: the layer axis of these.
       key: a random key, for K > 1.
       value: of every coefficient; at 0 the model is the base model.
       names: of the task vectors; their numbers by default.
@@ -117,7 +90,7 @@ def init(
 
     Raises:
       ValueError: no task vectors, vectors of different shapes, leaves that are not floating, leaves without a group,
-        names that are not one each, or parts without a key.
+        names that are not one each, parts without a key, or stacks that are not there or have no such axis.
 
     >>> import jax.numpy as jnp
     >>> tau = {"up": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
@@ -135,23 +108,23 @@ def init(
             "more than 1 a key, jax.random.key(0)"
         )
     shapes = {path: np.shape(leaf) for vector in flat for path, leaf in vector.items()}
-    chosen = [path for path, shape in shapes.items() if len(shape) >= 2 or not matrices_only]
+    stems = stems_of(shapes, stacks, axis)
+    chosen = [path for path, shape in shapes.items() if len(shape) - (path in stems) >= 2 or not matrices_only]
     if not chosen:
         raise ValueError("the task vectors cover no leaf that may take part: give them leaves, or matrices_only=False")
-    groups = _groups(blocks, chosen)
+    layers = {path: layer_paths(path, shapes[path], stems.get(path), axis) for path in chosen}
+    groups = group_names(blocks, [name for each in layers.values() for name in each])
     order = {group: index for index, group in enumerate(dict.fromkeys(groups.values()))}
-    places = tuple(
-        Place(
-            path,
-            order[groups[path]] if path in groups else None,
-            tuple(index for index, vector in enumerate(flat) if path in vector),
-        )
-        for path in shapes
-    )
+    places = []
+    for path, shape in shapes.items():
+        own = tuple(order[groups[name]] for name in layers.get(path, ()))
+        covering = tuple(index for index, vector in enumerate(flat) if path in vector)
+        stacked = Stacked(stems[path], axis % len(shape), own) if own and path in stems else None
+        places.append(Place(path, own[0] if own else None, covering, stacked))
     seed: tuple[int, ...] = ()
     if partitions > 1 and key is not None:
         seed = tuple(int(word) for word in np.asarray(_key_words(key)).reshape(-1))
-    layout = Layout(names, tuple(order), places, partitions, seed)
+    layout = Layout(names, tuple(order), tuple(places), partitions, seed)
     return Coefficients(jnp.full((len(flat), len(order), partitions), value, jnp.float32), layout)
 
 
@@ -207,18 +180,22 @@ def weighted_sum(taus: Sequence[PyTree], coefficients: Coefficients) -> PyTree:
     return tree.nest(total)
 
 
-class Share(NamedTuple):
+@partial(jax.tree_util.register_dataclass, data_fields=("leaves", "rows", "seed"), meta_fields=("axis",))
+@dataclasses.dataclass(frozen=True)
+class Share:
     """What the change of one leaf is made of; a pytree.
 
     Attributes:
       leaves: that leaf of each task vector that covers it, as stored.
-      rows: their coefficients, ``[partitions]`` each.
-      seed: of the partition of this leaf, uint32; None where it has one part.
+      rows: their coefficients, ``[partitions]`` each; of a stacked leaf ``[layers, partitions]``.
+      seed: of the partition of this leaf, or of each layer of it, uint32; None where it has one part.
+      axis: of the layers; None for a leaf that is not stacked.
     """
 
     leaves: list[Any]
-    rows: list[Float[Array, " partitions"]]
-    seed: Int[Array, " words"] | None
+    rows: list[Float[Array, "*layers partitions"]]
+    seed: Int[Array, "*layers words"] | None
+    axis: int | None = None
 
 
 def shares(taus: Sequence[PyTree], coefficients: Coefficients) -> dict[str, Share]:
@@ -237,11 +214,18 @@ def shares(taus: Sequence[PyTree], coefficients: Coefficients) -> dict[str, Shar
     for place in layout.places:
         if place.block is None:
             continue
-        rows = [columns[place.block][index, 0] for index in place.vectors]
+        stacked, blocks = place.stacked is not None, place.blocks
+        rows = [[columns[block][index, 0] for block in blocks.values()] for index in place.vectors]
         seed = None
         if layout.partitions > 1:
-            seed = unknown + jnp.array([*layout.seed, zlib.crc32(place.path.encode())], jnp.uint32)
-        found[place.path] = Share([flat[index][place.path] for index in place.vectors], rows, seed)
+            words = [[*layout.seed, zlib.crc32(path.encode())] for path in blocks]
+            seed = unknown + jnp.array(words if stacked else words[0], jnp.uint32)
+        found[place.path] = Share(
+            [flat[index][place.path] for index in place.vectors],
+            [jnp.stack(row) if stacked else row[0] for row in rows],
+            seed,
+            place.stacked.axis if place.stacked is not None else None,
+        )
     return found
 
 
@@ -264,7 +248,7 @@ def change(parts: Mapping[str, Share]) -> PyTree:
 
 
 def entries(coefficients: Coefficients) -> list[Entry]:
-    """The coefficients leaf by leaf, for reports and plots.
+    """The coefficients leaf by leaf, of a stacked leaf layer by layer, for reports and plots.
 
     >>> import jax.numpy as jnp
     >>> entries(init([{"w": jnp.ones((2, 2)), "b": jnp.ones(2)}], value=0.5, matrices_only=True))
@@ -272,50 +256,18 @@ def entries(coefficients: Coefficients) -> list[Entry]:
     """
     layout, values = coefficients.layout, np.asarray(coefficients.values)
     return [
-        Entry(layout.vectors[index], place.path, None, ())
-        if place.block is None
-        else Entry(
-            layout.vectors[index],
-            place.path,
-            layout.blocks[place.block],
-            tuple(values[index, place.block].tolist()),
-        )
-        for index in range(len(layout.vectors))
+        entry
+        for index, vector in enumerate(layout.vectors)
         for place in layout.places
         if index in place.vectors
+        for entry in (
+            [
+                Entry(vector, path, layout.blocks[block], tuple(values[index, block].tolist()))
+                for path, block in place.blocks.items()
+            ]
+            or [Entry(vector, place.path, None, ())]
+        )
     ]
-
-
-def partition_ids(shape: Sequence[int], partitions: int, seed: Int[Array, " words"]) -> Int[Array, "*shape"]:
-    """The part of every entry of a leaf, from 0 to K - 1: a hash of the entry's number, so that nothing is stored.
-
-    Args:
-      shape: of the leaf.
-      partitions: K.
-      seed: words of 32 bits, uint32.
-
-    Returns:
-      int32 of that shape; computed entry by entry, so the same on any number of devices.
-
-    >>> ids = partition_ids((1000,), 4, jnp.array([1, 2], jnp.uint32))
-    >>> int(ids.min()), int(ids.max()), bool((jnp.bincount(ids) > 200).all())
-    (0, 3, True)
-    """
-    number = jnp.zeros(shape, jnp.uint32)
-    stride = 1
-    for axis in reversed(range(len(shape))):
-        number += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
-        stride *= shape[axis]
-    for word in range(seed.shape[0]):
-        number = _mixed(number ^ seed[word])
-    return (number % jnp.uint32(partitions)).astype(jnp.int32)
-
-
-def _mixed(x: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
-    """A bijection of 32 bits in which every bit of the input flips every bit of the output with probability a half."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
 
 
 # Its backward pass reads the vectors as they are stored and computes the parts again: what it would keep otherwise, the
@@ -324,35 +276,35 @@ def _mixed(x: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
 def _weighted(share: Share) -> Float[Array, "*shape"]:
     """``sum_i row_i[part] * leaf_i`` in float32; without a seed there is one part."""
     total = jnp.zeros(np.shape(share.leaves[0]), jnp.float32)
-    ids = None if share.seed is None else partition_ids(total.shape, len(share.rows[0]), share.seed)
+    ids = None if share.seed is None else _ids(share, total.shape)
     for leaf, row in zip(share.leaves, share.rows, strict=True):
-        factor = row[0] if ids is None else row.at[ids].get(mode="promise_in_bounds")
-        total += factor * jnp.asarray(leaf).astype(jnp.float32)
+        total += _factor(row, ids, share.axis, total.ndim) * jnp.asarray(leaf).astype(jnp.float32)
     return total
+
+
+def _ids(share: Share, shape: tuple[int, ...]) -> Int[Array, ...]:
+    """The part of every entry; of a stacked leaf layer by layer, the layers first."""
+    assert share.seed is not None
+    count = share.rows[0].shape[-1]
+    if share.axis is None:
+        return partition_ids(shape, count, share.seed)
+    layer = shape[: share.axis] + shape[share.axis + 1 :]
+    return jax.vmap(lambda seed: partition_ids(layer, count, seed))(share.seed)
+
+
+def _factor(
+    row: Float[Array, "*layers partitions"], ids: Int[Array, ...] | None, axis: int | None, ndim: int
+) -> Float[Array, ...]:
+    """The coefficients of the entries of a leaf, to multiply it by."""
+    if axis is None:
+        return row[0] if ids is None else row.at[ids].get(mode="promise_in_bounds")
+    if ids is None:
+        return row[:, 0].reshape([-1 if i == axis else 1 for i in range(ndim)])
+    return jnp.moveaxis(jax.vmap(lambda own, ids: own.at[ids].get(mode="promise_in_bounds"))(row, ids), 0, axis)
 
 
 def _key_words(key: Array) -> Array:
     return jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
-
-
-def _groups(blocks: Blocks, paths: Sequence[str]) -> dict[str, str]:
-    """The name of the block of each leaf."""
-    if isinstance(blocks, Mapping):
-        groups = {path: group for pattern, group in blocks.items() for path in tree.match(paths, pattern)}
-        left = [path for path in paths if path not in groups]
-        if left:
-            raise ValueError(
-                f"blocks: no pattern of {list(blocks)} matches {len(left)} leaves:\n{tree.list_some(left)}\n"
-                "put one for all leaves first: {'**': 'rest', ...}"
-            )
-        return {path: groups[path] for path in paths}
-    if callable(blocks):
-        return {path: blocks(path) for path in paths}
-    if blocks == "leaf":
-        return {path: path for path in paths}
-    if blocks == "vector":
-        return dict.fromkeys(paths, "all")
-    raise ValueError(f"blocks: found {blocks!r}, expected 'leaf', 'vector', a mapping from patterns, or a function")
 
 
 def _checked(taus: Sequence[PyTree]) -> list[dict[str, Any]]:
@@ -391,6 +343,13 @@ def _check_made_for(layout: Layout, flat: Sequence[dict[str, Any]]) -> None:
         name = layout.vectors[index]
         problems += [f"{path}: {name} lacks it" for path in sorted(expected - vector.keys())]
         problems += [f"{path}: {name} had no such leaf" for path in sorted(vector.keys() - expected)]
+        problems += [
+            f"{place.path}: {name} has {np.shape(vector[place.path])}, expected {len(place.stacked.blocks)} layers at "
+            f"axis {place.stacked.axis}"
+            for place in layout.places
+            if place.stacked is not None and place.path in vector
+            if np.shape(vector[place.path])[place.stacked.axis :][:1] != (len(place.stacked.blocks),)
+        ]
     if problems:
         raise ValueError(
             f"the coefficients were made for other task vectors, {len(problems)} leaves differ:\n"

@@ -124,7 +124,10 @@ def _edit(local: PyTree, parts: dict[str, Share], after: PyTree) -> PyTree:
     takes those of the backward pass for the same as those of the forward pass, and keeps them.
     """
     nothing = zero_after(after)
-    late = {path: share._replace(rows=[_add(row, nothing) for row in share.rows]) for path, share in parts.items()}
+    late = {
+        path: dataclasses.replace(share, rows=[_add(row, nothing) for row in share.rows])
+        for path, share in parts.items()
+    }
     return apply(local, change(late))
 
 

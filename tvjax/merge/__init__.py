@@ -3,6 +3,7 @@
 from tvjax.merge.adapters import Adapter, merge_adapters, to_task_vector
 from tvjax.merge.average import average
 from tvjax.merge.breadcrumbs import breadcrumbs
+from tvjax.merge.by_layer import by_layer
 from tvjax.merge.coverage import cover
 from tvjax.merge.dare import dare
 from tvjax.merge.della import della
@@ -19,6 +20,7 @@ from tvjax.merge.slerp import slerp
 from tvjax.merge.task_arithmetic import task_arithmetic
 from tvjax.merge.ties import ties
 from tvjax.merge.tsv import tsv_m
+from tvjax.merge.views import matrix_views
 from tvjax.merge.wudi import wudi
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "MergedLeaf",
     "average",
     "breadcrumbs",
+    "by_layer",
     "cover",
     "dare",
     "della",
@@ -38,6 +41,7 @@ __all__ = [
     "karcher_mean",
     "knots",
     "knots_adapters",
+    "matrix_views",
     "merge_adapters",
     "model_stock",
     "regmean",

@@ -1,4 +1,4 @@
-"""What every merge is built on: task vectors of one base, leaf by leaf, and matrices seen as matrices.
+"""What every merge is built on: task vectors of one base, leaf by leaf.
 
 A merge is a plain function of a sequence of task vectors that returns one task vector. The leaves may be JAX arrays,
 NumPy arrays or memory maps, in 16 or 32 bits: each leaf goes to the device when its turn comes, is merged there in
@@ -8,7 +8,7 @@ float32 by one compiled program per shape, and is let go, so that all vectors ar
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
@@ -91,7 +91,7 @@ class Vectors:
         """That leaf of every vector, as stored."""
         return [flat[path] for flat in self.flat]
 
-    def tree(self, merged: dict[str, Array]) -> PyTree:
+    def tree(self, merged: Mapping[str, Any]) -> PyTree:
         """The merged leaves in the structure of the first vector."""
         return jax.tree.unflatten(self._structure, [merged[path] for path in self.paths])
 
@@ -174,7 +174,9 @@ def wide(leaves: Sequence[Leaf]) -> list[Float[Array, "*shape"]]:
     return [jnp.asarray(leaf).astype(jnp.float32) for leaf in leaves]
 
 
-def weighted_sum(leaves: Sequence[Float[Array, "*shape"]], weights: Float[Array, " vectors"]) -> Float[Array, "*shape"]:
+def weighted_sum(
+    leaves: Sequence[Float[Array, "*shape"]], weights: Float[Array, "vectors ..."]
+) -> Float[Array, "*shape"]:
     """``sum_i w_i tau_i`` as one elementwise loop; call it inside `jit`.
 
     (A product with a stacked array, summed over its first axis, becomes a matrix product that takes XLA a thousand
@@ -196,65 +198,3 @@ def stack(leaves: Sequence[Leaf]) -> Float[Array, "vectors ..."]:
     'float32'
     """
     return jnp.stack([jnp.asarray(leaf).astype(jnp.float32) for leaf in leaves])
-
-
-def as_matrix(leaf: Float[Array, "*shape"]) -> Float[Array, "inputs outputs"]:
-    """A kernel as the matrix ``[inputs, outputs]``: every axis but the last is an input, as in Flax.
-
-    >>> as_matrix(jnp.zeros((3, 3, 16, 32))).shape
-    (144, 32)
-    """
-    return leaf.reshape(-1, leaf.shape[-1])
-
-
-def matrix_paths(vectors: Vectors, matrices: str | Sequence[str] | None) -> list[str]:
-    """The leaves that a method of matrices sees as matrices.
-
-    Args:
-      vectors: the task vectors.
-      matrices: path patterns of them; None: every leaf of two axes or more.
-
-    Raises:
-      ValueError: a pattern that matches no leaf, or a leaf of fewer than two axes.
-    """
-    if matrices is None:
-        return [path for path in vectors.paths if len(vectors.shape(path)) >= 2]
-    patterns = [matrices] if isinstance(matrices, str) else matrices
-    chosen = {path for pattern in patterns for path in tree.match(vectors.paths, pattern)}
-    flat = [
-        f"{path}: {vectors.shape(path)}" for path in vectors.paths if path in chosen and len(vectors.shape(path)) < 2
-    ]
-    if flat:
-        raise ValueError(f"a matrix has two axes or more, found\n{tree.list_some(flat)}\nchange `matrices`")
-    return [path for path in vectors.paths if path in chosen]
-
-
-def by_shape(vectors: Vectors, paths: Sequence[str], batch_bytes: int) -> Iterator[list[str]]:
-    """The paths in batches of one matrix shape, each batch of at most `batch_bytes` in float32 (one leaf at least)."""
-    groups: dict[tuple[int, ...], list[str]] = defaultdict(list)
-    for path in paths:
-        shape = vectors.shape(path)
-        groups[(int(np.prod(shape[:-1])), shape[-1])].append(path)
-    for (rows, columns), members in groups.items():
-        size = max(1, batch_bytes // max(1, 4 * rows * columns * len(vectors)))
-        yield from (members[start : start + size] for start in range(0, len(members), size))
-
-
-@partial(jax.jit, static_argnums=0)
-def run_matrices(
-    rule: Callable[..., Float[Array, "inputs outputs"]], leaves: list[list[Leaf]], *extra: Any
-) -> list[Float[Array, "*shape"]]:
-    """A rule on a batch of leaves of one matrix shape.
-
-    Args:
-      rule: ``([vectors, inputs, outputs], *extra) -> [inputs, outputs]``; pure, and the SAME object for every call (a
-        module-level function, or a `jax.tree_util.Partial` made once).
-      leaves: for each leaf of the batch, that leaf of every vector.
-      *extra: pytrees whose arrays have the batch first (weights by leaf and the like).
-
-    Returns:
-      The merged leaves, in their own shapes.
-    """
-    matrices = jnp.stack([jax.vmap(as_matrix)(stack(each)) for each in leaves])
-    merged = jax.vmap(rule)(matrices, *extra)
-    return [merged[number].reshape(jnp.shape(each[0])) for number, each in enumerate(leaves)]

@@ -23,6 +23,7 @@ def dare(
     rate: Settings = 0.9,
     weights: Settings = 1.0,
     combine: Combine = "linear",
+    rescale: bool = True,
     report: Report | None = None,
 ) -> PyTree:
     """Drops each entry with probability p, multiplies the others by ``1 / (1 - p)``, and merges what is left.
@@ -39,6 +40,8 @@ def dare(
         positive sum.
       combine: ``"linear"``, the weighted sum, as task arithmetic; or ``"ties"``, the election and disjoint mean of
         `tvjax.merge.ties` on the rescaled entries.
+      rescale: False leaves the entries that stay as they are (the paper's ablation): the mean over keys is then
+        ``1 - p`` of the merge without dropping.
       report: called for each merged leaf.
 
     Returns:
@@ -65,7 +68,7 @@ def dare(
         _dropped,
         numbers,
         {path: np.minimum(np.rint(p * 2**32), 2**32 - 1).astype(np.uint32) for path, p in rates.items()},
-        {path: (1 / (1 - p)).astype(np.float32) for path, p in rates.items()},
+        {path: (1 / (1 - p) if rescale else np.ones_like(p)).astype(np.float32) for path, p in rates.items()},
         words(key, vectors.paths, len(vectors)),
         options=(("combine", combine),),
         report=report,
@@ -82,4 +85,4 @@ def _dropped(
 ) -> tuple[Float[Array, "*shape"], dict[str, Array]]:
     bits = entry_bits(jnp.shape(leaves[0]), keyed)
     kept = [jnp.where(bits[i] >= levels[i], leaf * factors[i], 0) for i, leaf in enumerate(wide(leaves))]
-    return combined(kept, weights, combine), {"rate": 1 - 1 / factors}
+    return combined(kept, weights, combine), {"rate": levels.astype(jnp.float32) * 2**-32, "factor": factors}

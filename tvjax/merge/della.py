@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt32
 
@@ -13,6 +16,7 @@ from tvjax.merge.combine import Combine, check_combine, combined
 from tvjax.merge.leaf_report import Report
 from tvjax.merge.random_bits import entry_bits, words
 from tvjax.merge.settings import Settings, check_votes, require, resolve_each
+from tvjax.merge.views import Matrices, leaf_axes
 
 Ranked = Literal["unit", "leaf"]
 
@@ -26,6 +30,8 @@ def della(
     weights: Settings = 1.0,
     combine: Combine = "ties",
     ranked: Ranked = "unit",
+    matrices: Matrices = None,
+    rescale: bool = True,
     report: Report | None = None,
 ) -> PyTree:
     """Drops each entry with a probability that falls with the rank of its magnitude, and rescales the others.
@@ -42,7 +48,10 @@ def della(
       weights: as in `dare`.
       combine: ``"ties"``, the election and disjoint mean of `tvjax.merge.ties`, as published; or ``"linear"``.
       ranked: together: the entries of one ``"unit"`` (a column of a kernel seen as [in, out], as published; all of a
-        leaf of one axis), or those of the ``"leaf"``.
+        vector), or those of the ``"leaf"``.
+      matrices: for ``"unit"``, how leaves are matrices, the letters of their axes by path pattern; None: by the rule
+        (`tvjax.merge.views`).
+      rescale: False leaves the entries that stay as they are.
       report: called for each merged leaf.
 
     Returns:
@@ -63,6 +72,10 @@ def della(
     if ranked not in get_args(Ranked):
         raise ValueError(f"ranked must be one of {get_args(Ranked)}, found {ranked!r}")
     vectors = Vectors(taus)
+    shapes = {path: vectors.shape(path) for path in vectors.paths}
+    axes = {path: "v" * len(shape) for path, shape in shapes.items()}
+    if ranked == "unit":
+        axes = leaf_axes(shapes, matrices)
     numbers = resolve_each(weights, vectors.paths, len(vectors), "weights")
     if combine == "ties":
         check_votes(numbers)
@@ -84,9 +97,18 @@ def della(
         rates,
         spreads,
         words(key, vectors.paths, len(vectors)),
-        options=(("combine", combine), ("ranked", ranked)),
+        {path: _Axes(letters) for path, letters in axes.items()},
+        options=(("combine", combine), ("rescale", rescale)),
         report=report,
     )
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Axes:
+    """The letters of the axes of a leaf, known to the compiler."""
+
+    letters: str
 
 
 def _dropped(
@@ -95,26 +117,32 @@ def _dropped(
     rates: Float[Array, " vectors"],
     spreads: Float[Array, " vectors"],
     keyed: UInt32[Array, " words"],
+    axes: _Axes,
     combine: Combine,
-    ranked: Ranked,
+    rescale: bool,
 ) -> tuple[Float[Array, "*shape"], dict[str, Array]]:
     bits = entry_bits(jnp.shape(leaves[0]), keyed)
     kept = []
     for i, leaf in enumerate(wide(leaves)):
-        drop = rates[i] + spreads[i] * (0.5 - _relative_rank(leaf, ranked))
+        drop = rates[i] + spreads[i] * (0.5 - _relative_rank(leaf, axes.letters))
         uniform = (bits[i] >> 8).astype(jnp.float32) * jnp.float32(2**-24)
-        kept.append(jnp.where(uniform >= drop, leaf / (1 - drop), 0))
+        kept.append(jnp.where(uniform >= drop, leaf / (1 - drop) if rescale else leaf, 0))
     return combined(kept, weights, combine), {"rate": rates, "epsilon": spreads}
 
 
-def _relative_rank(leaf: Float[Array, "*shape"], ranked: Ranked) -> Float[Array, "*shape"]:
-    """From 0, the smallest magnitude of those ranked together, to 1; one half for a lone entry."""
-    units = leaf.shape[-1] if ranked == "unit" and leaf.ndim > 1 else 1
-    together = jnp.abs(leaf).reshape(-1, units).T
+def _relative_rank(leaf: Float[Array, "*shape"], axes: str) -> Float[Array, "*shape"]:
+    """From 0, the smallest magnitude of those ranked together, to 1; one half for a lone entry.
+
+    Together are the inputs of one output of one matrix, or all of a vector.
+    """
+    order = sorted(range(leaf.ndim), key=lambda axis: axes[axis] in "iv")
+    turned = jnp.transpose(jnp.abs(leaf), order)
+    apart = sum(letter not in "iv" for letter in axes)
+    together = turned.reshape(math.prod(turned.shape[:apart]), math.prod(turned.shape[apart:]))
     count = together.shape[1]
     if count < 2:
         return jnp.full_like(leaf, 0.5)
-    order = jnp.argsort(together, axis=1)
-    steps = jnp.broadcast_to(jnp.arange(count, dtype=jnp.float32) / jnp.float32(count - 1), order.shape)
-    ranks = jnp.put_along_axis(jnp.zeros_like(together), order, steps, axis=1, inplace=False)
-    return ranks.T.reshape(leaf.shape)
+    numbers = jnp.argsort(together, axis=1)
+    steps = jnp.broadcast_to(jnp.arange(count, dtype=jnp.float32) / jnp.float32(count - 1), numbers.shape)
+    ranks = jnp.put_along_axis(jnp.zeros_like(together), numbers, steps, axis=1, inplace=False)
+    return jnp.transpose(ranks.reshape(turned.shape), sorted(order, key=order.__getitem__))

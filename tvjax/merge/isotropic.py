@@ -18,6 +18,7 @@ from tvjax.merge.leaf_report import Report
 from tvjax.merge.matrices import BATCH_BYTES, Others, merge_matrices, total
 from tvjax.merge.settings import Settings
 from tvjax.merge.spectral import check_method, leading, one_by_one, polar
+from tvjax.merge.views import Matrices
 
 Method = Literal["gram", "svd"]
 Side = Literal["input", "output"]
@@ -27,7 +28,7 @@ def iso_c(
     taus: Sequence[PyTree],
     *,
     weights: Settings = 1.0,
-    matrices: str | Sequence[str] | None = None,
+    matrices: Matrices = None,
     others: Others = "average",
     method: Method = "gram",
     batch_bytes: int = BATCH_BYTES,
@@ -40,8 +41,10 @@ def iso_c(
     Args:
       taus: task vectors of one base.
       weights: of the sum; a number, by path pattern or by depth, or a list of these.
-      matrices: path patterns of the leaves that are matrices; None: those of two axes or more, seen as ``[in, out]``.
-      others: of the other leaves, ``"average"`` (``1/T sum_i w_i tau_i``, as published) or ``"zero"``.
+      matrices: how leaves are matrices: the letters of their axes by path pattern, ``{"**/kernel": "lio"}``, as by
+        `tvjax.merge.matrix_views`; or path patterns of the matrices; None: all of two axes (`tvjax.merge.views`).
+      others: of the other leaves, ``"average"`` (``1/T sum_i w_i tau_i``), ``"weighted_average"`` (``sum_i w_i tau_i /
+        sum_i w_i``, as published) or ``"zero"``. Without weights the first two are one.
       method: ``"gram"`` or ``"svd"`` (`tvjax.merge.spectral`); all directions take part, so none is randomised.
       batch_bytes: as in `tvjax.merge.matrices.merge_matrices`.
       report: called for each leaf (`tvjax.merge.leaf_report.MergedLeaf`).
@@ -71,7 +74,7 @@ def iso_cts(
     common: float = 0.8,
     side: Side = "output",
     weights: Settings = 1.0,
-    matrices: str | Sequence[str] | None = None,
+    matrices: Matrices = None,
     others: Others = "average",
     method: Method = "gram",
     batch_bytes: int = BATCH_BYTES,

@@ -15,9 +15,10 @@ from tvjax.align.decompositions import qr, svd
 from tvjax.align.procrustes import Method, default_rank_tolerance
 from tvjax.align.products import product
 from tvjax.merge.adapters import Adapter, Adapters, check_adapters
-from tvjax.merge.base import PyTree, Vectors, as_matrix, matrix_paths, stack
+from tvjax.merge.base import PyTree, Vectors, stack, wide
 from tvjax.merge.leaf_report import Report, tell
 from tvjax.merge.spectral import check_method, leading
+from tvjax.merge.views import Matrices, Part, as_matrix, from_matrix, join, leaf_axes, parts
 
 Merge = Callable[[Sequence[PyTree]], PyTree]
 Side = Literal["input", "output"]
@@ -29,7 +30,7 @@ def knots(
     *,
     side: Side = "output",
     rank: int | None = None,
-    matrices: str | Sequence[str] | None = None,
+    matrices: Matrices = None,
     method: Method = "gram",
     report: Report | None = None,
 ) -> PyTree:
@@ -45,10 +46,12 @@ def knots(
     Args:
       taus: task vectors of one base, of adapters as a rule (`tvjax.merge.adapters.to_task_vector`).
       merge: any merge of task vectors, such as ``partial(ties, density=0.2)``. It gets trees of the structure of
-        `taus` whose matrices are the coordinates, ``[in, r]`` (or ``[r, out]``), the other leaves as they are.
+        `taus` whose matrices are the coordinates, ``[in, r]`` (or ``[r, out]``), the other leaves as they are. In the
+        place of a leaf that is a stack it gets a list, ``path/0``, ``path/1``, ...
       side: the basis is of the ``"output"`` (as published) or of the ``"input"`` space.
       rank: directions of the basis, at most; None: all that the vectors have.
-      matrices: path patterns of the leaves that are matrices; None: those of two axes or more, seen as ``[in, out]``.
+      matrices: how leaves are matrices: the letters of their axes by path pattern, ``{"**/kernel": "lio"}``, as by
+        `tvjax.merge.matrix_views`; or path patterns of the matrices; None: all of two axes (`tvjax.merge.views`).
       method: ``"gram"``, ``"svd"`` or ``"randomised"`` (needs `rank`).
       report: called for each leaf (`tvjax.merge.leaf_report.MergedLeaf`).
 
@@ -71,22 +74,45 @@ def knots(
     if method == "randomised" and rank is None:
         raise ValueError('method="randomised" needs rank: a number of directions')
     vectors = Vectors(taus)
-    chosen = [path for path in matrix_paths(vectors, matrices) if 0 not in vectors.shape(path)]
-    found = _determined({path: _coordinates(vectors.leaves(path), side, rank, method) for path in chosen})
-    parts = []
+    shapes = {path: vectors.shape(path) for path in vectors.paths}
+    axes = leaf_axes(shapes, matrices)
+    inner = {path: _named(parts(path, shapes[path], axes[path])) for path in vectors.paths}
+    kernels = [path for path in vectors.paths if "i" in axes[path] and 0 not in shapes[path]]
+    found = _determined(
+        {
+            name: _coordinates([part.of(leaf) for leaf in vectors.leaves(path)], part.axes, side, rank, method)
+            for path in kernels
+            for name, part in inner[path].items()
+        }
+    )
+    given = []
     for number, flat in enumerate(vectors.flat):
-        pieces = {path: shared.coordinates[number] for path, shared in found.items()}
-        parts.append(vectors.tree({**flat, **_on_side(pieces, side)}))
-    merged = tree.flatten(merge(parts))
-    for path in vectors.paths:
-        if path not in found:
-            tell(report, path, vectors.shape(path), "merged as it is")
-            continue
-        basis = found[path].basis
-        whole = product(merged[path], basis) if side == "output" else product(basis.T, merged[path])
-        merged[path] = whole.reshape(vectors.shape(path))
-        tell(report, path, vectors.shape(path), "merged in a shared basis", {"rank": basis.shape[0]})
-    return vectors.tree(merged)
+        pieces: dict[str, Any] = {
+            name: part.of(flat[part.path]) for each in inner.values() for name, part in each.items()
+        }
+        pieces |= _on_side({name: shared.coordinates[number] for name, shared in found.items()}, side)
+        lists = {path: [pieces[name] for name in names] for path, names in inner.items()}
+        given.append(vectors.tree({path: each if len(each) > 1 else each[0] for path, each in lists.items()}))
+    merged = tree.flatten(merge(given))
+    for path in kernels:
+        for name, part in inner[path].items():
+            basis = found[name].basis
+            whole = product(merged[name], basis) if side == "output" else product(basis.T, merged[name])
+            merged[name] = from_matrix(whole, part.shape, part.axes)
+    for path, names in inner.items():
+        ranks = [found[name].basis.shape[0] for name in names if name in found]
+        rule = "merged in a shared basis" if ranks else "merged as it is"
+        tell(report, path, shapes[path], rule, {"rank": ranks if len(ranks) > 1 else ranks[0]} if ranks else None)
+    return vectors.tree(
+        {path: join([merged[name] for name in names], shapes[path], axes[path]) for path, names in inner.items()}
+    )
+
+
+def _named(stacked: list[Part]) -> dict[str, Part]:
+    """The parts of a leaf by the paths that they have for the inner merge."""
+    if len(stacked) == 1:
+        return {stacked[0].path: stacked[0]}
+    return {f"{part.path}/{number}": part for number, part in enumerate(stacked)}
 
 
 def knots_adapters(
@@ -161,10 +187,10 @@ def _check(side: str, rank: int | None) -> None:
         raise ValueError(f"rank must be 1 or more, found {rank}")
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3))
-def _coordinates(leaves: Sequence[Any], side: Side, rank: int | None, method: Method) -> _Shared:
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _coordinates(leaves: Sequence[Any], axes: str, side: Side, rank: int | None, method: Method) -> _Shared:
     """The updates (for the input side their transposes) in a basis of their columns."""
-    matrices = jax.vmap(as_matrix)(stack(leaves))
+    matrices = stack([as_matrix(leaf, axes) for leaf in wide(leaves)])
     matrices = matrices if side == "output" else matrices.mT
     tall = matrices.reshape(-1, matrices.shape[-1])
     count = min(tall.shape) if rank is None else min(rank, *tall.shape)

@@ -18,7 +18,9 @@ class ByDepth:
     """A number for each layer: `values` spread evenly over the layers of a stack and interpolated between.
 
     The depth of a leaf is the first whole number among the keys of its path (``vision/blocks/3/mlp/up/kernel``: 3); the
-    layers of ``vision/blocks`` and of ``text/blocks`` are two stacks, each spread over by itself.
+    layers of ``vision/blocks`` and of ``text/blocks`` are two stacks, each spread over by itself. The paths of scanned
+    models have no number: their layers are seen by `tvjax.merge.by_layer`, after `tvjax.unstack`, or by merges of
+    matrices where `matrices` says which axis is that of the layers. Without any layer in sight it is an error.
 
     Attributes:
       values: from the first layer to the last, one at least.
@@ -143,6 +145,12 @@ def _by_depth(setting: ByDepth, paths: Sequence[str]) -> dict[str, float]:
         if found:
             place[path] = path[: found.start(1)], int(found[1])
             layers[place[path][0]].add(place[path][1])
+    if not place and paths:
+        raise ValueError(
+            f"ByDepth finds no layers: no path of {len(paths)} leaves has a number, as blocks/3/... has:\n"
+            f"{tree.list_some(paths)}\nlayers that are stacked in one array are told apart by tvjax.merge.by_layer or "
+            "tvjax.unstack, and by merges of matrices where `matrices` names their axis"
+        )
     values = np.asarray(setting.values, np.float64)
     numbers = {}
     for path in paths:

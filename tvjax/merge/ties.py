@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt32
 
 from tvjax.merge.base import PyTree, Scope, Vectors, check_scope, merge_leaves, wide
-from tvjax.merge.combine import elected_mean
+from tvjax.merge.combine import Elect, Over, elected_mean, mass
 from tvjax.merge.leaf_report import Report
 from tvjax.merge.settings import Settings, check_votes, require, resolve_each
 from tvjax.merge.threshold import kept, kth_largest, kth_largest_of_all, magnitudes, patterns
@@ -23,6 +23,8 @@ def ties(
     weights: Settings = 1.0,
     density: Settings = 0.2,
     scope: Scope = "vector",
+    elect: Elect = "weighted",
+    over: Over = "weights",
     report: Report | None = None,
 ) -> PyTree:
     """Keeps the largest entries of each vector, elects a sign for each entry, and averages those that have it.
@@ -35,7 +37,8 @@ def ties(
 
     So a weight counts twice, as that many equal votes and that many equal members of the mean; multiplying all weights
     by a number changes nothing, and a vector of weight 0 takes no part. With equal weights this is the published
-    method with its disjoint mean.
+    method with its disjoint mean. Its disjoint sum is ``over="none"``; ``elect="sum", over="count"`` is what PEFT's
+    adapters merge by (``elect="count"``: its ``frequency``), mergekit without `normalize` ``over="none"``.
 
     Args:
       taus: task vectors of one base.
@@ -43,6 +46,10 @@ def ties(
       density: in (0, 1]; a number, or a list with one for each vector. By path pattern or depth with ``scope="leaf"``.
       scope: ``"vector"``, as published, or ``"leaf"``. A threshold over the whole vector is found in some four passes
         over the leaves, on the host, so ``"vector"`` does not work inside `jit`.
+      elect: the sign of an entry is that of ``sum_i w_i tau_i`` (``"weighted"``), of ``sum_i tau_i`` (``"sum"``), or
+        the one that more vectors have (``"count"``; none where as many have the other).
+      over: what ``sum_i w_i tau_i`` is divided by: the ``"weights"`` of the vectors that agree, their ``"count"``, the
+        number of all ``"vectors"``, or ``"none"``.
       report: called for each merged leaf, with the thresholds.
 
     Returns:
@@ -51,26 +58,33 @@ def ties(
     Raises:
       ValueError: vectors that do not fit together, or an option out of range.
 
-    Deviation: where a mass is exactly zero the published code takes the sign that most entries of the model have.
+    Deviation: where a mass is exactly zero the published code takes the sign that most entries of the model have, and
+    PEFT plus.
 
     >>> one, other = {"w": jnp.array([4.0, 0.1, 2.0])}, {"w": jnp.array([2.0, -3.0, -0.2])}
     >>> ties([one, other], density=2 / 3)["w"].tolist()
     [3.0, -3.0, 2.0]
     """
     check_scope(scope)
+    for name, found, allowed in (("elect", elect, get_args(Elect)), ("over", over, get_args(Over))):
+        if found not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, found {found!r}")
+    options = (("elect", elect), ("over", over))
     vectors = Vectors(taus)
     numbers = resolve_each(weights, vectors.paths, len(vectors), "weights")
     check_votes(numbers)
     densities = resolve_each(density, vectors.paths, len(vectors), "density", np.float64)
     require(densities, "density", lambda d: (d > 0) & (d <= 1), "in (0, 1]")
+    kind = "elected sum" if over == "none" else "elected mean"
     if scope == "leaf":
         ranks = {
             path: np.array([kept(each, math.prod(vectors.shape(path))) for each in densities[path]], np.uint32)
             for path in vectors.paths
         }
-        return merge_leaves(vectors, "trimmed by leaf, elected mean", _by_leaf, numbers, ranks, report=report)
+        name = f"trimmed by leaf, {kind}"
+        return merge_leaves(vectors, name, _by_leaf, numbers, ranks, options=options, report=report)
     levels = dict.fromkeys(vectors.paths, _levels(vectors, densities))
-    return merge_leaves(vectors, "trimmed, elected mean", _trimmed, numbers, levels, report=report)
+    return merge_leaves(vectors, f"trimmed, {kind}", _trimmed, numbers, levels, options=options, report=report)
 
 
 def _levels(vectors: Vectors, densities: dict[str, np.ndarray]) -> UInt32[np.ndarray, " vectors"]:
@@ -83,13 +97,14 @@ def _levels(vectors: Vectors, densities: dict[str, np.ndarray]) -> UInt32[np.nda
 
 
 def _by_leaf(
-    leaves: list[Any], weights: Float[Array, " vectors"], ranks: UInt32[Array, " vectors"]
+    leaves: list[Any], weights: Float[Array, " vectors"], ranks: UInt32[Array, " vectors"], elect: Elect, over: Over
 ) -> tuple[Float[Array, "*shape"], dict[str, Array]]:
-    return _trimmed(leaves, weights, kth_largest(leaves, ranks[:, None])[:, 0])
+    return _trimmed(leaves, weights, kth_largest(leaves, ranks[:, None])[:, 0], elect, over)
 
 
 def _trimmed(
-    leaves: list[Any], weights: Float[Array, " vectors"], levels: UInt32[Array, " vectors"]
+    leaves: list[Any], weights: Float[Array, " vectors"], levels: UInt32[Array, " vectors"], elect: Elect, over: Over
 ) -> tuple[Float[Array, "*shape"], dict[str, Array]]:
     kept = [jnp.where(patterns(leaf) >= levels[i], leaf, 0) for i, leaf in enumerate(wide(leaves))]
-    return elected_mean(kept, weights), {"threshold": magnitudes(levels)}
+    merged = elected_mean(kept, weights, mass(kept, weights, elect), over)
+    return merged, {"threshold": magnitudes(levels)}

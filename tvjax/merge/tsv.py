@@ -16,6 +16,7 @@ from tvjax.merge.leaf_report import Report
 from tvjax.merge.matrices import BATCH_BYTES, Others, merge_matrices
 from tvjax.merge.settings import Settings
 from tvjax.merge.spectral import check_method, leading, one_by_one, polar
+from tvjax.merge.views import Matrices
 
 
 def tsv_m(
@@ -23,7 +24,7 @@ def tsv_m(
     *,
     weights: Settings = 1.0,
     share: float | None = None,
-    matrices: str | Sequence[str] | None = None,
+    matrices: Matrices = None,
     others: Others = "average",
     method: Method = "gram",
     batch_bytes: int = BATCH_BYTES,
@@ -39,8 +40,10 @@ def tsv_m(
       taus: T task vectors of one base.
       weights: a task vector is multiplied by its weight; a number, by path pattern or by depth, or a list of these.
       share: k as a fraction of ``min(in, out)``; None: ``1 / T``. At least one triplet is kept.
-      matrices: path patterns of the leaves that are matrices; None: those of two axes or more, seen as ``[in, out]``.
-      others: of the other leaves, ``"average"`` (as published) or ``"zero"``.
+      matrices: how leaves are matrices: the letters of their axes by path pattern, ``{"**/kernel": "lio"}``, as by
+        `tvjax.merge.matrix_views`; or path patterns of the matrices; None: all of two axes (`tvjax.merge.views`).
+      others: of the other leaves, ``"average"``, ``"weighted_average"`` (as published) or ``"zero"``; see `others` of
+        `tvjax.merge.matrices.merge_matrices`. Without weights the first two are one.
       method: ``"gram"``, ``"svd"`` or ``"randomised"`` (`tvjax.merge.spectral`) for the k triplets; the polar factors
         are by ``"gram"`` unless it is ``"svd"``.
       batch_bytes: as in `tvjax.merge.matrices.merge_matrices`.

@@ -17,6 +17,7 @@ from tvjax.merge.leaf_report import Report
 from tvjax.merge.matrices import BATCH_BYTES, Others, merge_matrices, total
 from tvjax.merge.settings import Settings
 from tvjax.merge.spectral import one_by_one, solve
+from tvjax.merge.views import Matrices
 
 Solver = Literal["closed", "adam"]
 
@@ -29,7 +30,7 @@ def wudi(
     steps: int = 300,
     learning_rate: float = 1e-5,
     weights: Settings = 1.0,
-    matrices: str | Sequence[str] | None = None,
+    matrices: Matrices = None,
     others: Others = "average",
     batch_bytes: int = BATCH_BYTES,
     report: Report | None = None,
@@ -52,8 +53,10 @@ def wudi(
       steps: of Adam.
       learning_rate: of Adam; absolute, for task vectors of CLIP's size.
       weights: a task vector is multiplied by its weight; a number, by path pattern or by depth, or a list of these.
-      matrices: path patterns of the leaves that are matrices; None: those of two axes or more, seen as ``[in, out]``.
-      others: of the other leaves, ``"average"`` (``1/T sum_i w_i tau_i``) or ``"zero"``.
+      matrices: how leaves are matrices: the letters of their axes by path pattern, ``{"**/kernel": "lio"}``, as by
+        `tvjax.merge.matrix_views`; or path patterns of the matrices; None: all of two axes (`tvjax.merge.views`).
+      others: of the other leaves, ``"average"`` (``1/T sum_i w_i tau_i``), ``"weighted_average"`` (``sum_i w_i tau_i /
+        sum_i w_i``) or ``"zero"``.
       batch_bytes: as in `tvjax.merge.matrices.merge_matrices`.
       report: called for each leaf (`tvjax.merge.leaf_report.MergedLeaf`).
 

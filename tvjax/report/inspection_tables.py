@@ -83,7 +83,7 @@ def coefficient_table(coefficients: Coefficients) -> Table:
     table = _table("task vector", *columns, right=columns)
     layout, values = coefficients.layout, np.asarray(coefficients.values)
     for index, name in enumerate(layout.vectors):
-        used = {place.block for place in layout.places if index in place.vectors and place.block is not None}
+        used = {block for place in layout.places if index in place.vectors for block in place.blocks.values()}
         own = values[index, sorted(used)]
         numbers = (f"{number:.4g}" for number in (own.mean(), own.min(), own.max())) if own.size else ("", "", "")
         table.add_row(name, str(own.size), *numbers)

@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
 
-from tvjax.transport.base import Flat, Link, Part, Reads, Rule, Transport
+from tvjax.transport.base import Flat, Link, Part, Reads, Rule, Transport, make_options
 
 if TYPE_CHECKING:
     from tvjax.transport.fit import Pair
 
 
-def orthogonal_shift() -> Transport:
-    """Removes from each leaf its component along ``theta_B - theta_A``: ``tau - <tau, d> / <d, d> d``.
+class Options(NamedTuple):
+    """Hyperparameters of `orthogonal_shift`.
+
+    Attributes:
+      beta: the share of the component that is removed: 1 all of it, 0 none.
+    """
+
+    beta: float = 1.0
+
+
+def orthogonal_shift(**options: Any) -> Transport:
+    """Removes a share of each leaf's component along ``theta_B - theta_A``: ``tau - beta <tau, d> / <d, d> d``.
 
     No data are needed; the models must have one shape. (A baseline of the re-basin literature.)
+
+    Args:
+      **options: ``beta``, the share that is removed, all of it by default; a fitted state serves any share.
 
     Returns:
       The transport.
 
-    >>> orthogonal_shift().name
+    Raises:
+      ValueError: an option that is unknown or no finite number.
+
+    >>> orthogonal_shift(beta=0.5).name
     'orthogonal_shift'
     """
-    link = Link("orthogonal_shift", "bridge", Reads(), _fit, _transform, same_shapes=True)
+    beta = make_options("orthogonal_shift", Options, options).beta
+    link = Link("orthogonal_shift", "bridge", Reads(), _fit, partial(_transform, beta), same_shapes=True)
     return Transport((link,))
 
 
@@ -41,12 +59,12 @@ def _fit(pair: Pair) -> Part:
     return Part("orthogonal_shift", shifts, {}, tuple(rules))
 
 
-def _transform(part: Part, flat: Flat) -> Flat:
+def _transform(beta: float, part: Part, flat: Flat) -> Flat:
     moved = {}
     for rule in part.rules:
         if rule.source not in flat:
             continue
         tau, shift = flat[rule.source], part.arrays[rule.target]
         size = jnp.sum(shift**2)
-        moved[rule.target] = tau - jnp.sum(tau * shift) / jnp.where(size > 0, size, 1) * shift
+        moved[rule.target] = tau - beta * (jnp.sum(tau * shift) / jnp.where(size > 0, size, 1)) * shift
     return moved
