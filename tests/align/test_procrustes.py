@@ -270,9 +270,3 @@ def test_errors_name_the_option_and_the_way_out():
     for message, call in cases.items():
         with pytest.raises(ValueError, match=message):
             call()
-
-
-def test_tolerance_stands_between_the_noise_and_the_customary_bound():
-    for d in (16, 128, 4096):
-        eps = float(jnp.finfo(jnp.float32).eps)
-        assert 10 * eps < procrustes.default_rank_tolerance((d, d)) <= max(64, d) * eps

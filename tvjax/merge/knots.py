@@ -185,6 +185,6 @@ def _factored(adapters: Sequence[Adapter], side: Side) -> _Shared:
     core = jnp.concatenate([product(qr(a)[1], block) for (a, _), block in zip(pairs, blocks, strict=True)])
     _, values, turn = svd(core)
     coordinates = [product(a, product(block, turn.T)) for (a, _), block in zip(pairs, blocks, strict=True)]
-    tolerance = default_rank_tolerance((sum(a.shape[0] for a, _ in pairs), outer.shape[0]))
+    tolerance = default_rank_tolerance()
     rank = jnp.sum(values > tolerance * jnp.max(values), dtype=jnp.int32)
     return _Shared(jnp.stack(coordinates), product(turn, outer.T), rank)

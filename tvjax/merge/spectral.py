@@ -230,7 +230,7 @@ def _orthonormal_rows(
     is of second order, less than ``|C|^2``.
     """
     sizes = jnp.linalg.norm(images, axis=1)
-    tolerance = procrustes.default_rank_tolerance(images.shape)
+    tolerance = procrustes.default_rank_tolerance()
     determined = sizes > tolerance * jnp.max(sizes)
     divisors = jnp.where(determined, sizes, 1)
     rows = jnp.where(determined[:, None], images / divisors[:, None], 0)
