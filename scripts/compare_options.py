@@ -28,7 +28,8 @@ from tvjax.stages import Model, layer_groups, reindex
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "a quarter of the rank, randomised": {"rank": 0.25, "method": "randomised"},
-    "gram": {"method": "gram"},
+    "polar": {"method": "polar"},
+    "tolerance 1e-3": {"rank_tolerance": 1e-3},
     "thin (published)": {"complete": "thin"},
     "published scale rule": {"scale_rule": "output"},
     "centred": {"center": True},

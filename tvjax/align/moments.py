@@ -1,10 +1,10 @@
 """Streaming cross-moments of row-aligned activations, in float32, with the sums that centre them exactly afterwards.
 
-Features whose mean is larger than their deviation are shifted by the mean of the first batch before they are multiplied,
-so a large mean costs no precision, and the moments of the rows as they are, or about their mean, follow from the sums:
-with shift s, ``sum w (a - s_a)(b - s_b)^T`` and ``sum w (a - s_a)``. Others are left as they are: where most rows are
-zero (output gradients of a block that only the class token leaves), a shift would make all of them one small row whose
-products round alike, every time in the same direction (measured: noise of 13 eps in the place of 2).
+Features whose mean is larger than their deviation are shifted by the mean of the first batch before they are
+multiplied, so a large mean costs no precision, and the moments of the rows as they are, or about their mean, follow
+from the sums: with shift s, ``sum w (a - s_a)(b - s_b)^T`` and ``sum w (a - s_a)``. Others are left as they are: where
+most rows are zero (output gradients of a block that only the class token leaves), a shift would make all of them one
+small row whose products round alike, each time in the same direction (measured: noise of 13 eps in the place of 2).
 Every row weighs the same whatever the batch sizes; padding rows have weight 0.
 """
 

@@ -12,12 +12,12 @@ from jaxtyping import Array, Float, Int
 
 from tvjax import tree
 from tvjax.align.decompositions import qr, svd
-from tvjax.align.procrustes import Method, default_rank_tolerance
+from tvjax.align.procrustes import default_rank_tolerance
 from tvjax.align.products import product
 from tvjax.merge.adapters import Adapter, Adapters, check_adapters
 from tvjax.merge.base import PyTree, Vectors, as_matrix, matrix_paths, stack
 from tvjax.merge.leaf_report import Report, tell
-from tvjax.merge.spectral import check_method, leading
+from tvjax.merge.spectral import Method, check_method, leading
 
 Merge = Callable[[Sequence[PyTree]], PyTree]
 Side = Literal["input", "output"]

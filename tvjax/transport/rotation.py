@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from tvjax.align import moments as mm
 from tvjax.align import procrustes, tokens
 from tvjax.align.procrustes import Rotation
+from tvjax.align.products import product, wide
 from tvjax.capture import Captured, Site, SiteTable
 from tvjax.capture.views import apply_view, transpose_view
 from tvjax.stages import Rows
@@ -54,6 +55,14 @@ def rotation(name: str, inputs: str, outputs: str, options: Options) -> Transpor
         raise ValueError(f"rank_tolerance must lie in [0, 1), found {options.rank_tolerance}")
     if not 0 <= options.whiten <= 0.5:
         raise ValueError(f"whiten must lie in [0, 0.5], found {options.whiten}: 0 is no whitening, 0.5 the whole")
+    if not 0 <= options.whiten_floor < 1:
+        raise ValueError(f"whiten_floor must lie in [0, 1), found {options.whiten_floor}")
+    if options.dtype not in ("float32", "float64"):
+        raise ValueError(f"dtype must be 'float32' or 'float64', found {options.dtype!r}")
+    if jax.dtypes.canonicalize_dtype(options.dtype) != jnp.dtype(options.dtype):
+        raise ValueError(
+            "dtype='float64' needs JAX with 64 bits: set jax_enable_x64 (JAX_ENABLE_X64=1 in the environment) first"
+        )
     reads = Reads(activations=True, gradients="gradient" in inputs + outputs)
     fit = partial(_fit, name, inputs, outputs, options)
     return Transport((Link(name, "bridge", reads, fit, partial(_transform, options)),))
@@ -133,8 +142,8 @@ def _aligned_rows(
         else:
             array = captured.gradient(site)
             if side == "input gradient":
-                kernel = apply_view(site.view, leaves[site.path]).astype(jnp.float32)
-                array = matmul(array.astype(jnp.float32), jnp.swapaxes(kernel, -1, -2))
+                kernel = wide(apply_view(site.view, leaves[site.path]))
+                array = product(array, jnp.swapaxes(kernel, -1, -2))
         assert array is not None
         rows.append(array)
     tables = pair.source.table(pair.source_index, batch), pair.target.table(pair.target_index, batch)
@@ -171,11 +180,11 @@ def _mask(layout: Rows, carry: Any, shape: tuple[int, ...]) -> jax.Array | None:
 def _on_tokens(rows: jax.Array, shape: tuple[int, ...], operator: Any, mask: Any) -> tuple[jax.Array, jax.Array]:
     layers, width = rows.shape[:-2], rows.shape[-1]
     if len(shape) != 2:
-        return rows.astype(jnp.float32), jnp.ones(rows.shape[-2], jnp.float32)
+        return wide(rows), jnp.ones(rows.shape[-2], jnp.float32)
     grid = rows.reshape(-1, *shape, width)
     aligned, weights = jax.vmap(lambda hidden: tokens.align(operator, hidden, mask))(grid)
     # Every layer sees the same rows; where a scan repeats one layer, each pass adds its own.
-    return aligned.reshape(*layers, -1, width), weights.reshape(math.prod(layers), -1)[0]
+    return aligned.reshape(*layers, -1, width), weights.reshape(math.prod(layers), -1)[0].astype(jnp.float32)
 
 
 # -- applying -------------------------------------------------------------------------------------------------------
