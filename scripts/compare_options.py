@@ -86,6 +86,8 @@ def main() -> None:
         default = {key(r): r["accuracy"] for r in records if (r["method"], r["variant"]) == (method, "default")}
         for variant in [*VARIANTS, REINDEXED]:
             mine = [r for r in records if (r["method"], r["variant"]) == (method, variant)]
+            if not mine:
+                continue
             gain = paired_difference([r["accuracy"] - default[key(r)] for r in mine])
             mean = float(np.mean([r["accuracy"] for r in mine]))
             summary.append({"method": method, "variant": variant, "accuracy": mean, "gain": gain._asdict()})
