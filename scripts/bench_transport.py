@@ -27,10 +27,10 @@ from typing import Any
 
 CASES = {
     "theseus": {"method": "theseus", "options": {}},
-    "theseus-gram": {"method": "theseus", "options": {"method": "gram"}},
+    "theseus-polar": {"method": "theseus", "options": {"method": "polar"}},
     "theseus-randomised": {"method": "theseus", "options": {"method": "randomised", "rank": 0.25}},
     "bico": {"method": "bico", "options": {}},
-    "bico-gram": {"method": "bico", "options": {"method": "gram"}},
+    "bico-polar": {"method": "bico", "options": {"method": "polar"}},
     "bico-randomised": {"method": "bico", "options": {"method": "randomised", "rank": 0.25}},
     "gradfix-4": {"method": "gradfix", "images": 4},
     "gradfix-8": {"method": "gradfix", "images": 8},

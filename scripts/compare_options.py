@@ -28,7 +28,8 @@ from tvjax.stages import Model, layer_groups, reindex
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "a quarter of the rank, randomised": {"rank": 0.25, "method": "randomised"},
-    "gram": {"method": "gram"},
+    "polar": {"method": "polar"},
+    "tolerance 1e-3": {"rank_tolerance": 1e-3},
     "thin (published)": {"complete": "thin"},
     "published scale rule": {"scale_rule": "output"},
     "centred": {"center": True},
@@ -85,6 +86,8 @@ def main() -> None:
         default = {key(r): r["accuracy"] for r in records if (r["method"], r["variant"]) == (method, "default")}
         for variant in [*VARIANTS, REINDEXED]:
             mine = [r for r in records if (r["method"], r["variant"]) == (method, variant)]
+            if not mine:
+                continue
             gain = paired_difference([r["accuracy"] - default[key(r)] for r in mine])
             mean = float(np.mean([r["accuracy"] for r in mine]))
             summary.append({"method": method, "variant": variant, "accuracy": mean, "gain": gain._asdict()})

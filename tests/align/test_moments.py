@@ -68,6 +68,19 @@ def test_padding_takes_no_part_even_in_the_first_batch():
             chex.assert_trees_all_close(moments.cross(m, center), expected, rtol=1e-4, atol=1e-3)
 
 
+def test_rows_of_zeros_add_no_rounding():
+    # Output gradients of a block that only one token in 17 leaves: the sums are those of that token's rows.
+    rng = np.random.default_rng(0)
+    spread = np.exp(2 * rng.standard_normal((50, 1)))
+    x = rng.standard_normal((50, 8)) * spread + 0.3 * spread
+    a, b = ((x @ rng.standard_normal((8, 64))).astype(np.float32) for _ in range(2))
+    sparse_a, sparse_b = (np.concatenate([y[:, None], np.zeros((50, 16, 64), np.float32)], 1) for y in (a, b))
+    found = np.float64(moments.cross(moments.update(moments.init(64, 64), sparse_a, sparse_b)))
+    exact = np.float64(a).T @ np.float64(b)
+    eps = np.finfo(np.float32).eps
+    assert np.linalg.norm(found - exact, 2) < 2 * eps * np.linalg.norm(exact, 2)
+
+
 def test_a_weight_counts_as_repeated_rows():
     a, b = rows()
     twice = stream(np.concatenate([a, a]), np.concatenate([b, b]), (2 * ROWS,))

@@ -43,7 +43,9 @@ def interrupt_after(stages):
     return progress
 
 
-@pytest.mark.parametrize("transport", [theseus(), chain(bico(), gradfix())], ids=lambda transport: transport.name)
+@pytest.mark.parametrize(
+    "transport", [theseus(), chain(bico(rank_tolerance=1e-3), gradfix())], ids=lambda transport: transport.name
+)
 def test_an_interrupted_fit_goes_on_to_the_same_state(tmp_path, models, batches, transport):
     whole = fit(transport, *models, batches)
     with pytest.raises(Interrupted):
@@ -65,7 +67,7 @@ def test_an_interrupted_fit_goes_on_to_the_same_state(tmp_path, models, batches,
         found = state.parts[0].arrays[name]
         assert found.rank == rotation.rank
         # What is walked forwards is the same to the bit; gradients come back through another program.
-        tolerance = 0 if transport.name == "theseus" else 5e-3
+        tolerance = 0 if transport.name == "theseus" else 1e-3
         np.testing.assert_allclose(matrix(found), matrix(rotation), rtol=0, atol=tolerance)
 
 

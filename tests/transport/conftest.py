@@ -126,18 +126,16 @@ def observations(model, batches):
 
 
 def polar(rows_a, rows_b, center=False, tolerance=1e-3):
-    """``U V^T`` of ``H_A^T H_B`` over the singular values above the tolerance."""
+    """``U V^T`` of ``H_A^T H_B`` over the singular values above the tolerance, in proportion from half of it on."""
     if center:
         rows_a, rows_b = rows_a - rows_a.mean(0), rows_b - rows_b.mean(0)
     u, s, vt = np.linalg.svd(rows_a.T @ rows_b, full_matrices=False)
-    return (u * (s > tolerance * s[0])) @ vt
+    return (u * np.clip(2 * s / (tolerance * s[0]) - 1, 0, 1)) @ vt
 
 
 def projector(rows, tolerance=1e-4):
-    """Onto the span of some rows: the polar factor of ``H^T H``."""
-    _, s, vt = np.linalg.svd(rows, full_matrices=False)
-    basis = vt[s**2 > tolerance * s[0] ** 2]
-    return basis.T @ basis
+    """Onto the span of some rows, the polar factor of ``H^T H``; partly where that is at its edge."""
+    return polar(rows, rows, tolerance=tolerance)
 
 
 def move(tau, maps, fixed=()):

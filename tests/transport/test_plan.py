@@ -95,7 +95,6 @@ def test_what_is_traced_does_not_grow_with_depth(tiny):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"depth": "cka"}, "compares activations, which a plan does not compute"),
         ({"depth": [0, 7]}, "layer"),
         ({"tokens": "every other"}, "tokens must be one of"),
     ],
@@ -103,6 +102,16 @@ def test_what_is_traced_does_not_grow_with_depth(tiny):
 def test_what_a_fit_refuses_is_refused(tiny, change, message):
     with pytest.raises(ValueError, match=message):
         plan(tvjax.theseus(), abstract(tiny.a), abstract(tiny.b), abstract(tiny.batches), **change)
+
+
+@pytest.mark.parametrize("depth", ["cka", {"vision/blocks": "cka"}], ids=str)
+def test_a_pairing_by_activations_is_planned_as_uniform_and_said(tiny, depth):
+    arguments = abstract(tiny.a), abstract(tiny.d), abstract(tiny.batches)
+    found, uniform = plan(tvjax.theseus(), *arguments, depth=depth), plan(tvjax.theseus(), *arguments)
+    assert found._replace(notes=()) == uniform
+    assert "paired by cka" in found.notes[0] and "shown is uniform" in found.notes[0] and not uniform.notes
+    with pytest.raises(ValueError, match="this transport reads none"):
+        plan(tvjax.orthogonal_shift(), *arguments, depth=depth)
 
 
 def test_shapes_that_do_not_fit_are_refused(tiny):

@@ -192,4 +192,4 @@ def on_tokens(rows: Array, axes: RowAxes, operator: Any, mask: Array | None) -> 
     aligned, weights = jax.vmap(lambda hidden: tokens.align(operator, hidden, mask))(grid)
     weights = jnp.broadcast_to(weights[..., None], (*weights.shape, rest))
     # Every layer sees the same rows; where a scan repeats one layer, each pass adds its own.
-    return aligned.reshape(*layers, -1, width), weights.reshape(math.prod(layers), -1)[0]
+    return aligned.reshape(*layers, -1, width), weights.reshape(math.prod(layers), -1)[0].astype(jnp.float32)

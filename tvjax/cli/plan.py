@@ -121,7 +121,6 @@ def plan(
                 jax.eval_shape(task_vector, *sides)
                 held.append(parameters(tuned))
     pairs = list(zip(*views, strict=True)) if reads_images(moving) else []
-    pairing = "uniform" if pairing == "cka" else pairing  # which compares activations; sizes do not depend on it
     found_plan = plan_fit(moving, a, b, pairs, depth=pairing, tokens=tokens)
     result = summary(found_plan, held, [a.params, b.params], number)
     result["disk"] = {"edited model": tree.nbytes(held[1])}
@@ -129,9 +128,7 @@ def plan(
         result["disk"]["maps"] = found_plan.memory["maps"]
     if save_task_vector is not None:
         result["disk"]["task vector"] = tree.nbytes(b.params)
-    notes = inputs.notes_of(found, held_out)
-    if depth == "cka":
-        notes.append("source layers are paired by cka when they have been run; shown is uniform")
+    notes = [*inputs.notes_of(found, held_out), *found_plan.notes]
     show({**result, "notes": notes}, *texts(result, source, target, method), *notes, as_json=as_json, quiet=quiet)
 
 

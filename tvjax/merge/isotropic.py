@@ -190,7 +190,7 @@ def _above_rounding(
     """Bases without the directions in which what is left of a matrix is the rounding of the whole."""
     sizes = jnp.linalg.norm(product(lefts.mT, rest), axis=2)
     wholes = jnp.linalg.norm(matrices, axis=(1, 2))
-    real = sizes > default_rank_tolerance(matrices.shape[1:]) * wholes[:, None]
+    real = sizes > default_rank_tolerance() * wholes[:, None]
     return jnp.where(real[:, None, :], lefts, 0), jnp.where(real[:, :, None], rights, 0)
 
 

@@ -12,12 +12,12 @@ from jaxtyping import Array, Float, Int
 
 from tvjax import tree
 from tvjax.align.decompositions import qr, svd
-from tvjax.align.procrustes import Method, default_rank_tolerance
+from tvjax.align.procrustes import default_rank_tolerance
 from tvjax.align.products import product
 from tvjax.merge.adapters import Adapter, Adapters, check_adapters
 from tvjax.merge.base import PyTree, Vectors, stack, wide
 from tvjax.merge.leaf_report import Report, tell
-from tvjax.merge.spectral import check_method, leading
+from tvjax.merge.spectral import Method, check_method, leading
 from tvjax.merge.views import Matrices, Part, as_matrix, from_matrix, join, leaf_axes, parts
 
 Merge = Callable[[Sequence[PyTree]], PyTree]
@@ -211,6 +211,6 @@ def _factored(adapters: Sequence[Adapter], side: Side) -> _Shared:
     core = jnp.concatenate([product(qr(a)[1], block) for (a, _), block in zip(pairs, blocks, strict=True)])
     _, values, turn = svd(core)
     coordinates = [product(a, product(block, turn.T)) for (a, _), block in zip(pairs, blocks, strict=True)]
-    tolerance = default_rank_tolerance((sum(a.shape[0] for a, _ in pairs), outer.shape[0]))
+    tolerance = default_rank_tolerance()
     rank = jnp.sum(values > tolerance * jnp.max(values), dtype=jnp.int32)
     return _Shared(jnp.stack(coordinates), product(turn, outer.T), rank)

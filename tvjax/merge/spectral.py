@@ -3,7 +3,7 @@
 Nothing here depends on the signs of singular vectors, nor on how equal singular values are told apart. Directions that
 a matrix does not determine (its singular values are rounding) are zero, never completed with noise.
 
-Three ways to decompose, by the names of `tvjax.align.procrustes`:
+Three ways to decompose:
 
 - ``"gram"``: eigenvectors of the smaller Gram matrix, corrected to first order for the accuracy that squaring costs.
   The size of the correction bounds what is left; where that is more than `_ACCURACY` the matrix is decomposed again by
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,9 @@ from jaxtyping import Array, Bool, Float
 
 from tvjax.align import procrustes
 from tvjax.align.decompositions import eigh
-from tvjax.align.procrustes import Method
 from tvjax.align.products import product
+
+Method = Literal["gram", "svd", "randomised"]
 
 _ACCURACY = 1e-4  # relative error, in the Frobenius norm, above which "gram" falls back on "svd"
 _SMALL = 128  # below, an SVD takes no longer
@@ -230,7 +231,7 @@ def _orthonormal_rows(
     is of second order, less than ``|C|^2``.
     """
     sizes = jnp.linalg.norm(images, axis=1)
-    tolerance = procrustes.default_rank_tolerance(images.shape)
+    tolerance = procrustes.default_rank_tolerance()
     determined = sizes > tolerance * jnp.max(sizes)
     divisors = jnp.where(determined, sizes, 1)
     rows = jnp.where(determined[:, None], images / divisors[:, None], 0)

@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tvjax.align.procrustes import Method
 from tvjax.align.products import product
 from tvjax.merge.base import PyTree
 from tvjax.merge.leaf_report import Report
 from tvjax.merge.matrices import BATCH_BYTES, Others, merge_matrices
 from tvjax.merge.settings import Settings
-from tvjax.merge.spectral import check_method, leading, one_by_one, polar
+from tvjax.merge.spectral import Method, check_method, leading, one_by_one, polar
 from tvjax.merge.views import Matrices
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -70,11 +70,13 @@ class Plan(NamedTuple):
         examples between all stages (and their gradients), the ``largest stage``, the ``maps`` of all stages, and the
         task vector before and after (``task vectors``). Arrays only: the runtime, compiled programs and
         workspace come on top.
+      notes: what the fit may do otherwise.
     """
 
     stages: tuple[PlannedStage, ...]
     leaves: tuple[LeafReport, ...]
     memory: dict[str, int]
+    notes: tuple[str, ...] = ()
 
 
 def plan(
@@ -93,11 +95,12 @@ def plan(
       source: the model that task vectors come from.
       target: the model that they go to.
       batches: calibration batches, as in `fit`, not by link.
-      depth: as in `fit`; ``"cka"`` compares activations, so it cannot be planned.
+      depth: as in `fit`; ``"cka"`` compares activations, which a plan does not compute: it is planned as
+        ``"uniform"``, and a note says so.
       tokens: as in `fit`.
 
     Raises:
-      ValueError: whatever `fit` refuses before it computes, and ``depth="cka"``.
+      ValueError: whatever `fit` refuses before it computes.
 
     >>> from tvjax.stages import Batch, single_stage
     >>> from tvjax.transport import theseus
@@ -107,8 +110,13 @@ def plan(
     >>> [(leaf.target, leaf.action) for leaf in found.leaves], [m.shape for m in found.stages[0].maps]
     ([('w', 'rotated')], [(3, 5), (3, 5)])
     """
-    if "cka" in (depth.values() if isinstance(depth, dict) else [depth]):
-        raise ValueError("depth='cka' compares activations, which a plan does not compute: give a list of layers")
+    notes: tuple[str, ...] = ()
+    if any(link.reads.activations or link.reads.gradients for link in transport.links):
+        planned = _without_activations(depth)
+        notes = (
+            () if planned == depth else ("source layers are paired by cka when they have been run; shown is uniform",)
+        )
+        depth = planned
     stages: dict[str, PlannedStage] = {}
     streams = 0
 
@@ -134,7 +142,14 @@ def plan(
         "maps": tree.nbytes([part.arrays for part in state.parts]),
         "task vectors": sum(4 * math.prod(x.shape) for m in (source, target) for x in jax.tree.leaves(m.params)),
     }
-    return Plan(tuple(order), tuple(leaf_report(state)), memory)
+    return Plan(tuple(order), tuple(leaf_report(state)), memory, notes)
+
+
+def _without_activations(depth: Any) -> Any:
+    """The rule of depth with ``"uniform"`` in the place of ``"cka"``."""
+    if isinstance(depth, Mapping):
+        return {group: _without_activations(rule) for group, rule in depth.items()}
+    return "uniform" if isinstance(depth, str) and depth == "cka" else depth
 
 
 class _OncePerKind:

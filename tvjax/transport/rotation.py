@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from tvjax.align import moments as mm
 from tvjax.align import procrustes, tokens
 from tvjax.align.procrustes import Rotation
+from tvjax.align.products import product, wide
 from tvjax.align.rows import RowAxes, alignment, arranged, check_streams, on_tokens, padding_mask, row_axes
 from tvjax.capture import Captured, Site, SiteTable
 from tvjax.capture.axes import PART
@@ -54,6 +55,14 @@ def rotation(name: str, inputs: str, outputs: str, options: Options) -> Transpor
         raise ValueError(f"rank_tolerance must lie in [0, 1), found {options.rank_tolerance}")
     if not 0 <= options.whiten <= 0.5:
         raise ValueError(f"whiten must lie in [0, 0.5], found {options.whiten}: 0 is no whitening, 0.5 the whole")
+    if not 0 <= options.whiten_floor < 1:
+        raise ValueError(f"whiten_floor must lie in [0, 1), found {options.whiten_floor}")
+    if options.dtype not in ("float32", "float64"):
+        raise ValueError(f"dtype must be 'float32' or 'float64', found {options.dtype!r}")
+    if jax.dtypes.canonicalize_dtype(options.dtype) != jnp.dtype(options.dtype):
+        raise ValueError(
+            "dtype='float64' needs JAX with 64 bits: set jax_enable_x64 (JAX_ENABLE_X64=1 in the environment) first"
+        )
     reads = Reads(activations=True, gradients="gradient" in inputs + outputs)
     fit = partial(_fit, name, inputs, outputs, options)
     return Transport((Link(name, "bridge", reads, fit, partial(_transform, options)),))
@@ -157,8 +166,8 @@ def _rows_of(
     else:
         array = captured.gradient(site)
         if side == "input gradient":
-            kernel = apply_view(site.view, leaves[site.path]).astype(jnp.float32)
-            array = matmul(array.astype(jnp.float32), jnp.swapaxes(kernel, -1, -2))
+            kernel = wide(apply_view(site.view, leaves[site.path]))
+            array = product(array, jnp.swapaxes(kernel, -1, -2))
     if side in ("input", "input gradient") and site.kind == "conv":  # every pixel of a patch is a row
         array = jnp.swapaxes(array.reshape(*array.shape[:-1], -1, site.taps), -1, -2)
         array = array.reshape(*array.shape[:-3], -1, array.shape[-1])

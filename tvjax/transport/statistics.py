@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from tvjax.align import moments as mm
 from tvjax.align import procrustes
 from tvjax.align.procrustes import Rotation
+from tvjax.align.products import product
 
 SAMPLE = 256  # rows on which the residual of a map is measured
 
@@ -26,11 +27,17 @@ class Options(NamedTuple):
     Attributes:
       center: take moments about the mean.
       whiten: w in [0, 0.5]: ``G_A^-w C G_B^-w`` in the place of the cross-moment C.
+      whiten_floor: eigenvalues of the Gram matrices G are raised to this share of the largest before they are whitened.
+      dtype: in which moments are summed and decomposed: ``"float32"``, or ``"float64"`` where JAX has it enabled
+        (``jax_enable_x64``): the default tolerance is then `16 eps` of that. Maps are kept in float32.
       complete: what a map is where the data do not determine it: ``"zero"``, ``"thin"`` (published: rounding decides)
         or ``"eye"`` (`tvjax.align.procrustes.polar`).
-      rank_tolerance: singular values below this share of the largest count as undetermined.
+      rank_tolerance: singular values below this share of the largest count as undetermined; None: 16 eps
+        (`tvjax.align.procrustes.default_rank_tolerance`). Between half of it and the whole a direction takes part in
+        proportion, so that rounding cannot switch it on or off.
       rank: keep only the leading directions: a number (int) or a fraction (float).
-      method: decomposition: ``"svd"``, ``"gram"`` or ``"randomised"`` (needs `rank`).
+      method: decomposition: ``"svd"``, ``"polar"`` (by products alone, for accelerators) or ``"randomised"`` (needs
+        `rank`).
       scale_rule: for normalisation scales: ``"diagonal"``: ``(R_in * R_out)^T s``; ``"output"``: ``s R_out``
         (published); ``"zero"``.
       transport_embeddings: also move class token, positions and patch kernel, by the map of the patches' outputs;
@@ -41,6 +48,8 @@ class Options(NamedTuple):
 
     center: bool = False
     whiten: float = 0.0
+    whiten_floor: float = 1e-4
+    dtype: Literal["float32", "float64"] = "float32"
     complete: procrustes.Completion = "zero"
     rank_tolerance: float | None = None
     rank: int | float | None = None
@@ -64,8 +73,10 @@ class Statistics:
         """More rows ``[*layers, n, d]``, with weights ``[n]``."""
         if self.sample is None:
             step = max(1, a.shape[-2] // SAMPLE)
-            self.sample = a[..., ::step, :], b[..., ::step, :], weights[::step]
-        self.rows.append((a, b, weights))
+            sample = a[..., ::step, :], b[..., ::step, :], weights[::step]
+            self.sample = sample[0].astype(jnp.float32), sample[1].astype(jnp.float32), sample[2]
+        dtype = jnp.dtype(self.options.dtype)
+        self.rows.append((a.astype(dtype), b.astype(dtype), weights.astype(dtype)))
         rows = sum(chunk[0].shape[-2] for chunk in self.rows)
         enough = rows >= min(a.shape[-1], b.shape[-1])
         if self.moments is not None or enough or self.options.whiten:
@@ -76,7 +87,7 @@ class Statistics:
         for a, b, weights in self.rows:
             layers = a.shape[:-2]
             if self.moments is None:
-                empty = mm.init(a.shape[-1], b.shape[-1], gram=gram)
+                empty = mm.init(a.shape[-1], b.shape[-1], gram=gram, dtype=a.dtype)
                 self.moments = jax.tree.map(lambda x, layers=layers: jnp.broadcast_to(x, (*layers, *x.shape)), empty)
             self.moments = per_layer(len(layers), partial(_update, weights=weights))(self.moments, a, b)
         self.rows = []
@@ -84,7 +95,7 @@ class Statistics:
     def count(self) -> jax.Array:
         """How many rows took part."""
         if self.moments is None:
-            return sum((chunk[2].sum() for chunk in self.rows), jnp.float32(0))
+            return jnp.float32(sum(chunk[2].sum() for chunk in self.rows))
         return jnp.ravel(self.moments.count)[0]
 
     def _kept_rows(self) -> tuple[jax.Array, jax.Array, int]:
@@ -143,44 +154,51 @@ def _residual(a: jax.Array, b: jax.Array, weights: jax.Array, found: Rotation, f
 def _solve(options: Options, moments: Any) -> Rotation:
     cross = mm.cross(moments, options.center)
     if options.whiten:
-        cross = procrustes.whiten(cross, *mm.grams(moments, options.center), options.whiten)
-    return procrustes.polar(cross, **_settings(options))
+        cross = procrustes.whiten(cross, *mm.grams(moments, options.center), options.whiten, options.whiten_floor)
+    return _polar(options, cross)
 
 
 @partial(jax.jit, static_argnums=0)
 def _solve_rows(options: Options, a: jax.Array, b: jax.Array) -> Rotation:
     if a.shape[0] >= min(a.shape[1], b.shape[1]):
-        return procrustes.polar(matmul(a.T, b), **_settings(options))
-    return procrustes.polar_of_product(a.T, None, b.T, **_settings(options))
+        return _polar(options, product(a.T, b))
+    return _polar_of_product(options, a.T, None, b.T)
 
 
 @partial(jax.jit, static_argnums=0)
 def _solve_output_rows(
     options: Options, ones: jax.Array, a: jax.Array, b: jax.Array, factor_a: jax.Array, factor_b: jax.Array
 ) -> Rotation:
-    return _solve_rows(options, matmul(_append(a, ones), factor_a.T), matmul(_append(b, ones), factor_b.T))
+    return _solve_rows(options, product(_append(a, ones), factor_a.T), product(_append(b, ones), factor_b.T))
 
 
 @partial(jax.jit, static_argnums=0)
 def _solve_outputs(options: Options, p: jax.Array, core: jax.Array, q: jax.Array) -> Rotation:
-    return procrustes.polar_of_product(p, core, q, **_settings(options))
+    return _polar_of_product(options, p, core, q)
 
 
 @partial(jax.jit, static_argnums=0)
 def _solve_whitened_outputs(options: Options, moments: Any, core: jax.Array, p: jax.Array, q: jax.Array) -> Rotation:
-    cross = matmul(matmul(p, core), q.T)
+    cross = product(product(p, core), q.T)
     gram_a, gram_b = mm.augmented_grams(moments, options.center)
-    outputs = [matmul(matmul(factor, gram), factor.T) for factor, gram in ((p, gram_a), (q, gram_b))]
-    return procrustes.polar(procrustes.whiten(cross, *outputs, options.whiten), **_settings(options))
+    outputs = [product(product(factor, gram), factor.T) for factor, gram in ((p, gram_a), (q, gram_b))]
+    return _polar(options, procrustes.whiten(cross, *outputs, options.whiten, options.whiten_floor))
+
+
+def _polar(options: Options, moment: jax.Array) -> Rotation:
+    return _stored(procrustes.polar(moment, **_settings(options)))
+
+
+def _polar_of_product(options: Options, p: jax.Array, core: jax.Array | None, q: jax.Array) -> Rotation:
+    return _stored(procrustes.polar_of_product(p, core, q, **_settings(options)))
 
 
 def _settings(options: Options) -> dict[str, Any]:
-    return {
-        "complete": options.complete,
-        "rank_tolerance": options.rank_tolerance,
-        "rank": options.rank,
-        "method": options.method,
-    }
+    return {name: getattr(options, name) for name in ("complete", "rank_tolerance", "rank", "method")}
+
+
+def _stored(found: Rotation) -> Rotation:
+    return found._replace(left=found.left.astype(jnp.float32), right=found.right.astype(jnp.float32))
 
 
 def _append(rows: jax.Array, ones: Any) -> jax.Array:
