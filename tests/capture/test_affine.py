@@ -128,6 +128,22 @@ CASES = {
         lambda p, x: x @ jnp.concatenate([p["a"], p["b"]]),
         {"a": normal(1, 2, 4), "b": normal(2, 4, 4)},
     ),
+    "concatenated along the inputs, one bias": (
+        lambda p, x: x @ jnp.concatenate([p["a"], p["b"]]) + p["c"],
+        {"a": normal(1, 2, 4), "b": normal(2, 4, 4), "c": normal(3, 4)},
+    ),
+    "concatenated, one bias": (
+        lambda p, x: x @ jnp.concatenate([p["a"], p["b"]], 1) + p["c"],
+        {"a": normal(1, 6, 3), "b": normal(2, 6, 4), "c": normal(3, 7)},
+    ),
+    "one kernel, concatenated bias": (
+        lambda p, x: x @ p["w"] + jnp.concatenate([p["a"], p["b"]]),
+        {"w": normal(1, 6, 7), "a": normal(2, 3), "b": normal(3, 4)},
+    ),
+    "concatenated otherwise than its bias": (
+        lambda p, x: x @ jnp.concatenate([p["a"], p["b"]], 1) + jnp.concatenate([p["c"], p["d"]]),
+        {"a": normal(1, 6, 3), "b": normal(2, 6, 4), "c": normal(3, 2), "d": normal(4, 5)},
+    ),
     "stacked at run time": (stacked_at_run_time, {"a": normal(1, 6, 4), "b": normal(2, 6, 4)}),
     "gated": (lambda p, x: jax.nn.silu((h := jnp.split(x @ p["w"], 2, -1))[0]) * h[1], {"w": normal(1, 6, 8)}),
     "glu by slices": (lambda p, x: (h := x @ p["w"])[..., :4] * jnp.tanh(h[..., 4:]), {"w": normal(1, 6, 8)}),

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from tvjax.capture import jaxprs
-from tvjax.capture.views import View, apply_view, shape_after, transpose_view
+from tvjax.capture.marks import Mark
+from tvjax.capture.views import View, apply_view, follow_axes, shape_after, transpose_view
 
 
 class Layout(NamedTuple):
@@ -44,6 +45,38 @@ def from_rows(rows: jax.Array, layout: Layout, shape: Sequence[int]) -> jax.Arra
     inverse = tuple(order.index(i) for i in range(len(order)))
     value = jnp.transpose(rows.reshape([inner[i] for i in order]), inverse)
     return transpose_view(layout.cut, value, shape) if layout.cut else value
+
+
+def others(ndim: int, axes: Sequence[int]) -> tuple[int, ...]:
+    """The axes of an array that are none of these."""
+    return tuple(i for i in range(ndim) if i not in axes)
+
+
+def cut_layout(layout: Layout, cut: View, shape: Sequence[int]) -> Layout:
+    """The layout of what a cut leaves of a value."""
+    if not cut:
+        return layout
+    if all(step[0] == "slice" for step in cut):
+        return layout._replace(cut=cut)
+    rows = follow_axes(cut, shape, layout.rows)
+    assert rows is not None and not layout.batch
+    return Layout((), rows, others(len(shape_after(cut, shape)), rows), cut)
+
+
+def elementwise_layout(mark: Mark, shape: Sequence[int], out: Any) -> Layout:
+    """Features are the axes along which the operand, whose shape is given, has entries of its own."""
+    assert mark.axes is not None
+    features = tuple(sorted(i for i in mark.axes if shape[i] != 1))
+    return Layout((), others(out.aval.ndim, features), features)
+
+
+def grouped(shape: Sequence[int], rows: Sequence[int], channel: int, groups: int) -> Layout:
+    """The layout of a convolution's output, its channels in groups."""
+    if groups == 1:
+        return Layout((), tuple(rows), (channel,))
+    split = tuple(m for i, n in enumerate(shape) for m in ((groups, n // groups) if i == channel else (n,)))
+    moved = tuple(i + (i > channel) for i in rows)
+    return Layout((channel,), moved, (channel + 1,), (("reshape", split),))
 
 
 class Record(NamedTuple):

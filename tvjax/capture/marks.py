@@ -7,6 +7,7 @@ variable loses (an exponential, a product of two parameters) is not guessed: who
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -220,3 +221,34 @@ def _with_constant(eqn: Any, position: int, marks: Marks, constants: Constants) 
 
 def _broadcasted(mark: Mark, step: View) -> Mark | None:
     return None if mark.block is not None else mark._replace(view=mark.view + step)
+
+
+def with_axes(marks: Marks, operand: Any) -> Marks:
+    """Where a view mixes axes (a tile) the operand's own entries are looked at, each copy apart."""
+    every = tuple(range(operand.aval.ndim))
+    return tuple(mark if mark.axes is not None else mark._replace(axes=every) for mark in marks)
+
+
+def signed(mark: Mark, eqn: Any, position: int) -> Mark:
+    """A mark that is subtracted."""
+    subtracted = eqn.primitive.name == "sub" and position == 1
+    return mark._replace(view=(*mark.view, ("times", -1.0))) if subtracted else mark
+
+
+def block_slice(shape: Sequence[int], axis: int, mark: Mark) -> View:
+    """The block of a mark, along an axis of a value of this shape."""
+    assert mark.block is not None
+    _, start, stop = mark.block
+    low = tuple(start if i == axis else 0 for i in range(len(shape)))
+    high = tuple(stop if i == axis else n for i, n in enumerate(shape))
+    return (("slice", low, high, (1,) * len(shape)),)
+
+
+def vector_view(mark: Mark, shape: Sequence[int]) -> View:
+    """From an elementwise operand of this shape to the vector of the leaf's entries: one row of it."""
+    assert mark.axes is not None
+    own = mark.shape(shape)
+    limit = tuple(n if i in mark.axes else 1 for i, n in enumerate(own))
+    view: View = () if limit == own else (("slice", (0,) * len(own), limit, (1,) * len(own)),)
+    size = math.prod(limit)
+    return view if limit == (size,) else (*view, ("reshape", (size,)))
