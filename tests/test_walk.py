@@ -141,21 +141,6 @@ def test_differentiable_keeps_what_is_not_floating_in_place():
     assert rebuilt["b"] is carry["b"] and rebuilt["a"].tolist() == [2, 2]
 
 
-def test_votes_sum_over_the_samples_of_a_batch():
-    model, batches = make_model(1), make_batches(1)
-    walk = Walk(model, batches)
-    votes, kept = walk.votes(1, 0, frozenset({"up/bias"}), jnp_negative, 2)
-    whole = whole_gradient(model, batches)
-    for path, vote in votes.items():
-        np.testing.assert_allclose(vote, -whole[f"blocks/0/{path}"], atol=1e-5)
-    assert "up/bias" not in votes and kept["up/bias"].shape == (4, 12)
-    np.testing.assert_allclose(kept["up/bias"].sum(0), whole["blocks/0/up/bias"], atol=1e-5)
-
-
-def jnp_negative(gradients):
-    return jax.tree.map(jnp.negative, gradients)
-
-
 def test_a_loss_must_give_one_number_an_example():
     def mean_loss(loss_params, outputs, labels):
         return cross_entropy(loss_params, outputs, labels).mean()

@@ -91,7 +91,7 @@ class Walk:
         needed = {atom for atom in region.results if isinstance(atom, Var)}
         for eqn in reversed(region.eqns):
             if needed.intersection(eqn.outvars):
-                needed.update(atom for atom in eqn.invars if isinstance(atom, Var) and _is_floating(atom.aval))
+                needed.update(atom for atom in eqn.invars if isinstance(atom, Var) and is_floating(atom.aval))
         variables = region.variables[len(region.consts) :]
         return frozenset(path for path, v in zip(tree.flatten(arguments[0]), variables, strict=False) if v in needed)
 
@@ -112,16 +112,9 @@ class Walk:
             self._cotangents[index - 1][batch] = self._keep(down)
         return seen
 
-    def votes(
-        self, index: int, batch: int, tied: frozenset[str], vote: VoteFunction, chunk: int
-    ) -> tuple[PyTree, PyTree]:
-        """The votes of a stage's leaves summed over the samples of a batch (see `per_sample_votes`)."""
-        stage, params = self.model.stages[index], self.params(index)
-        carry, cotangent = self.carries(index)[batch], self.cotangents(index)[batch]
-        votes, samples, down = per_sample_votes(stage.function, tied, vote, chunk, index > 0, params, carry, cotangent)
-        if index > 0:
-            self._cotangents.setdefault(index - 1, [None] * len(self.batches))[batch] = self._keep(down)
-        return votes, samples
+    def keep_cotangent(self, index: int, batch: int, cotangent: list[jax.Array]) -> None:
+        """Keeps the gradient with respect to what a stage returns, where a pass over the next one has found it."""
+        self._cotangents.setdefault(index, [None] * len(self.batches))[batch] = self._keep(cotangent)
 
     def release_before(self, index: int) -> None:
         """Forgets what the stages before this one take: a walk forwards is done with them."""
@@ -137,13 +130,10 @@ class Walk:
         self._cotangents = {i: kept for i, kept in self._cotangents.items() if i <= index}
 
 
-VoteFunction = Callable[[PyTree], PyTree]
-
-
 def differentiable(carry: PyTree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], PyTree]]:
     """The floating leaves of a carry, and the function that puts others in their place."""
     leaves, structure = jax.tree.flatten(carry)
-    floating = list(map(_is_floating, leaves))
+    floating = list(map(is_floating, leaves))
 
     def rebuild(replacements: list[jax.Array]) -> PyTree:
         new = iter(replacements)
@@ -153,7 +143,8 @@ def differentiable(carry: PyTree) -> tuple[list[jax.Array], Callable[[list[jax.A
     return [leaf for leaf, is_float in zip(leaves, floating, strict=True) if is_float], rebuild
 
 
-def _is_floating(array: Any) -> bool:
+def is_floating(array: Any) -> bool:
+    """Whether an array holds numbers that a gradient can be taken of."""
     return jnp.issubdtype(jnp.result_type(array), jnp.floating)
 
 
@@ -182,7 +173,7 @@ def _observe_gradients(
         return differentiable(out)[0], {name: seen[name] for name in activations}
 
     out, pull, seen = jax.vjp(forward, probes, floating if downwards else [], has_aux=True)
-    found, down = pull(_cast_like(cotangent, out))
+    found, down = pull(cast_like(cotangent, out))
     return Captured(seen, found), down
 
 
@@ -190,7 +181,7 @@ def _observe_gradients(
 def _pull_back(function: Any, params: PyTree, carry: PyTree, cotangent: list[jax.Array]) -> list[jax.Array]:
     floating, rebuild = differentiable(carry)
     out, pull = jax.vjp(lambda f: differentiable(function(params, rebuild(f)))[0], floating)
-    return pull(_cast_like(cotangent, out))[0]
+    return pull(cast_like(cotangent, out))[0]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -209,76 +200,8 @@ def _loss_cotangent(loss: Any, loss_params: PyTree, outputs: PyTree, labels: PyT
     return jax.grad(summed)(floating)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def per_sample_votes(
-    function: Any,
-    tied: frozenset[str],
-    vote: VoteFunction,
-    chunk: int,
-    downwards: bool,
-    params: PyTree,
-    carry: PyTree,
-    cotangent: list[jax.Array],
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array], list[jax.Array] | None]:
-    """``sum_n vote(dL_n / dparams)`` over the samples of a batch, one batched backward pass.
-
-    The vector-Jacobian products of `chunk` samples are taken at once (`vmap`), the chunks one after another (`scan`).
-
-    Args:
-      function: of the stage.
-      tied: local paths of leaves whose per-sample gradients are returned instead, for other stages add to them.
-      vote: tree of one sample's gradients -> tree of its votes.
-      chunk: samples at once, at most; the largest such number that divides the batch.
-      downwards: whether the cotangent of the carry is wanted.
-      params: local parameters.
-      carry: of the batch, the example axis first on every leaf.
-      cotangent: of the stage's floating outputs.
-
-    Returns:
-      Votes by local path; per-sample gradients ``[batch, *leaf]`` of tied leaves; the cotangent of the carry.
-
-    Raises:
-      ValueError: a carry whose leaves are not all of one number of examples.
-    """
-    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((carry, cotangent))}
-    if len(lengths) != 1 or lengths == {()}:
-        raise ValueError(
-            "gradients by sample need the example axis first on every array between stages, of one length; found "
-            f"{sorted(lengths)}: fit on one tower of a CLIP, with the class embeddings in its loss"
-        )
-    ((samples,),) = lengths
-    params = jax.tree.map(_at_least_float32, params)  # a gradient in 16 bits would vote with its rounding
-    names = [path for path, leaf in tree.flatten(params).items() if _is_floating(leaf)]
-    chunk = max(size for size in range(1, min(chunk, samples) + 1) if samples % size == 0)
-
-    def one_sample(carry: PyTree, cotangent: list[jax.Array]) -> Any:
-        carry = jax.tree.map(lambda x: x[None], carry)
-        floating, rebuild = differentiable(carry)
-        moving, rebuild_params = differentiable(params)
-        out, pull = jax.vjp(lambda p, f: differentiable(function(rebuild_params(p), rebuild(f)))[0], moving, floating)
-        gradients, down = pull(_cast_like([c[None] for c in cotangent], out))
-        flat = dict(zip(names, gradients, strict=True))
-        own = vote({path: g for path, g in flat.items() if path not in tied})
-        return own, {path: flat[path] for path in tied}, [d[0] for d in down] if downwards else None
-
-    def one_chunk(total: dict[str, jax.Array], inputs: Any) -> Any:
-        own, kept, down = jax.vmap(one_sample)(*inputs)
-        return jax.tree.map(lambda t, v: t + jnp.sum(v, 0, dtype=t.dtype), total, own), (kept, down)
-
-    chunks = jax.tree.map(lambda x: x.reshape(samples // chunk, chunk, *x.shape[1:]), (carry, cotangent))
-    shapes = jax.eval_shape(one_sample, *jax.tree.map(lambda x: x[0], (carry, cotangent)))[0]
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    total, stacked = jax.lax.scan(one_chunk, zero, chunks)
-    kept, down = jax.tree.map(lambda x: x.reshape(samples, *x.shape[2:]), stacked)
-    return total, kept, down
-
-
-def _at_least_float32(leaf: jax.Array) -> jax.Array:
-    narrow = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4
-    return leaf.astype(jnp.float32) if narrow else leaf
-
-
-def _cast_like(cotangent: Sequence[jax.Array], outputs: Sequence[jax.Array]) -> list[jax.Array]:
+def cast_like(cotangent: Sequence[jax.Array], outputs: Sequence[jax.Array]) -> list[jax.Array]:
+    """Cotangents in the dtypes of what they are of."""
     return [c.astype(o.dtype) for c, o in zip(cotangent, outputs, strict=True)]
 
 

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tvjax.align.procrustes import Rotation
 from tvjax.capture.views import Constant
 from tvjax.checkpoints.json_files import read_json, write_json
 from tvjax.checkpoints.safetensors import open_tensors, save_tensors
 from tvjax.stages import Stream
-from tvjax.transport.base import Part, Piece, Rule, State
+from tvjax.transport import rotation  # noqa: F401 - registers what its states hold
+from tvjax.transport.base import STATE_TYPES, MapInfo, Part, Piece, Rule, State
 
 FORMAT = "tvjax transport 1"
 STAGE_FORMAT = "tvjax transport stage 1"
@@ -115,11 +115,20 @@ def _save_parts(path: str | os.PathLike[str], kind: str, parts: Sequence[Part], 
     tensors: dict[str, jax.Array] = {}
     for number, part in enumerate(parts):
         for name, value in part.arrays.items():
-            fields = value._asdict() if isinstance(value, Rotation) else {"array": value}
+            fields = value._asdict() if hasattr(value, "_asdict") else {"array": value}
             tensors |= {f"{number}|arrays|{name}|{field}": array for field, array in fields.items()}
         for name, values in part.measures.items():
             tensors |= {f"{number}|measures|{name}|{field}": jnp.asarray(array) for field, array in values.items()}
-    description = {"parts": [{"link": part.link, "rules": part.rules} for part in parts], **about}
+    described = [
+        {
+            "link": part.link,
+            "rules": part.rules,
+            "maps": part.maps,
+            "types": {name: type(x).__name__ for name, x in part.arrays.items() if hasattr(x, "_asdict")},
+        }
+        for part in parts
+    ]
+    description = {"parts": described, **about}
     save_tensors(path, tensors, {"format": kind, "description": json.dumps(description, default=_plain)})
 
 
@@ -134,11 +143,16 @@ def _load_parts(path: str | os.PathLike[str], kind: str) -> tuple[tuple[Part, ..
             found[int(number)][group].setdefault(name, {})[field] = jnp.asarray(file.read(key))
     parts = []
     for part, content in zip(found, description["parts"], strict=True):
-        arrays = {
-            name: fields["array"] if "array" in fields else Rotation(**fields)
-            for name, fields in part["arrays"].items()
-        }
-        parts.append(Part(content["link"], arrays, part["measures"], tuple(map(_rule, content["rules"]))))
+        arrays = {}
+        for name, fields in part["arrays"].items():
+            kind = content["types"].get(name)
+            if kind is not None and kind not in STATE_TYPES:
+                raise ValueError(
+                    f"{os.fspath(path)!r} holds a {kind} of {content['link']}: import what registers it first"
+                )
+            arrays[name] = fields["array"] if kind is None else STATE_TYPES[kind](**fields)
+        maps = tuple(MapInfo(*map(_frozen, info)) for info in content["maps"])
+        parts.append(Part(content["link"], arrays, part["measures"], tuple(map(_rule, content["rules"])), maps))
     return tuple(parts), description
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -17,7 +15,8 @@ from tvjax.merge.base import PyTree, Vectors, merge_leaves, stack, wide
 from tvjax.merge.leaf_report import Report
 from tvjax.merge.matrices import total
 from tvjax.merge.settings import Settings, check_votes, resolve_each
-from tvjax.stages import Batch, Model, owner_paths
+from tvjax.per_example import ExampleGradients
+from tvjax.stages import Batch, Model
 from tvjax.walk import Walk
 
 
@@ -74,7 +73,7 @@ def diagonal_fisher(
     """The diagonal of the empirical Fisher matrix: ``F = 1/N sum_n (dL(x_n, y_n)/dtheta)^2``.
 
     The square is of the gradient of ONE sample, summed over every use of a tied leaf. The model is walked stage by
-    stage from the last to the first, the samples of a batch in chunks (`tvjax.walk.per_sample_votes`).
+    stage from the last to the first, the samples of a batch in chunks (`tvjax.per_example`).
 
     Labels of the data give the empirical Fisher; labels drawn from the model's own predictions give the Fisher matrix
     itself, up to sampling, as the paper has it.
@@ -106,36 +105,16 @@ def diagonal_fisher(
     if chunk < 1:
         raise ValueError(f"chunk must be 1 or more, found {chunk}")
     walk = Walk(model, batches, host)
-    reads = [set(owner_paths(stage, model.params).values()) for stage in model.stages]
-    readers = Counter(path for paths in reads for path in paths)
-    first = {path: index for index in reversed(range(len(reads))) for path in reads[index]}
+    squares = ExampleGradients(walk, _squares, chunk)
     sums: dict[str, Array] = {}
-    shared: dict[str, dict[int, Array]] = {}  # per-sample gradients of tied leaves, by batch
     for index in reversed(range(len(model.stages))):
-        owners = owner_paths(model.stages[index], model.params)
-        floating = {
-            local
-            for local, leaf in tree.flatten(walk.params(index)).items()
-            if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-        }
-        tied = frozenset(local for local in floating if readers[owners[local]] > 1)
-        for batch in range(len(batches)):
-            squares, samples = walk.votes(index, batch, tied, _squares, chunk)
-            for local, square in squares.items():
-                path = owners[local]
-                sums[path] = sums[path] + square if path in sums else square
-            for local, gradients in samples.items():
-                board = shared.setdefault(owners[local], {})
-                board[batch] = board[batch] + gradients if batch in board else gradients
-        for path in [path for path in shared if first[path] == index]:  # every stage that ties it has been visited
-            board = shared.pop(path)
-            sums[path] = sum((jnp.sum(gradients**2, axis=0) for gradients in board.values()), jnp.float32(0))
+        sums.update(squares.stage(index))
         if index > 0:
             walk.cotangents(index - 1)
             walk.release_after(index - 1)
         if progress is not None:
             progress(len(model.stages) - index, len(model.stages), model.stages[index].name)
-    count = sum(jax.tree.leaves(batch.inputs)[0].shape[0] for batch in batches)
+    count = squares.examples
     return tree.map_with_path(lambda path, leaf: sums[path] / count if path in sums else None, model.params)
 
 

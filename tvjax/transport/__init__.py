@@ -7,6 +7,7 @@ from tvjax.transport.gradfix import gradfix
 from tvjax.transport.leaf_report import LeafReport, leaf_report, summary
 from tvjax.transport.orthogonal_shift import orthogonal_shift
 from tvjax.transport.permutation import transfusion
+from tvjax.transport.registry import make_transport, methods, register
 from tvjax.transport.statistics import Options
 from tvjax.transport.theseus import theseus
 
@@ -21,7 +22,10 @@ __all__ = [
     "gradfix",
     "identity",
     "leaf_report",
+    "make_transport",
+    "methods",
     "orthogonal_shift",
+    "register",
     "scale_by",
     "summary",
     "theseus",

@@ -76,26 +76,52 @@ class Rule(NamedTuple):
     why: str = ""
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("arrays", "measures"), meta_fields=("link", "rules"))
+class MapInfo(NamedTuple):
+    """What is known of a map from shapes alone.
+
+    Attributes:
+      name: of the map, among the arrays of its part.
+      shape: ``(d_a, d_b)``.
+      rows: calibration rows that it is fitted on, padding included.
+      examples: calibration examples from which on it is unique: as many rows as the smaller dimension.
+      tokens: tokens of an example in the source, in the target, and after alignment; None without a token axis.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rows: int
+    examples: int
+    tokens: tuple[int, int, int] | None = None
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("arrays", "measures"), meta_fields=("link", "rules", "maps"))
 @dataclasses.dataclass(frozen=True)
 class Part:
     """The fitted state of one link.
 
     Attributes:
       link: its name.
-      arrays: maps, masks and the like, by name.
+      arrays: maps, masks and the like, by name: arrays, or NamedTuples of arrays. Only the link knows what they mean.
       measures: numbers for the report (rank, residual, ties ...), by the names of the arrays.
       rules: one for each leaf of the target.
+      maps: what shapes tell of the arrays that are maps between activations.
     """
 
     link: str
     arrays: dict[str, PyTree]
     measures: dict[str, dict[str, jax.Array]]
     rules: tuple[Rule, ...]
+    maps: tuple[MapInfo, ...] = ()
 
     def merge(self, other: Part) -> Part:
         """Both parts in one: the stages of a model, put together."""
-        return Part(self.link, self.arrays | other.arrays, self.measures | other.measures, self.rules + other.rules)
+        return Part(
+            self.link,
+            self.arrays | other.arrays,
+            self.measures | other.measures,
+            self.rules + other.rules,
+            self.maps + other.maps,
+        )
 
 
 @partial(
@@ -120,6 +146,24 @@ class State:
     notes: tuple[str, ...] = ()
 
 
+STATE_TYPES: dict[str, type] = {}
+
+
+def register_state(kind: type) -> type:
+    """Makes a NamedTuple of arrays known, so that a fitted state that holds it can be read from a file.
+
+    >>> class Pair(NamedTuple):
+    ...     left: jax.Array
+    ...     right: jax.Array
+    >>> register_state(Pair) is STATE_TYPES.pop("Pair")
+    True
+    """
+    known = STATE_TYPES.setdefault(kind.__name__, kind)
+    if known is not kind:
+        raise ValueError(f"two kinds of state are called {kind.__name__!r}: {known.__module__} and {kind.__module__}")
+    return kind
+
+
 class Reads(NamedTuple):
     """What a link needs while it is fitted."""
 
@@ -136,7 +180,7 @@ class Link(NamedTuple):
       space: ``"bridge"`` (from the source's parameters to the target's), ``"target"`` (within the target's) or
         ``"any"``.
       reads: what `fit` looks at.
-      fit: ``(pair) -> Part`` for one pair of stages (`tvjax.transport.fit.Pair`).
+      fit: ``(pair) -> Part`` for one pair of stages (`tvjax.transport.pair.Pair`).
       transform: ``(part, flat task vector) -> flat task vector``.
       same_shapes: whether source and target leaf must have one shape.
     """

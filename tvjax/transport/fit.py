@@ -8,24 +8,20 @@ is dropped. Transports that read gradients are walked from the last stage to the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
-from typing import Any, NamedTuple, Protocol, get_args
+from typing import Any, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from tvjax import tree
-from tvjax.align import depth as layers
 from tvjax.align import tokens as token_alignment
-from tvjax.align.procrustes import Rotation
-from tvjax.align.rows import alignment, arranged, on_tokens, padding_mask
-from tvjax.capture import SiteTable, check_gradient_identity
-from tvjax.capture.axes import of_argument
 from tvjax.finite import check_finite
-from tvjax.stages import Batch, Model, Stage, layer_groups, owner_paths
+from tvjax.stages import Batch, Model
 from tvjax.transport.base import Flat, Part, State, Transport, check_leaves
-from tvjax.walk import Walk, differentiable
+from tvjax.transport.checks import check_batches, check_common_leaves, check_models, check_stages, views_of
+from tvjax.transport.pair import Pair
+from tvjax.transport.pairing import pair_stages
+from tvjax.walk import Walk
 
 PyTree = Any
 Batches = Iterable[Batch | tuple[Batch, Batch]]
@@ -40,108 +36,6 @@ class PartStore(Protocol):
 
     def save(self, stage: str, parts: tuple[Part, ...]) -> None:
         """Keeps the parts of a stage."""
-
-
-class Leaf(NamedTuple):
-    """A leaf of a target stage and its partner.
-
-    Attributes:
-      local: path within the stage.
-      target: path in the target model.
-      source: path in the source model, None where the source stage has no such leaf.
-      shape: of the target leaf.
-      source_shape: of the source leaf, () where there is none.
-    """
-
-    local: str
-    target: str
-    source: str | None
-    shape: tuple[int, ...]
-    source_shape: tuple[int, ...]
-
-
-class Pair:
-    """A stage of the target and its partner in the source, with the calibration rows of both.
-
-    Attributes:
-      source: the source model on the calibration rows.
-      source_index: position of the stage in the source.
-      target: the target model on the calibration rows.
-      target_index: position of the stage in the target.
-      tokens: token alignment mode.
-      board: what links leave for stages that are visited later (sums over tied leaves).
-      moved: whether an earlier link has brought the task vector into the target's parameters.
-      depth: which source layer a target layer is paired with, for layers that a stage stacks.
-    """
-
-    def paired_layers(self, depth_a: int, depth_b: int) -> tuple[int, ...]:
-        """For each of the layers that a scan stacks in the target, the one in the source."""
-        stage = self.stages[1]
-        rule = self.depth
-        if isinstance(rule, Mapping):
-            rule = rule.get(stage.group or stage.name, "uniform")
-        if rule == "cka":
-            raise ValueError(
-                f"stage {stage.name!r} stacks its layers, whose activations depth='cka' does not see: give a list of "
-                "layers, or take the stack apart into stages (tvjax.unstack)"
-            )
-        return layers.pair_layers(depth_a, depth_b, rule)
-
-    def __init__(
-        self,
-        source: Walk,
-        source_index: int,
-        target: Walk,
-        target_index: int,
-        tokens: token_alignment.Mode,
-        board: dict[str, Any],
-        moved: bool,
-        depth: Any = "uniform",
-    ):
-        self.source, self.source_index = source, source_index
-        self.target, self.target_index = target, target_index
-        self.tokens, self.board, self.moved, self.depth = tokens, board, moved, depth
-        self.name = target.model.stages[target_index].name
-        self.batches = len(target.batches)
-        self.stages = source.model.stages[source_index], target.model.stages[target_index]
-
-    @cached_property
-    def source_leaves(self) -> dict[str, jax.Array]:
-        """The parameters of the source stage by local path."""
-        return tree.flatten(self.source.params(self.source_index))
-
-    @cached_property
-    def target_leaves(self) -> dict[str, jax.Array]:
-        """The parameters of the target stage by local path."""
-        return tree.flatten(self.target.params(self.target_index))
-
-    @cached_property
-    def source_table(self) -> SiteTable:
-        """The sites of the source stage."""
-        return self.source.table(self.source_index)
-
-    @cached_property
-    def target_table(self) -> SiteTable:
-        """The sites of the target stage."""
-        return self.target.table(self.target_index)
-
-    @cached_property
-    def leaves(self) -> tuple[Leaf, ...]:
-        """The floating leaves that the target stage owns, with their partners."""
-        model, stage = self.target.model, self.target.model.stages[self.target_index]
-        theirs = owner_paths(self.source.model.stages[self.source_index], self.source.model.params)
-        owned = owner_of_leaves(model)
-        return tuple(
-            Leaf(
-                local,
-                path,
-                theirs.get(local),
-                tuple(jnp.shape(self.target_leaves[local])),
-                tuple(jnp.shape(self.source_leaves[local])) if local in theirs else (),
-            )
-            for local, path in owner_paths(stage, model.params).items()
-            if owned[path] == stage.name and jnp.issubdtype(jnp.result_type(self.target_leaves[local]), jnp.floating)
-        )
 
 
 def fit(
@@ -276,7 +170,7 @@ class Fitting:
         self.depth = depth
         if tokens not in get_args(token_alignment.Mode):
             raise ValueError(f"tokens must be one of {get_args(token_alignment.Mode)}, found {tokens!r}")
-        _check_models(transport, source, target)
+        check_models(transport, source, target)
         for side, model in (("source", source), ("target", target)):
             check_finite(model.params, f"the {side} model")
         if isinstance(batches, Mapping):
@@ -286,8 +180,8 @@ class Fitting:
         self._known: dict[int, tuple[Any, tuple[Walk, Walk]]] = {}  # links that share batches share their walks
         self.walks = [self._walks(link.name, link.reads, batches, host) for link in transport.links]
         walks = next((w for w in self.walks if w is not None), None)
-        self.pairing = _pair_stages(source, target, depth, walks, tokens)
-        _check_common_leaves(source, target, self.pairing)
+        self.pairing = pair_stages(source, target, depth, walks, tokens)
+        check_common_leaves(source, target, self.pairing)
 
     def _walks(self, name: str, reads: Any, batches: Any, host: bool) -> tuple[Walk, Walk] | None:
         if not reads.activations and not reads.gradients:
@@ -299,8 +193,8 @@ class Fitting:
         key = id(batches)
         known = self._known
         if key not in known:
-            views = [_views(batch) for batch in batches]
-            _check_batches(name, views)
+            views = [views_of(batch) for batch in batches]
+            check_batches(name, views)
             source, target = (
                 Walk(model, [view[side] for view in views], host)
                 for side, model in enumerate((self.source, self.target))
@@ -314,7 +208,7 @@ class Fitting:
     def __iter__(self) -> Iterator[tuple[Pair, tuple[Part, ...]]]:
         read = next((walks for walks in self.walks if walks is not None), None)
         if self.check and read is not None:
-            _check_stages(read[1])
+            check_stages(read[1])
         order = list(enumerate(self.pairing))
         if self.transport.needs_gradients:
             order.reverse()
@@ -331,7 +225,8 @@ class Fitting:
             parts = None if self.store is None else self.store.load(stage)
             if parts is None:
                 parts = tuple(link.fit(pair) for link, pair in zip(self.transport.links, pairs, strict=True))
-                if self.store is not None and not any(boards):  # else a later stage needs what this one left there
+                waiting = any(any(board.values()) for board in boards)  # a later stage needs what this one left
+                if self.store is not None and not waiting:
                     self.store.save(stage, parts)
             if self.progress is not None:
                 self.progress(done + 1, len(order), stage)
@@ -359,11 +254,11 @@ class Fitting:
         """What the user should know of these parts."""
         notes = []
         for part in parts:
-            found = {name: m["rows"] for name, m in part.measures.items() if "rank" in m}
+            found = {info.name: part.measures[info.name]["rows"] for info in part.maps}
             if tree.is_traced(found):
                 continue
             rows = jax.device_get(found)
-            short = [name for name, count in rows.items() if _is_short(part.arrays[name], count)]
+            short = [info.name for info in part.maps if rows[info.name] < min(info.shape)]
             if short:
                 notes.append(
                     f"{part.link}: {len(short)} of {len(rows)} maps have fewer calibration rows "
@@ -378,193 +273,3 @@ class Fitting:
         """The state that these parts make."""
         paths, sources = (tuple(tree.flatten(model.params)) for model in (self.target, self.source))
         return State(parts, jax.tree.structure(self.target.params), paths, sources, notes)
-
-
-def _is_short(rotation: Rotation, rows: float) -> bool:
-    return rows < min(rotation.left.shape[-2], rotation.right.shape[-1])
-
-
-def _views(batch: Any) -> tuple[Batch, Batch]:
-    if isinstance(batch, Batch):
-        return batch, batch
-    if isinstance(batch, tuple) and len(batch) == 2 and all(isinstance(view, Batch) for view in batch):
-        return batch[0], batch[1]
-    raise ValueError(
-        "a calibration batch is a Batch, or a pair of Batches (for the source, for the target); found "
-        f"{type(batch).__name__}"
-    )
-
-
-def _check_batches(name: str, views: list[tuple[Batch, Batch]]) -> None:
-    if not views:
-        raise ValueError(f"{name} needs calibration batches, found none (an iterator that was used up before?)")
-    for number, view in enumerate(views):
-        sizes = [_examples(f"calibration batch {number}", batch) for batch in view]
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                f"calibration batch {number} has {sizes[0]} examples for the source and {sizes[1]} for the target: "
-                "both are views of the same examples, in the same order"
-            )
-    for number, (source, target) in enumerate(views):
-        check_finite({"source": source.inputs, "target": target.inputs}, f"calibration batch {number}")
-
-
-def _examples(name: str, batch: Batch) -> int:
-    """How many examples a batch has; its labels must be as many."""
-    inputs, labels = ([jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(part)] for part in batch)
-    if not inputs or () in inputs:
-        raise ValueError(f"{name}: its inputs must be arrays with the example axis first")
-    examples = inputs[0][0]
-    if examples == 0:
-        raise ValueError(f"{name} has no examples: its first axis is empty")
-    for length in labels:
-        if length != (examples,):
-            raise ValueError(
-                f"{name}: labels of leading shape {length} for {examples} examples, one for each is needed"
-            )
-    return examples
-
-
-def _check_models(transport: Transport, source: Model, target: Model) -> None:
-    for model in (source, target):
-        tree.check_arrays(model.params)
-    if transport.needs_gradients:
-        reads_source = any(link.reads.gradients and link.reads.source for link in transport.links)
-        for name, model in (("source", source), ("target", target)):
-            if not model.has_loss and (name == "target" or reads_source):
-                raise ValueError(
-                    f"{transport.name} reads gradients, but the {name} model has no loss: Model.with_loss(...)"
-                )
-    first = next((link for link in transport.links if link.space != "any"), None)
-    if first is None or first.same_shapes:
-        shapes = [
-            {path: tuple(jnp.shape(leaf)) for path, leaf in tree.flatten(model.params).items()}
-            for model in (source, target)
-        ]
-        repeats = first is not None and first.space == "bridge"  # its layers may be paired, where the depths differ
-        for path in {**shapes[1], **shapes[0]}:
-            found = [s.get(path) for s in shapes]
-            if found[0] == found[1] or (repeats and None in found):
-                continue
-            where = [
-                f"{'missing' if shape is None else shape} in the {side}"
-                for shape, side in zip(found, ("source", "target"), strict=True)
-            ]
-            raise ValueError(
-                f"{transport.name} needs models of one shape: {path} is {' and '.join(where)}; put theseus() or bico() "
-                "first, they move across widths and depths"
-            )
-
-
-def _check_common_leaves(source: Model, target: Model, pairing: Sequence[int]) -> None:
-    """Raises unless at least one leaf of the target has a partner, and what stages call fixed is there."""
-    common = 0
-    for model in (source, target):
-        for stage in model.stages:
-            own = owner_paths(stage, model.params)
-            if missing := [path for path in stage.fixed if path not in own]:
-                raise ValueError(
-                    f"stage {stage.name!r} calls {missing} fixed, and has no such leaves; it has {list(own)[:8]}"
-                )
-    for stage, index in zip(target.stages, pairing, strict=True):
-        theirs = owner_paths(source.stages[index], source.params)
-        common += len(theirs.keys() & owner_paths(stage, target.params).keys())
-    if not common:
-        paths = [list(tree.flatten(model.params)) for model in (source, target)]
-        raise ValueError(
-            "no leaf of the target has a partner of the same name in the source, so nothing would be moved. The source "
-            f"has\n{tree.list_some(paths[0], 4)}\nthe target has\n{tree.list_some(paths[1], 4)}\nbring both into one "
-            "layout first: the same module classes, and both stacks scanned or both unrolled (tvjax.unstack)"
-        )
-
-
-def _pair_stages(source: Model, target: Model, depth: Any, walks: tuple[Walk, Walk] | None, tokens: str) -> list[int]:
-    """For each stage of the target the index of its partner in the source."""
-    theirs, mine = layer_groups(source), layer_groups(target)
-    missing = [name for name in mine if name not in theirs]
-    if missing:
-        raise ValueError(
-            f"the target's stages {missing} have no partner in the source, whose stages are {sorted(theirs)}: "
-            "transport between models of one family, or take their common tower"
-        )
-    if isinstance(depth, Mapping) and (unknown := [name for name in depth if name not in mine]):
-        raise ValueError(f"depth names {unknown}, the target's groups of layers are {sorted(mine)}")
-    partners: list[int] = []
-    for stage in target.stages:
-        name = stage.group or stage.name
-        position = mine[name].index(stage)
-        rule = depth.get(name, "uniform") if isinstance(depth, Mapping) else depth
-        if len(mine[name]) == 1 and len(theirs[name]) == 1:
-            rule = "uniform"
-        if rule == "cka":
-            if walks is None:
-                raise ValueError(
-                    "depth='cka' compares activations, and this transport reads none: give a list of layers"
-                )
-            rule = _cka_pairing(walks, theirs[name], mine[name], tokens)
-            depth = {**(depth if isinstance(depth, Mapping) else {}), name: rule}
-        chosen = layers.pair_layers(len(theirs[name]), len(mine[name]), rule)[position]
-        partners.append(source.stages.index(theirs[name][chosen]))
-    return partners
-
-
-def _cka_pairing(
-    walks: tuple[Walk, Walk], theirs: Sequence[Stage], mine: Sequence[Stage], tokens: Any
-) -> tuple[int, ...]:
-    """The monotone pairing that maximises linear CKA of what the layers return, on the first batch."""
-    features, masks, axes = [], [], []
-    for walk, stages in zip(walks, (theirs, mine), strict=True):
-        carries = [walk.carries(walk.model.stages.index(stage) + 1)[0] for stage in stages]
-        path = next(path for path, x in tree.flatten(carries[0]).items() if jnp.issubdtype(x.dtype, jnp.floating))
-        features.append([tree.flatten(carry)[path] for carry in carries])
-        rows_of = [factor for axis in of_argument(path, features[-1][0])[:-1] for factor in axis]
-        axes.append(arranged([f.size for f in rows_of], [f.label for f in rows_of]))
-        masks.append(padding_mask(stages[0], carries[0], axes[-1]))
-    operators = alignment(axes[0], axes[1], (theirs[0], mine[0]), tokens)
-    rows, weights = [], []
-    for side, own, operator, mask in zip(features, axes, operators, masks, strict=True):
-        aligned = [on_tokens(hidden.reshape(-1, hidden.shape[-1]), own, operator, mask) for hidden in side]
-        rows.append([x for x, _ in aligned])
-        weights.append(aligned[0][1])
-    real = np.asarray(weights[0] * weights[1]) > 0
-    similarity = jax.device_get([[layers.linear_cka(x[real], y[real]) for y in rows[1]] for x in rows[0]])
-    return layers.monotone_pairing(np.array(similarity))
-
-
-def _check_stages(walk: Walk) -> None:
-    """The gradient identity, once for each function of a stage."""
-    seen = set()
-    compared = 0
-    for index, stage in enumerate(walk.model.stages):
-        if stage.function in seen:
-            continue
-        seen.add(stage.function)
-        table = walk.table(index)
-        if not {site.path for site in table.sites} - set(table.unclassified):
-            continue  # nothing but look-ups, or no parameters at all
-        compared += 1
-        carry = walk.carries(index)[0]
-
-        def loss(params: PyTree, carry: PyTree, function: Any = stage.function) -> jax.Array:
-            return sum(
-                (jnp.sum(jnp.sin(x.astype(jnp.float32))) for x in differentiable(function(params, carry))[0]),
-                jnp.float32(0),
-            )
-
-        try:
-            check_gradient_identity(loss, walk.params(index), carry)
-        except ValueError as error:
-            raise ValueError(f"stage {stage.name}: {error}") from None
-    if not compared:
-        raise ValueError(
-            "the gradient identity was asked for, and no stage has a parameter at an operation with a rule"
-        )
-
-
-def owner_of_leaves(model: Model) -> dict[str, str]:
-    """For each leaf the name of the first stage that takes it: its owner."""
-    owner: dict[str, str] = {}
-    for stage in model.stages:
-        for path in owner_paths(stage, model.params).values():
-            owner.setdefault(path, stage.name)
-    return owner

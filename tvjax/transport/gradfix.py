@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
-from tvjax.stages import owner_paths
+from tvjax.per_example import ExampleGradients
 from tvjax.transport.base import Flat, Link, Part, Reads, Rule, Transport, make_options
 
 if TYPE_CHECKING:
-    from tvjax.transport.fit import Pair
+    from tvjax.transport.pair import Pair
 
 Mode = Literal["agree", "force", "sigmoid", "tanh", "ratio"]
 
@@ -106,11 +105,6 @@ def _largest(gradients: Flat) -> jax.Array:
 _VOTES = {"majority": sign_votes, "mean": _mean_votes}
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _tied_votes(vote: str, noise_floor: float, gradients: jax.Array) -> jax.Array:
-    return jax.vmap(lambda g: _VOTES[vote]({"": g}, noise_floor)[""])(gradients).sum(0)
-
-
 class _Vote:
     """The vote function of some options; equal for equal options, so that XLA compiles once."""
 
@@ -128,28 +122,12 @@ class _Vote:
 
 
 def _fit(masking: Masking, pair: Pair) -> Part:
-    model = pair.target.model
-    readers = Counter(path for stage in model.stages for path in owner_paths(stage, model.params).values())
-    local_paths = owner_paths(model.stages[pair.target_index], model.params)
-    tied = frozenset(
-        local
-        for local, path in local_paths.items()
-        if readers[path] > 1 and jnp.issubdtype(jnp.result_type(pair.target_leaves[local]), jnp.floating)
-    )
-    vote = _Vote(masking.vote, masking.noise_floor)
-    total: Flat = {}
-    voters = 0
-    for batch in range(pair.batches):
-        votes, samples = pair.target.votes(pair.target_index, batch, tied, vote, masking.chunk)
-        total = {path: total[path] + v for path, v in votes.items()} if total else votes
-        voters += jax.tree.leaves(pair.target.batches[batch].inputs)[0].shape[0]
-        for local, gradients in samples.items():
-            board = pair.board.setdefault(local_paths[local], {})
-            board[batch] = board[batch] + gradients if batch in board else gradients
-    for leaf in pair.leaves:  # this stage owns them: every other stage that ties them has been visited
-        if leaf.local in tied:
-            board = pair.board.pop(leaf.target)
-            total[leaf.local] = sum(_tied_votes(masking.vote, masking.noise_floor, g) for g in board.values())
+    if "votes" not in pair.board:
+        vote = _Vote(masking.vote, masking.noise_floor)
+        pair.board["votes"] = ExampleGradients(pair.target, vote, masking.chunk)
+    gradients: ExampleGradients = pair.board["votes"]
+    total = gradients.stage(pair.target_index)
+    voters = gradients.examples
     arrays: dict[str, Any] = {}
     measures: dict[str, dict[str, jax.Array]] = {}
     rules = []
@@ -159,7 +137,7 @@ def _fit(masking: Masking, pair: Pair) -> Part:
             rules.append(rule._replace(action="passed through", why="the loss does not reach it"))
             continue
         rules.append(rule)
-        votes = total[leaf.local]
+        votes = total[leaf.target]
         narrow = masking.vote == "majority" and voters < 128
         arrays[leaf.target] = votes.astype(jnp.int8) if narrow else votes.astype(jnp.float32)
         measures[leaf.target] = {"ties": jnp.mean(votes == 0, dtype=jnp.float32), "voters": jnp.float32(voters)}

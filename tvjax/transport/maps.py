@@ -13,7 +13,7 @@ from tvjax.transport.base import Piece, Rule
 from tvjax.transport.statistics import Options
 
 if TYPE_CHECKING:
-    from tvjax.transport.fit import Leaf, Pair
+    from tvjax.transport.pair import Leaf, Pair
 
 SitePair = tuple[Site, Site]
 
@@ -76,15 +76,6 @@ class MapTable:
         """The map of the activation that a linear layer reads."""
         base = linear._replace(side="input")
         return self.maps["activation", base.names(0), base.names(1)]
-
-
-def seen_by(name: str) -> tuple[str, ...]:
-    """The names of the activations or gradients that a map was fitted on, those of the target first.
-
-    >>> seen_by("vision/blocks/0:norm1/scale#0:out:activation")
-    ('norm1/scale#0:out',)
-    """
-    return tuple(name.partition(":")[2].rpartition(":")[0].split("&"))
 
 
 def maps_and_rules(inputs: str, outputs: str, options: Options, pair: Pair) -> tuple[MapTable, list[Rule]]:

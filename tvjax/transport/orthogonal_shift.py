@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from tvjax.transport.base import Flat, Link, Part, Reads, Rule, Transport, make_options
 
 if TYPE_CHECKING:
-    from tvjax.transport.fit import Pair
+    from tvjax.transport.pair import Pair
 
 
 class Options(NamedTuple):

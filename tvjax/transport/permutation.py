@@ -12,7 +12,7 @@ from tvjax.align.permutations import Match, Progress, Symmetry, axes, match_weig
 from tvjax.transport.base import Flat, Link, Part, Reads, Rule, Transport
 
 if TYPE_CHECKING:
-    from tvjax.transport.fit import Pair
+    from tvjax.transport.pair import Pair
 
 
 def transfusion(symmetry: Symmetry, *, key: Array, progress: Progress | None = None) -> Transport:

@@ -15,31 +15,13 @@ import jax.numpy as jnp
 
 from tvjax import tree
 from tvjax.align import tokens as token_alignment
-from tvjax.align.procrustes import Rotation
-from tvjax.align.rows import alignment, row_axes
-from tvjax.capture import Site, SiteTable
+from tvjax.capture import SiteTable
 from tvjax.stages import Model, local_params, owner_paths
-from tvjax.transport.base import Part, State, Transport
-from tvjax.transport.fit import Batches, Fitting, Pair, owner_of_leaves
+from tvjax.transport.base import MapInfo, Part, State, Transport
+from tvjax.transport.fit import Batches, Fitting
 from tvjax.transport.leaf_report import LeafReport, leaf_report
-from tvjax.transport.maps import seen_by
+from tvjax.transport.pair import Pair, owner_of_leaves
 from tvjax.walk import Walk
-
-
-class PlannedMap(NamedTuple):
-    """One map between the activation spaces of a pair of stages.
-
-    Attributes:
-      name: of the map.
-      shape: ``(d_a, d_b)``.
-      rows: calibration rows that it is fitted on, padding included.
-      examples: calibration examples from which on it is unique: as many rows as the smaller dimension.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    rows: int
-    examples: int
 
 
 class PlannedStage(NamedTuple):
@@ -56,7 +38,7 @@ class PlannedStage(NamedTuple):
     target: str
     source: str
     tokens: tuple[int, int, int] | None
-    maps: tuple[PlannedMap, ...]
+    maps: tuple[MapInfo, ...]
     size: int
 
 
@@ -212,7 +194,8 @@ def _renamed(part: Part, like: str, stage: str, sources: dict[str, str], targets
         )
         for rule in part.rules
     ]
-    return Part(part.link, {name(old): array for old, array in part.arrays.items()}, {}, tuple(rules))
+    maps = tuple(info._replace(name=name(info.name)) for info in part.maps)
+    return Part(part.link, {name(old): array for old, array in part.arrays.items()}, {}, tuple(rules), maps)
 
 
 def _planned_stage(
@@ -222,39 +205,11 @@ def _planned_stage(
     if walks is None:
         return PlannedStage(pair.name, partner, None, (), 0)
     tables = walks[0].table(pair.source_index), walks[1].table(pair.target_index)
-    examples = sum(jax.tree.leaves(batch.inputs)[0].shape[0] for batch in walks[1].batches)
-    maps, moments, seen = [], 0, None
-    rotations = ((name, x) for part in parts for name, x in part.arrays.items() if isinstance(x, Rotation))
-    for name, rotation in rotations:
-        found = _tokens(pair, *_sites_of(name, *tables))
-        seen = seen or found
-        aligned = 1 if found is None else found[2]
-        shape = rotation.left.shape[-2], rotation.right.shape[-1]
-        maps.append(PlannedMap(name, shape, examples * aligned, math.ceil(min(shape) / aligned)))
-        moments += 4 * min(math.prod(shape), examples * aligned * sum(shape))
+    maps = [info for part in parts for info in part.maps]
+    seen = next((info.tokens for info in maps if info.tokens is not None), None)
+    moments = sum(4 * min(math.prod(info.shape), info.rows * sum(info.shape)) for info in maps)
     activations = sum(_activations(table, transport.needs_gradients) for table in tables)
     return PlannedStage(pair.name, partner, seen, tuple(maps), activations + moments)
-
-
-def _sites_of(name: str, source: SiteTable, target: SiteTable) -> tuple[Site, Site]:
-    """A site of the target that a map is fitted at, and its partner."""
-    for site in target.sites:
-        if {site.input, site.image, site.output, site.gradient} & set(seen_by(name)):
-            partner = next((s for s in source.sites if s.key == site.key), None)
-            if partner is not None:
-                return partner, site
-    raise AssertionError(f"the map {name} is fitted at no site of its stage")
-
-
-def _tokens(pair: Pair, site_a: Site, site_b: Site) -> tuple[int, int, int] | None:
-    """The tokens of an example at a site in the source, in the target, and aligned; None where it has but one row."""
-    axes = row_axes(site_a), row_axes(site_b)
-    if not all(rows.tokens for rows in axes):
-        return None
-    rest = axes[1].count(axes[1].rest)
-    tokens_a, tokens_b = (rows.count(rows.tokens) for rows in axes)
-    operators = alignment(*axes, pair.stages, pair.tokens)
-    return tokens_a * rest, tokens_b * rest, rest * (tokens_b if operators.b is None else operators.b.shape[0])
 
 
 def _activations(table: SiteTable, gradients: bool) -> int:

@@ -17,6 +17,7 @@ share its map; the uses of a tied leaf share one moment.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -31,12 +32,12 @@ from tvjax.align.rows import RowAxes, alignment, arranged, check_streams, on_tok
 from tvjax.capture import Captured, Site, SiteTable
 from tvjax.capture.axes import PART
 from tvjax.capture.views import apply_view, restore_view
-from tvjax.transport.base import Flat, Link, Part, Piece, Reads, Transport
+from tvjax.transport.base import Flat, Link, MapInfo, Part, Piece, Reads, Transport, register_state
 from tvjax.transport.maps import Map, SitePair, maps_and_rules
 from tvjax.transport.statistics import Options, Statistics, matmul, per_layer
 
 if TYPE_CHECKING:
-    from tvjax.transport.fit import Pair
+    from tvjax.transport.pair import Pair
 
 
 def rotation(name: str, inputs: str, outputs: str, options: Options) -> Transport:
@@ -68,6 +69,8 @@ def rotation(name: str, inputs: str, outputs: str, options: Options) -> Transpor
     return Transport((Link(name, "bridge", reads, fit, partial(_transform, options)),))
 
 
+register_state(Rotation)
+
 # -- fitting --------------------------------------------------------------------------------------------------------
 
 
@@ -88,28 +91,48 @@ def _fit(name: str, inputs: str, outputs: str, options: Options, pair: Pair) -> 
                 statistics[found.name].add(*_aligned_rows(pair, batch, found.side, sites, seen))
     arrays: dict[str, Rotation] = {}
     measures: dict[str, dict[str, jax.Array]] = {}
+    infos = []
     for found in table.maps.values():
+        base = table.input_of(found) if found.linear else found
+        rows = statistics[base.name]
+        factors = None
         if found.linear:
             site_a, site_b = found.sites[0]
-            rows = statistics[table.input_of(found).name]
             factors = (
                 _output_factor(pair.source_leaves, site_a, pair.source_table),
                 _output_factor(pair.target_leaves, site_b, pair.target_table),
             )
             arrays[found.name] = rows.solve_outputs(*factors)
-            residual = rows.residual(arrays[found.name], factors)
         else:
-            rows = statistics[found.name]
             arrays[found.name] = rows.solve()
-            residual = rows.residual(arrays[found.name])
+        residual = rows.residual(arrays[found.name], factors)
         measures[found.name] = {"rank": arrays[found.name].rank, "residual": residual, "rows": rows.count()}
+        infos.append(_info(found, arrays[found.name], rows.seen, pair))
     used = {name for rule in rules for piece in rule.pieces for name in (piece.inner, piece.outer)}
     return Part(
         name,
         {key: value for key, value in arrays.items() if key in used},
         {key: value for key, value in measures.items() if key in used},
         tuple(rules),
+        tuple(info for info in infos if info.name in used),
     )
+
+
+def _info(found: Map, rotation: Rotation, rows: int, pair: Pair) -> MapInfo:
+    """What shapes tell of a map."""
+    site_a, site_b = found.sites[0]
+    of_image = found.side == "input" and site_b.kind == "conv"
+    axes = row_axes(site_a, of_image), row_axes(site_b, of_image)
+    examples = sum(jax.tree.leaves(batch.inputs)[0].shape[0] for batch in pair.target.batches)
+    shape = rotation.left.shape[-2], rotation.right.shape[-1]
+    seen = None
+    if all(rows_of.tokens for rows_of in axes):
+        rest = axes[1].count(axes[1].rest)
+        tokens_a, tokens_b = (rows_of.count(rows_of.tokens) for rows_of in axes)
+        operators = alignment(*axes, pair.stages, pair.tokens)
+        aligned = tokens_b if operators.b is None else operators.b.shape[0]
+        seen = (tokens_a * rest, tokens_b * rest, aligned * rest)
+    return MapInfo(found.name, shape, rows, math.ceil(min(shape) * examples / max(rows, 1)), seen)
 
 
 def _names(maps: list[Map], model: int) -> tuple[frozenset[str], frozenset[str]]:

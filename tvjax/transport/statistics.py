@@ -67,10 +67,12 @@ class Statistics:
         self.options = options
         self.rows: list[tuple[jax.Array, jax.Array, jax.Array]] = []
         self.moments: Any = None
+        self.seen = 0  # rows, padding included
         self.sample: tuple[jax.Array, jax.Array, jax.Array] | None = None
 
     def add(self, a: jax.Array, b: jax.Array, weights: jax.Array) -> None:
         """More rows ``[*layers, n, d]``, with weights ``[n]``."""
+        self.seen += a.shape[-2]
         if self.sample is None:
             step = max(1, a.shape[-2] // SAMPLE)
             sample = a[..., ::step, :], b[..., ::step, :], weights[::step]

@@ -1,0 +1,154 @@
+"""Gradients of single examples, reduced (signs, squares) and summed, stage by stage from the last to the first.
+
+The sign of a sum is not the sum of signs: what reduces the gradient of ONE example needs all of it, so the uses of a
+tied leaf are added up over the stages that share it BEFORE they are reduced.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tvjax import tree
+from tvjax.stages import owner_paths
+from tvjax.walk import Walk, cast_like, differentiable, is_floating
+
+PyTree = Any
+Flat = dict[str, jax.Array]
+Reduction = Callable[[Flat], Flat]
+
+
+class ExampleGradients:
+    """Sums over the examples of a walk of what a reduction makes of their gradients.
+
+    True as long as tied leaves wait for a stage that also reads them.
+
+    Args:
+      walk: over a model with a loss, its batches labelled.
+      reduce: the gradients of one example, by path, to what is summed over the examples, by path; hashable, one object
+        for equal reductions, so that XLA compiles once.
+      chunk: examples whose gradients are taken at once.
+    """
+
+    def __init__(self, walk: Walk, reduce: Reduction, chunk: int = 1):
+        self.walk, self.reduce, self.chunk = walk, reduce, chunk
+        reads = [set(owner_paths(stage, walk.model.params).values()) for stage in walk.model.stages]
+        self._readers = Counter(path for paths in reads for path in paths)
+        self._first = {path: index for index in reversed(range(len(reads))) for path in reads[index]}
+        self._waiting: dict[str, dict[int, jax.Array]] = {}  # gradients by example of tied leaves, by batch
+        self.examples = sum(jax.tree.leaves(batch.inputs)[0].shape[0] for batch in walk.batches)
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def stage(self, index: int) -> Flat:
+        """The sums for the leaves that a stage owns, by their path in the model; call it from the last stage on."""
+        walk = self.walk
+        stage, params = walk.model.stages[index], walk.params(index)
+        owners = owner_paths(stage, walk.model.params)
+        floating = [local for local, leaf in tree.flatten(params).items() if is_floating(leaf)]
+        tied = frozenset(local for local in floating if self._readers[owners[local]] > 1)
+        sums: Flat = {}
+        for batch in range(len(walk.batches)):
+            found, examples, down = per_example_gradients(
+                stage.function,
+                tied,
+                self.reduce,
+                self.chunk,
+                index > 0,
+                params,
+                walk.carries(index)[batch],
+                walk.cotangents(index)[batch],
+            )
+            if down is not None:
+                walk.keep_cotangent(index - 1, batch, down)
+            for local, value in found.items():
+                path = owners[local]
+                sums[path] = sums[path] + value if path in sums else value
+            for local, gradients in examples.items():
+                waiting = self._waiting.setdefault(owners[local], {})
+                waiting[batch] = waiting[batch] + gradients if batch in waiting else gradients
+        for path in [path for path in self._waiting if self._first[path] == index]:  # every reader has been visited
+            waiting = self._waiting.pop(path)
+            parts = [_reduced(self.reduce, gradients) for gradients in waiting.values()]
+            sums[path] = sum(parts[1:], parts[0])
+        return sums
+
+
+@partial(jax.jit, static_argnums=0)
+def _reduced(reduce: Reduction, gradients: jax.Array) -> jax.Array:
+    return jax.vmap(lambda g: reduce({"": g})[""])(gradients).sum(0)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def per_example_gradients(
+    function: Any,
+    tied: frozenset[str],
+    reduce: Reduction,
+    chunk: int,
+    downwards: bool,
+    params: PyTree,
+    carry: PyTree,
+    cotangent: list[jax.Array],
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array], list[jax.Array] | None]:
+    """``sum_n reduce(dL_n / dparams)`` over the samples of a batch, one batched backward pass.
+
+    The vector-Jacobian products of `chunk` samples are taken at once (`vmap`), the chunks one after another (`scan`).
+
+    Args:
+      function: of the stage.
+      tied: local paths of leaves whose per-sample gradients are returned instead, for other stages add to them.
+      reduce: one sample's gradients by path -> what is summed, by path.
+      chunk: samples at once, at most; the largest such number that divides the batch.
+      downwards: whether the cotangent of the carry is wanted.
+      params: local parameters.
+      carry: of the batch, the example axis first on every leaf.
+      cotangent: of the stage's floating outputs.
+
+    Returns:
+      Sums by local path; per-sample gradients ``[batch, *leaf]`` of tied leaves; the cotangent of the carry.
+
+    Raises:
+      ValueError: a carry whose leaves are not all of one number of examples.
+    """
+    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((carry, cotangent))}
+    if len(lengths) != 1 or lengths == {()}:
+        raise ValueError(
+            "gradients by sample need the example axis first on every array between stages, of one length; found "
+            f"{sorted(lengths)}: fit on one tower of a CLIP, with the class embeddings in its loss"
+        )
+    ((samples,),) = lengths
+    params = jax.tree.map(_at_least_float32, params)  # a gradient in 16 bits is mostly rounding
+    names = [path for path, leaf in tree.flatten(params).items() if is_floating(leaf)]
+    chunk = max(size for size in range(1, min(chunk, samples) + 1) if samples % size == 0)
+
+    def one_sample(carry: PyTree, cotangent: list[jax.Array]) -> Any:
+        carry = jax.tree.map(lambda x: x[None], carry)
+        floating, rebuild = differentiable(carry)
+        moving, rebuild_params = differentiable(params)
+        out, pull = jax.vjp(lambda p, f: differentiable(function(rebuild_params(p), rebuild(f)))[0], moving, floating)
+        gradients, down = pull(cast_like([c[None] for c in cotangent], out))
+        flat = dict(zip(names, gradients, strict=True))
+        own = reduce({path: g for path, g in flat.items() if path not in tied})
+        return own, {path: flat[path] for path in tied}, [d[0] for d in down] if downwards else None
+
+    def one_chunk(total: dict[str, jax.Array], inputs: Any) -> Any:
+        own, kept, down = jax.vmap(one_sample)(*inputs)
+        return jax.tree.map(lambda t, v: t + jnp.sum(v, 0, dtype=t.dtype), total, own), (kept, down)
+
+    chunks = jax.tree.map(lambda x: x.reshape(samples // chunk, chunk, *x.shape[1:]), (carry, cotangent))
+    shapes = jax.eval_shape(one_sample, *jax.tree.map(lambda x: x[0], (carry, cotangent)))[0]
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, stacked = jax.lax.scan(one_chunk, zero, chunks)
+    kept, down = jax.tree.map(lambda x: x.reshape(samples, *x.shape[2:]), stacked)
+    return total, kept, down
+
+
+def _at_least_float32(leaf: jax.Array) -> jax.Array:
+    narrow = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4
+    return leaf.astype(jnp.float32) if narrow else leaf

@@ -1,0 +1,145 @@
+"""What a fit refuses before it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tvjax import tree
+from tvjax.capture import check_gradient_identity
+from tvjax.finite import check_finite
+from tvjax.stages import Batch, Model, owner_paths
+from tvjax.transport.base import Transport
+from tvjax.walk import Walk, differentiable
+
+PyTree = Any
+
+
+def views_of(batch: Any) -> tuple[Batch, Batch]:
+    """What the source and what the target sees of a calibration batch."""
+    if isinstance(batch, Batch):
+        return batch, batch
+    if isinstance(batch, tuple) and len(batch) == 2 and all(isinstance(view, Batch) for view in batch):
+        return batch[0], batch[1]
+    raise ValueError(
+        "a calibration batch is a Batch, or a pair of Batches (for the source, for the target); found "
+        f"{type(batch).__name__}"
+    )
+
+
+def check_batches(name: str, views: list[tuple[Batch, Batch]]) -> None:
+    """Raises a ValueError unless the views of each batch are of the same examples, and finite."""
+    if not views:
+        raise ValueError(f"{name} needs calibration batches, found none (an iterator that was used up before?)")
+    for number, view in enumerate(views):
+        sizes = [_examples(f"calibration batch {number}", batch) for batch in view]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"calibration batch {number} has {sizes[0]} examples for the source and {sizes[1]} for the target: "
+                "both are views of the same examples, in the same order"
+            )
+    for number, (source, target) in enumerate(views):
+        check_finite({"source": source.inputs, "target": target.inputs}, f"calibration batch {number}")
+
+
+def _examples(name: str, batch: Batch) -> int:
+    """How many examples a batch has; its labels must be as many."""
+    inputs, labels = ([jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(part)] for part in batch)
+    if not inputs or () in inputs:
+        raise ValueError(f"{name}: its inputs must be arrays with the example axis first")
+    examples = inputs[0][0]
+    if examples == 0:
+        raise ValueError(f"{name} has no examples: its first axis is empty")
+    for length in labels:
+        if length != (examples,):
+            raise ValueError(
+                f"{name}: labels of leading shape {length} for {examples} examples, one for each is needed"
+            )
+    return examples
+
+
+def check_models(transport: Transport, source: Model, target: Model) -> None:
+    """Raises a ValueError where a model lacks what the transport reads, or shapes differ that must not."""
+    for model in (source, target):
+        tree.check_arrays(model.params)
+    if transport.needs_gradients:
+        reads_source = any(link.reads.gradients and link.reads.source for link in transport.links)
+        for name, model in (("source", source), ("target", target)):
+            if not model.has_loss and (name == "target" or reads_source):
+                raise ValueError(
+                    f"{transport.name} reads gradients, but the {name} model has no loss: Model.with_loss(...)"
+                )
+    first = next((link for link in transport.links if link.space != "any"), None)
+    if first is None or first.same_shapes:
+        shapes = [
+            {path: tuple(jnp.shape(leaf)) for path, leaf in tree.flatten(model.params).items()}
+            for model in (source, target)
+        ]
+        repeats = first is not None and first.space == "bridge"  # its layers may be paired, where the depths differ
+        for path in {**shapes[1], **shapes[0]}:
+            found = [s.get(path) for s in shapes]
+            if found[0] == found[1] or (repeats and None in found):
+                continue
+            where = [
+                f"{'missing' if shape is None else shape} in the {side}"
+                for shape, side in zip(found, ("source", "target"), strict=True)
+            ]
+            raise ValueError(
+                f"{transport.name} needs models of one shape: {path} is {' and '.join(where)}; put theseus() or bico() "
+                "first, they move across widths and depths"
+            )
+
+
+def check_common_leaves(source: Model, target: Model, pairing: Sequence[int]) -> None:
+    """Raises unless at least one leaf of the target has a partner, and what stages call fixed is there."""
+    common = 0
+    for model in (source, target):
+        for stage in model.stages:
+            own = owner_paths(stage, model.params)
+            if missing := [path for path in stage.fixed if path not in own]:
+                raise ValueError(
+                    f"stage {stage.name!r} calls {missing} fixed, and has no such leaves; it has {list(own)[:8]}"
+                )
+    for stage, index in zip(target.stages, pairing, strict=True):
+        theirs = owner_paths(source.stages[index], source.params)
+        common += len(theirs.keys() & owner_paths(stage, target.params).keys())
+    if not common:
+        paths = [list(tree.flatten(model.params)) for model in (source, target)]
+        raise ValueError(
+            "no leaf of the target has a partner of the same name in the source, so nothing would be moved. The source "
+            f"has\n{tree.list_some(paths[0], 4)}\nthe target has\n{tree.list_some(paths[1], 4)}\nbring both into one "
+            "layout first: the same module classes, and both stacks scanned or both unrolled (tvjax.unstack)"
+        )
+
+
+def check_stages(walk: Walk) -> None:
+    """The gradient identity, once for each function of a stage."""
+    seen = set()
+    compared = 0
+    for index, stage in enumerate(walk.model.stages):
+        if stage.function in seen:
+            continue
+        seen.add(stage.function)
+        table = walk.table(index)
+        if not {site.path for site in table.sites} - set(table.unclassified):
+            continue  # nothing but look-ups, or no parameters at all
+        compared += 1
+        carry = walk.carries(index)[0]
+
+        def loss(params: PyTree, carry: PyTree, function: Any = stage.function) -> jax.Array:
+            return sum(
+                (jnp.sum(jnp.sin(x.astype(jnp.float32))) for x in differentiable(function(params, carry))[0]),
+                jnp.float32(0),
+            )
+
+        try:
+            check_gradient_identity(loss, walk.params(index), carry)
+        except ValueError as error:
+            raise ValueError(f"stage {stage.name}: {error}") from None
+    if not compared:
+        raise ValueError(
+            "the gradient identity was asked for, and no stage has a parameter at an operation with a rule"
+        )
