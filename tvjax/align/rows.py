@@ -126,23 +126,6 @@ def padding_mask(stage: Stage, carry: Any, rows: RowAxes) -> Array | None:
     )
 
 
-def row_weights(stage: Stage, carry: Any, rows: RowAxes, count: int) -> Array:
-    """Weights ``[count]`` of the rows of a site in their own order, 0 at padding.
-
-    Where a scan repeats a layer, each pass adds its own rows.
-    """
-    mask = padding_mask(stage, carry, rows)
-    if mask is None:
-        return jnp.ones(count, jnp.float32)
-    own = (*rows.examples, *rows.tokens)
-    shape = [rows.sizes[i] for i in own]
-    order = tuple(sorted(range(len(own)), key=lambda i: own[i]))
-    weights = jnp.transpose(mask.astype(jnp.float32).reshape(shape), order)
-    weights = jnp.expand_dims(weights, rows.rest)
-    weights = jnp.broadcast_to(weights, rows.sizes).reshape(-1)
-    return jnp.tile(weights, count // weights.shape[0])
-
-
 def mismatch(a: RowAxes, b: RowAxes) -> str | None:
     """Why the rows of a site do not correspond between two models, None where they do."""
     for rows in (a, b):

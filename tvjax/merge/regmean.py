@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from tvjax import tree
 from tvjax.align import moments
 from tvjax.align.products import product
-from tvjax.align.rows import check_streams, row_axes, row_weights
+from tvjax.align.rows import check_streams, on_tokens, padding_mask, row_axes
 from tvjax.capture import Site, SiteTable
 from tvjax.capture.views import apply_view
 from tvjax.finite import check_finite
@@ -152,8 +152,8 @@ def input_grams(
                 site = next(site for site, _ in kernels if site.input == name)
                 x = seen.input(site)
                 assert x is not None
-                weights = row_weights(stage, carry, rows[site.key], x.shape[-2])
-                found[name] = _add(found.get(name), x, weights)
+                axes = rows[site.key]
+                found[name] = _add(found.get(name), *on_tokens(x, axes, None, padding_mask(stage, carry, axes)))
         for site, order in kernels:
             gram, count = _matrix(found[site.input or ""], order)
             path = owners[site.path]
