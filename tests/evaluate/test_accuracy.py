@@ -77,3 +77,11 @@ def test_a_model_that_scores_tokens_is_no_classifier(model):
 def test_wilson_interval_holds_the_accuracy(correct, total):
     low, high = Accuracy(correct, total).interval()
     assert 0 <= low <= correct / total <= high <= 1 and high - low > 0.1
+
+
+def test_wilson_interval_is_the_closed_formula_at_any_confidence():
+    for confidence, z in ((0.95, 1.959963984540054), (0.99, 2.5758293035489004)):
+        share, n = 0.3, 50
+        centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+        half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+        np.testing.assert_allclose(Accuracy(15, 50).interval(confidence), (centre - half, centre + half), atol=1e-12)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -32,16 +31,16 @@ class Accuracy(NamedTuple):
         """The accuracy, from 0 to 1."""
         return self.correct / self.total
 
-    def interval(self, z: float = 1.96) -> tuple[float, float]:
-        """Wilson's score interval, 95 % by default.
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Wilson's score interval.
 
         >>> [round(bound, 3) for bound in Accuracy(90, 100).interval()]
         [0.826, 0.945]
         """
-        share, n = self.fraction, self.total
-        centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-        half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-        return max(0.0, centre - half), min(1.0, centre + half)
+        from scipy import stats  # slow to import
+
+        found = stats.binomtest(self.correct, self.total).proportion_ci(confidence, method="wilson")
+        return float(found.low), float(found.high)
 
 
 def class_scores(model: Model, outputs: PyTree) -> Float[Array, "batch classes"]:
