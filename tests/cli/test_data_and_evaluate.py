@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tvjax.cli.main import run
-from tvjax.data import open_images
+from tvjax.data import open_examples
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def places(images, tmp_path_factory):
     import datasets
 
     folder = tmp_path_factory.mktemp("places")
-    found = open_images(str(images))
+    found = open_examples(str(images))
     np.savez(folder / "images.npz", images=np.stack(list(found)), labels=found.labels, class_names=found.class_names)
     features = datasets.Features({"photo": datasets.Image(), "kind": datasets.ClassLabel(names=["cat", "polar bear"])})
     rows = {"photo": [str(file) for file in found.keys], "kind": found.labels.tolist()}

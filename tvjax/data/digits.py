@@ -2,7 +2,8 @@
 
 The images are real (8 x 8 grey levels, 13 writers): the test set of Alpaydin and Kaynak's Optical Recognition of
 Handwritten Digits (1998, UCI Machine Learning Repository, https://doi.org/10.24432/C50P49, licence CC BY 4.0), as
-scikit-learn has it. ``digits.npz`` holds them, with their source and licence. They are split once into four disjoint parts, then *photographed*:
+scikit-learn has it. ``digits.npz`` holds them, with their source and licence. They are split once into four disjoint
+parts, then *photographed*:
 drawn at `SIZE` x `SIZE` pixels in colour, with chance turns, shifts, inks, papers and noise. `BASE` is the family that
 the embedded models are pre-trained on; `STYLES` holds the tasks, which no pre-training has seen.
 """
@@ -20,8 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tvjax.data.batches import examples
-from tvjax.data.images import Images, with_names
+from tvjax.data.batches import as_batch
+from tvjax.data.examples import with_names
+from tvjax.data.images import Images
 from tvjax.stages import Batch
 
 SIZE = 16
@@ -135,7 +137,7 @@ def photograph(digits: Digits, style: Style, key: jax.Array, repeats: int = 1) -
     (497, 16, 16, 3)
     """
     photos = style(np.tile(digits.images, (repeats, 1, 1)), key)
-    return examples({"pixels": (photos - PIXEL_MEAN) / PIXEL_STD}, np.tile(digits.labels, repeats), len(CLASS_NAMES))
+    return as_batch({"pixels": (photos - PIXEL_MEAN) / PIXEL_STD}, np.tile(digits.labels, repeats), len(CLASS_NAMES))
 
 
 def read_photographs(style: str, part: str, class_names: Sequence[str] | None = None, seed: int = 0) -> Images:
