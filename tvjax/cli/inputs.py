@@ -27,7 +27,7 @@ from tvjax.models.clip.modeling import vision_model
 from tvjax.models.families import family_of_settings
 from tvjax.stages import PyTree
 from tvjax.tasks.catalogue import find_task
-from tvjax.tasks.zero_shot import TEMPLATES, embed_images
+from tvjax.tasks.zero_shot import TEMPLATES, unit_embeddings
 
 
 class Prompts(NamedTuple):
@@ -133,7 +133,7 @@ def embeddings(source: str, batch_size: int) -> Callable[[Images], np.ndarray]:
 
     def embed(found: Images) -> np.ndarray:
         tower, processor = vision_model(from_pretrained(source).model), load_processor(source)
-        return embed_images(tower, image_batches(found, processor.pixels, batch_size))
+        return unit_embeddings(tower, image_batches(found, processor.pixels, batch_size))
 
     return embed
 

@@ -53,6 +53,11 @@ class Encoder:
     shortest: int = 16
 
     def __post_init__(self) -> None:
+        if not callable(self.tokenizer):
+            raise ValueError(
+                "there is no tokenizer, which texts need: the folder has neither tokenizer.json nor vocab.json, so "
+                "copy the one of the model's original folder"
+            )
         if self.length < 1 or self.shortest < 1:
             raise ValueError(f"found a length of {self.length}, {self.shortest} at least, expected 1 token or more")
 

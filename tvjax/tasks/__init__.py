@@ -5,7 +5,6 @@ from tvjax.tasks.catalogue import GLUE, NLI, TASKS, KnownTask, find_task
 from tvjax.tasks.classification import own_head, text_batches
 from tvjax.tasks.language import (
     TokenLoss,
-    chunked,
     exact_match,
     label_words,
     next_token,
@@ -15,7 +14,7 @@ from tvjax.tasks.language import (
     token_losses,
 )
 from tvjax.tasks.losses import ClassLoss, Judged, Loss
-from tvjax.tasks.zero_shot import classifier, embed_images, with_head, zero_shot, zero_shot_model
+from tvjax.tasks.zero_shot import classifier, unit_embeddings, with_head, zero_shot, zero_shot_model
 
 __all__ = [
     "ClassLoss",
@@ -28,9 +27,7 @@ __all__ = [
     "TASKS",
     "Task",
     "TokenLoss",
-    "chunked",
     "classifier",
-    "embed_images",
     "exact_match",
     "find_task",
     "judge",
@@ -43,6 +40,7 @@ __all__ = [
     "text_batches",
     "token_accuracy",
     "token_losses",
+    "unit_embeddings",
     "with_head",
     "zero_shot",
     "zero_shot_model",

@@ -1,16 +1,21 @@
 """Language: the next token, sequence to sequence, and classes by their words.
 
-A language model takes ``{"tokens", "mask"}`` and returns scores of the vocabulary at every token: ``{"logits": [batch,
-tokens, vocabulary]}``, or, where these would not fit, ``{"hidden": [batch, tokens, width], "unembedding": [width,
-vocabulary]}``, of which the tasks make a few tokens' logits at a time. With an encoder and a decoder the inputs also
-hold ``"decoder_tokens"`` and ``"decoder_mask"``, and the outputs are of the decoder's tokens.
+A language model takes ``{"tokens", "mask", "wanted"}``, each ``[batch, tokens]``, and returns one of these:
+
+- ``{"logits": [batch, tokens, vocabulary]}``;
+- ``{"hidden": [batch, tokens, width], "unembedding": [width, vocabulary]}``, of which the tasks make the logits of a few
+  tokens at a time; not for gradients by example (GradFix), which need the example axis on whatever leaves a stage;
+- ``{"losses", "predicted", "finite"}``, each ``[batch, tokens]``, which its last stage makes a few tokens at a time of
+  the ``wanted`` tokens (`tvjax.models.chunked_loss.chunked`): these it must hand on from stage to stage.
+
+With an encoder and a decoder the inputs also hold ``"decoder_tokens"`` and ``"decoder_mask"``, and the outputs are of
+the decoder's tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -22,12 +27,14 @@ from tvjax.data.examples import Examples
 from tvjax.data.loader import Loader, Processed
 from tvjax.data.texts import Texts
 from tvjax.data.tokens import Encoder
+from tvjax.models.chunked_loss import chunked
 from tvjax.stages import Batch, Model, PyTree
 from tvjax.tasks.base import Task, check_examples
 from tvjax.tasks.classification import check_template, filled, text_batches
 from tvjax.tasks.losses import ClassLoss, Judged, cannot_score
 
 _EXPECTED = "'logits' [batch, tokens, vocabulary], or 'hidden' [batch, tokens, width] and 'unembedding'"
+_MADE = ("losses", "predicted", "finite")
 
 
 def token_losses(
@@ -84,46 +91,6 @@ def perplexity(
     return jnp.exp(token_losses(logits, tokens, mask).mean(where=mask))
 
 
-@partial(jax.jit, static_argnums=3)
-def chunked(
-    hidden: Float[Array, "batch tokens width"],
-    unembedding: Float[Array, "width vocabulary"],
-    tokens: Int[Array, "batch tokens"],
-    chunk: int = 1024,
-) -> tuple[Float[Array, "batch tokens"], Int[Array, "batch tokens"], Bool[Array, "batch tokens"]]:
-    """Losses, greatest tokens, and whether the scores are finite, of ``hidden @ unembedding``, never held as a whole.
-
-    The logits of `chunk` tokens are alive at a time, and made anew in the backward pass, so that the memory is that of
-    ``chunk * vocabulary`` numbers, however many the tokens.
-
-    Args:
-      hidden: the last activations.
-      unembedding: kernel of the head.
-      tokens: what is right.
-      chunk: tokens at a time.
-
-    >>> losses, greatest, _ = chunked(jnp.eye(3)[None], 9 * jnp.eye(3), jnp.array([[0, 1, 1]]), 2)
-    >>> greatest.tolist(), (losses[0] < 0.01).tolist()
-    ([[0, 1, 2]], [True, True, False])
-    """
-    count = tokens.size
-    chunk = min(chunk, count)
-    filler = -count % chunk
-    rows = jnp.pad(hidden.reshape(count, -1), ((0, filler), (0, 0))).reshape(-1, chunk, hidden.shape[-1])
-    wanted = jnp.pad(tokens.reshape(count), (0, filler)).reshape(-1, chunk)
-
-    @jax.checkpoint
-    def one(rows: Array, wanted: Array, kernel: Array) -> tuple[Array, Array, Array]:
-        logits = jnp.matmul(rows, kernel.astype(rows.dtype), preferred_element_type=jnp.float32)
-        at = jnp.take_along_axis(logits, wanted[:, None], axis=-1)[:, 0]
-        finite = jnp.isfinite(jnp.max(logits, axis=-1))
-        return jax.nn.logsumexp(logits, axis=-1) - at, jnp.argmax(logits, axis=-1), finite
-
-    _, found = jax.lax.scan(lambda _, given: (None, one(*given, unembedding)), None, (rows, wanted))
-    losses, greatest, finite = (part.reshape(-1)[:count].reshape(tokens.shape) for part in found)
-    return losses, greatest, finite
-
-
 @dataclasses.dataclass(frozen=True)
 class TokenLoss:
     """The mean loss of the tokens of each example; the labels are ``{"tokens", "mask"}``, both ``[batch, tokens]``.
@@ -157,6 +124,9 @@ class TokenLoss:
                 "with the task, or ask for classes with tvjax.tasks.label_words"
             )
         tokens, mask = labels["tokens"], labels["mask"]
+        if isinstance(outputs, Mapping) and set(_MADE) <= set(outputs):
+            losses, greatest, finite = (outputs[name] for name in _MADE)
+            return jnp.where(mask, losses, 0.0), greatest, finite
         scores = _scored(self.task, outputs)
         if jnp.shape(scores)[:2] != jnp.shape(tokens):
             raise cannot_score(self.task, outputs, f"{_EXPECTED}, with [batch, tokens] {list(jnp.shape(tokens))}")
@@ -217,7 +187,8 @@ def next_token(encoder: Encoder, template: str = "") -> Task:
             place = np.arange(tokens.ids.shape[1])
             scored = tokens.mask & (place >= np.array(start)[:, None])
             following = {"tokens": np.roll(tokens.ids, -1, 1), "mask": np.roll(scored, -1, 1) & (place < place[-1])}
-            return Processed(Batch(_inputs(tokens.ids, tokens.mask), following), int(tokens.cut.sum()))
+            inputs = {"tokens": tokens.ids, "mask": tokens.mask, "wanted": following["tokens"]}
+            return Processed(Batch(inputs, following), int(tokens.cut.sum()))
 
         return Loader(texts, process, size)
 
@@ -247,7 +218,8 @@ def sequence_to_sequence(encoder: Encoder, start: int, template: str = "", answe
             tokens = encoder([_prompt(texts, template, one) for one in found])
             wanted = of_answers(_answers(texts, found, labels))
             before = np.concatenate([np.full((len(found), 1), start, np.int32), wanted.ids[:, :-1]], 1)
-            inputs = {**_inputs(tokens.ids, tokens.mask), "decoder_tokens": before, "decoder_mask": wanted.mask}
+            inputs = {"tokens": tokens.ids, "mask": tokens.mask, "wanted": wanted.ids}
+            inputs |= {"decoder_tokens": before, "decoder_mask": wanted.mask}
             cut = int((tokens.cut | wanted.cut).sum())
             return Processed(Batch(inputs, {"tokens": wanted.ids, "mask": wanted.mask}), cut)
 
@@ -276,7 +248,7 @@ def label_words(encoder: Encoder, words: Sequence[str], template: str = "", star
     loss = FIRST_WORD if start is not None else NEXT_WORD
 
     def model(given: Model) -> Model:
-        return given.with_loss(loss, {"words": jnp.asarray(_first_tokens(encoder, words, start is None), jnp.int32)})
+        return given.with_loss(loss, {"words": jnp.asarray(_first_tokens(encoder, words), jnp.int32)})
 
     def batches(examples: Examples, size: int) -> Loader:
         loader = text_batches(loss.task, examples, encoder, size, words, template)
@@ -319,16 +291,16 @@ NEXT_WORD = ClassLoss("label words of a causal language model", _next_word)
 FIRST_WORD = ClassLoss("label words of a decoder", _first_word)
 
 
-def _first_tokens(encoder: Encoder, words: Sequence[str], after_text: bool) -> list[int]:
+def _first_tokens(encoder: Encoder, words: Sequence[str]) -> list[int]:
     """The token by which each word is told from the others.
 
     Raises:
       ValueError: for words without one, or two with the same.
     """
     rows = encoder.rows(words)
-    if after_text:  # what a tokenizer puts before every text is no part of a word
-        opening = min(_common(rows[0], other) for other in (*rows[1:], *encoder.rows(["0", "?", " A"])))
-        rows = [row[opening:] for row in rows]
+    # what a tokenizer puts before every text is no part of a word
+    opening = min(_common(rows[0], other) for other in (*rows[1:], *encoder.rows(["0", "?", " A"])))
+    rows = [row[opening:] for row in rows]
     first: dict[int, str] = {}
     for word, row in zip(words, rows, strict=True):
         if not row or not word.strip() or row[0] in first:
@@ -362,10 +334,6 @@ def _answers(texts: Texts, found: Sequence[dict[str, str]], labels: Any) -> list
     if texts.completion:
         return [one[texts.completion] for one in found]
     return [texts.class_names[label] for label in labels]
-
-
-def _inputs(tokens: Int[np.ndarray, "batch tokens"], mask: Bool[np.ndarray, "batch tokens"]) -> dict[str, np.ndarray]:
-    return {"tokens": tokens, "mask": mask}
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

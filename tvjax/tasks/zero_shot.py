@@ -106,27 +106,27 @@ def normalise(embeddings: Float[Array, "*n embedding"]) -> Float[Array, "*n embe
     return embeddings / jnp.linalg.norm(embeddings, axis=-1, keepdims=True)
 
 
-def embed_images(model: Model, batches: Batch | Iterable[Batch]) -> Float[np.ndarray, "n embedding"]:
-    """Unit embeddings of images, such as herding and k-medoids choose by.
+def unit_embeddings(model: Model, batches: Batch | Iterable[Batch]) -> Float[np.ndarray, "n embedding"]:
+    """Unit embeddings of examples, such as herding and k-medoids choose by.
 
     Args:
-      model: a vision tower that returns ``{"image": [batch, embedding]}``.
+      model: returns ``{"image": [batch, embedding]}``, or ``"text"``.
       batches: one batch or several; labels are not looked at.
 
     Raises:
-      ValueError: for no batches, or embeddings that are not finite.
+      ValueError: for no batches, outputs without embeddings, or ones that are not finite.
 
     >>> from tvjax.stages import Stage
     >>> tower = Model({}, (Stage("tower", lambda params, pixels: {"image": pixels}),))
-    >>> embed_images(tower, Batch(jnp.array([[3.0, 4.0]]))).tolist()
+    >>> unit_embeddings(tower, Batch(jnp.array([[3.0, 4.0]]))).tolist()
     [[0.6000000238418579, 0.800000011920929]]
     """
     batches = [batches] if isinstance(batches, Batch) else batches
-    found = [np.asarray(normalise(model(batch.inputs)["image"].astype(jnp.float32))) for batch in batches]
+    found = [np.asarray(normalise(_embeddings(model(batch.inputs)).astype(jnp.float32))) for batch in batches]
     if not found:
-        raise ValueError("there are no images to embed: give at least one batch")
+        raise ValueError("there are no examples to embed: give at least one batch")
     embeddings = np.concatenate(found)
-    check_finite({"image": embeddings}, "the output of the vision tower")
+    check_finite({"embeddings": embeddings}, "what the model returns")
     return embeddings
 
 
