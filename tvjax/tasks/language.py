@@ -3,7 +3,7 @@
 A language model takes ``{"tokens", "mask", "wanted"}``, each ``[batch, tokens]``, and returns one of these:
 
 - ``{"logits": [batch, tokens, vocabulary]}``;
-- ``{"hidden": [batch, tokens, width], "unembedding": [width, vocabulary]}``, of which the tasks make the logits of a few
+- ``{"hidden": [batch, tokens, width], "unembedding": [width, vocabulary]}``, of which tasks make the logits of a few
   tokens at a time; not for gradients by example (GradFix), which need the example axis on whatever leaves a stage;
 - ``{"losses", "predicted", "finite"}``, each ``[batch, tokens]``, which its last stage makes a few tokens at a time of
   the ``wanted`` tokens (`tvjax.models.chunked_loss.chunked`): these it must hand on from stage to stage.
