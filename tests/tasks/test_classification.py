@@ -10,6 +10,7 @@ from tvjax.checkpoints import from_pretrained, load_processor
 from tvjax.data import Encoder, Images, Texts, digits, open_examples
 from tvjax.data.embedded import model_folder
 from tvjax.evaluate import accuracy, predict
+from tvjax.models.clip.modeling import vision_model
 from tvjax.models.vit.config import ViTConfig
 from tvjax.models.vit.modeling import init, vit
 from tvjax.stages import single_stage
@@ -66,6 +67,19 @@ def test_a_dual_encoder_as_a_task_is_the_tower_with_its_head():
     np.testing.assert_array_equal(predict(model, batch.inputs), predict(by_hand, batch.inputs))
     assert task.score(model, batch).right == accuracy(by_hand, batch).correct
     assert model.params is not clip.params and set(model.params) == {"vision"}
+
+
+def test_a_vision_tower_alone_is_asked_with_the_text_tower_of_another():
+    clip, processor = (read(model_folder("A")) for read in (from_pretrained, load_processor))
+    images = open_examples("digits:base/validation").take(range(0, 200, 10))
+    names, prompts = digits.CLASS_NAMES, digits.TEMPLATES[:1]
+    own = tasks.zero_shot(processor, names, prompts)
+    alone = tasks.zero_shot(processor, names, prompts, text=(clip.model, processor.tokens))
+    (batch,) = own.batches(images, 20)
+    tower = vision_model(clip.model)
+    assert alone.score(alone.model(tower), batch) == own.score(own.model(clip.model), batch)
+    with pytest.raises(ValueError, match="the model has no text tower"):
+        own.model(tower)
 
 
 def test_the_scores_of_a_task_serve_objectives_without_being_named(sentences):

@@ -168,6 +168,17 @@ def next_token(encoder: Encoder, template: str = "") -> Task:
 
     The answer is a text's completion, or else the name of its class, and follows the prompt as it stands. What is
     scored are the tokens from the first in which prompt and answer differ from the prompt alone.
+
+    Raises:
+      ValueError: when batches are made, for examples that are no texts, or a template that does not fit their columns.
+
+    >>> def letters(texts):
+    ...     rows = [[*map(ord, one)] for one in texts]
+    ...     return {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
+    >>> texts = Texts("sums", [0], lambda _: ("2+2=", "4"), columns=("sum", "answer"), completion="answer")
+    >>> (batch,) = next_token(Encoder(letters, shortest=4)).batches(texts, 1)
+    >>> batch.labels["mask"].tolist(), chr(batch.labels["tokens"][0, 3])
+    ([[False, False, False, True, False, False, False, False]], '4')
     """
     name = NEXT_TOKEN.task
 
@@ -205,6 +216,17 @@ def sequence_to_sequence(encoder: Encoder, start: int, template: str = "", answe
       answers: answers to tokens, closing token included; None: as the texts.
 
     The answer is a text's completion, or else the name of its class.
+
+    Raises:
+      ValueError: when batches are made, as `next_token` does, and for texts without answers.
+
+    >>> def letters(texts):
+    ...     rows = [[*map(ord, one)] for one in texts]
+    ...     return {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
+    >>> texts = Texts("sums", [0], lambda _: ("2+2=", "4"), columns=("sum", "answer"), completion="answer")
+    >>> (batch,) = sequence_to_sequence(Encoder(letters, shortest=1), start=0).batches(texts, 1)
+    >>> batch.inputs["decoder_tokens"].tolist(), batch.labels["tokens"].tolist()
+    ([[0]], [[52]])
     """
     name = SEQUENCE_TO_SEQUENCE.task
     of_answers = answers or encoder
@@ -241,7 +263,15 @@ def label_words(encoder: Encoder, words: Sequence[str], template: str = "", star
       start: the token that the decoder begins with, where the model has one; None: a causal model.
 
     Raises:
-      ValueError: when the model is made, for words without tokens of their own, or two that begin alike.
+      ValueError: for fewer than two words; when the model is made, for words without tokens of their own, or two that
+        begin alike.
+
+    >>> def letters(texts):
+    ...     rows = [[*map(ord, one)] for one in texts]
+    ...     return {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
+    >>> task = label_words(Encoder(letters), ["no", "yes"], "Is {sum} right? ")
+    >>> task.model(Model({}, ())).loss_params["words"].tolist()
+    [110, 121]
     """
     if len(words) < 2:
         raise ValueError(f"found {len(words)} words of classes, expected one for each of two classes or more")

@@ -63,8 +63,10 @@ def classifier(
             raise ValueError(f"the template {template!r} has no '{{}}' in place of the class name")
     names = list(dict.fromkeys(class_names))
     prompts = [template.replace("{}", name) for name in names for template in templates]
-    reader = tower(model, "text") if any(stage.name.startswith("text/") for stage in model.stages) else model
-    parts = [reader(tokenize(prompts[start : start + _TEXTS]))["text"] for start in range(0, len(prompts), _TEXTS)]
+    in_towers = any(stage.name.startswith(("text/", "vision/")) for stage in model.stages)
+    reader = tower(model, "text") if in_towers else model
+    starts = range(0, len(prompts), _TEXTS)
+    parts = [_embeddings(reader(tokenize(prompts[start : start + _TEXTS]))) for start in starts]
     means = normalise(jnp.concatenate(parts)).reshape(len(names), len(templates), -1).mean(1)
     columns = normalise(means).T
     _check_columns(columns, names)
@@ -202,7 +204,12 @@ def zero_shot_model(model: Model, tokenize: Tokenize, class_names: Sequence[str]
     return with_head(tower(model, "vision"), head, _logit_scale(model))
 
 
-def zero_shot(process: Any, class_names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Task:
+def zero_shot(
+    process: Any,
+    class_names: Sequence[str],
+    templates: Sequence[str] = TEMPLATES,
+    text: tuple[Model, Tokenize] | None = None,
+) -> Task:
     """Classification by the names of the classes, without a head of the model's own.
 
     Images are classified by a dual encoder; its vision tower becomes the model. Texts are classified by a sentence
@@ -212,6 +219,11 @@ def zero_shot(process: Any, class_names: Sequence[str], templates: Sequence[str]
       process: a `tvjax.checkpoints.Processor` for images, an `Encoder` for texts.
       class_names: one name a class.
       templates: prompts with ``{}`` in place of the name.
+      text: the dual encoder whose text tower reads the names, and its tokenizer (`Processor.tokens`), for a vision
+        tower that has none beside it; None: the model's own.
+
+    Raises:
+      ValueError: when the model is made, as `classifier` does.
 
     >>> from tvjax.checkpoints import from_pretrained, load_processor
     >>> from tvjax.data import digits, open_examples
@@ -228,13 +240,18 @@ def zero_shot(process: Any, class_names: Sequence[str], templates: Sequence[str]
         head = classifier(model, lambda texts: _inputs(process(texts)), class_names, templates)
         return with_head(model, head, _logit_scale(model))
 
+    def of_images(model: Model) -> Model:
+        reader, tokenize = text or (model, process.tokens)
+        head = classifier(reader, tokenize, class_names, templates)
+        return with_head(tower(model, "vision"), head, _logit_scale(reader))
+
     def images(examples: Examples, size: int) -> Loader:
         check_examples(name, examples, Images, class_names)
         return image_batches(cast(Images, examples), process.pixels, size)
 
     if isinstance(process, Encoder):
         return Task(name, of_texts, lambda examples, size: text_batches(name, examples, process, size, class_names))
-    return Task(name, lambda model: zero_shot_model(model, process.tokens, class_names, templates), images)
+    return Task(name, of_images, images)
 
 
 def _inputs(tokens: Tokens) -> PyTree:
