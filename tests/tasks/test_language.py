@@ -1,5 +1,7 @@
 """Losses and scores of tokens, and the tasks of language on hand-written models."""
 
+import json
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import pytest
 
 import tvjax as tv
 from tvjax import tasks
-from tvjax.data import Encoder, Images, Texts
+from tvjax.data import Encoder, Images, Texts, open_examples
 from tvjax.evaluate import accuracy, choose_scale, fine_tune, predict, predictions
 from tvjax.models.chunked_loss import chunked
 from tvjax.stages import Batch, Model, Stage, Stream, single_stage
@@ -216,6 +218,10 @@ def test_texts_that_are_cut_are_counted_and_said(lm):
         assert {batch.inputs["tokens"].shape[1] for batch in batches} == {16}
     assert batches.notes == ("1 of 4 texts are longer than the model takes, and were cut",)
     assert len(batches.whole().inputs["tokens"]) == 4
+    uneven = tasks.next_token(ENCODER).batches(lines(), 1)
+    assert {batch.inputs["tokens"].shape[1] for batch in uneven} == {4, 16}
+    for one, other in zip(uneven.whole().inputs.values(), batches.whole().inputs.values(), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_only_the_answer_is_scored():
@@ -306,6 +312,29 @@ def test_transport_of_a_language_model_with_gradients_of_its_task(last):
     expected = rebase.apply(tv.fit(rebase, plain, other, pairs), tau)["blocks"]["0"]["query"]
     # however the head makes the loss, up to the directions that rounding decides
     assert np.linalg.norm(moved - expected) < 0.05 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("name", dict.fromkeys((*tasks.GLUE, *tasks.NLI)))
+def test_every_named_task_of_texts_on_a_small_file_of_its_columns(lm, tmp_path, name):
+    known = tasks.find_task(name)
+    words = dict(word.split("=") for word in known.train.partition("?")[2].split("&"))
+    columns, answer = words["text"].split(","), "completion" if "completion" in words else "label"
+    file = tmp_path / "rows.jsonl"
+    values = [3.8, 0] if answer == "completion" else [0, len(known.words) - 1]
+    rows = [{**{column: f"a {{{column}}}" for column in columns}, "label": value} for value in values]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = open_examples(f"{file}?text={words['text']}&{answer}=label", known.class_names or None)
+    encoder, (template,) = Encoder(letters, length=256), known.templates
+    if answer == "completion":
+        task = tasks.next_token(encoder, template + " ")
+        (batch,) = task.batches(texts, 2)
+        assert [int(mask.sum()) for mask in batch.labels["mask"]] == [len("3.8"), len("0")]
+    else:
+        task = tasks.label_words(encoder, known.words, template)
+        assert texts.labels.tolist() == values
+    (batch,) = task.batches(texts, 2)
+    assert "a {" in "".join(map(chr, batch.inputs["tokens"][0]))  # braces of a text stay
+    assert task.score(task.model(lm), batch).examples == 2
 
 
 def test_models_that_a_task_cannot_score_are_named_with_it(lm):
