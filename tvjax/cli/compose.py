@@ -103,11 +103,11 @@ def compose(
     from tvjax.cli.output import show
     from tvjax.cli.progress import progress
     from tvjax.data.augment import StrongView, WeakView
-    from tvjax.data.images import spelled
-    from tvjax.data.loader import Loader
-    from tvjax.evaluate.accuracy import accuracy, class_scores
-    from tvjax.evaluate.zero_shot import zero_shot_model
+    from tvjax.data.examples import spelled
+    from tvjax.data.loader import image_batches
+    from tvjax.evaluate.accuracy import accuracy
     from tvjax.report.plots import plot_coefficients
+    from tvjax.tasks.zero_shot import zero_shot_model
 
     rates = tuple(learning_rates or (RATES if validation is not None else RATE)[objective])
     if len(rates) > 1 and validation is None:
@@ -133,20 +133,20 @@ def compose(
     head = zero_shot_model(
         base.model.replace(params=inputs.float32(base.params)), processor.tokens, names, prompts.templates
     )
-    seen = Loader(found, processor.pixels, batch_size).whole()
+    seen = image_batches(found, processor.pixels, batch_size).whole()
     pixels = seen.inputs
     if labelled:
         goal = learned.few_shot(head, seen)
     elif objective == "entropy":
-        goal = learned.entropy(head, pixels, scores=class_scores)
+        goal = learned.entropy(head, pixels)
     else:
         weak = WeakView(flip=flip)
         mean, std = processor.normalisation
         strong = StrongView(mean, std, weak=weak)
-        goal = learned.fix_match(head, pixels, weak=weak, strong=strong, scores=class_scores)
+        goal = learned.fix_match(head, pixels, weak=weak, strong=strong)
     score: Callable[[PyTree], float] | None = None
     if held_out is not None:
-        held = list(Loader(held_out, processor.pixels, batch_size))
+        held = list(image_batches(held_out, processor.pixels, batch_size))
 
         def score(params: PyTree) -> float:
             return accuracy(head.replace(params=params), held).fraction

@@ -59,11 +59,11 @@ def evaluate(
     from tvjax.checkpoints import from_pretrained, load_processor, map_tree
     from tvjax.cli import inputs
     from tvjax.cli.progress import progress
-    from tvjax.data.loader import Loader
+    from tvjax.data.loader import image_batches
     from tvjax.evaluate.accuracy import predictions
     from tvjax.evaluate.scale import scale_curve
-    from tvjax.evaluate.zero_shot import zero_shot_model
     from tvjax.report import records
+    from tvjax.tasks.zero_shot import zero_shot_model
 
     if len(set(models)) < len(models):
         raise ValueError(f"a model is given twice: {', '.join(models)}")
@@ -99,7 +99,7 @@ def evaluate(
             theta = clip.params if task_vector is None else inputs.float32(clip.params)
             whole = clip.model.replace(params=theta)
             head = zero_shot_model(whole, processor.tokens, found.class_names, prompts.templates)
-            loader = Loader(found, processor.pixels, batch_size)
+            loader = image_batches(found, processor.pixels, batch_size)
             if task_vector is not None and name == models[0]:
                 inputs.check_base(about, clip, [task_vector], any_base)
                 *curve, seen[name] = scale_curve(head, tau, (*grid, 0.0), loader)

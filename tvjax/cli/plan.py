@@ -137,8 +137,8 @@ def tower(checkpoint: Checkpoint, classes: int) -> Model:
     import jax
     import jax.numpy as jnp
 
-    from tvjax.evaluate.zero_shot import zero_shot_loss
     from tvjax.models.clip.modeling import vision_model
+    from tvjax.tasks.zero_shot import ZERO_SHOT
 
     whole = checkpoint.family.build(checkpoint.config, parameters(checkpoint))
     model = vision_model(whole)
@@ -148,7 +148,7 @@ def tower(checkpoint: Checkpoint, classes: int) -> Model:
         "classifier": jax.ShapeDtypeStruct((width, classes), jnp.float32),
         "logit_scale": jax.ShapeDtypeStruct((), jnp.float32),
     }
-    return model.replace(params=params).with_loss(zero_shot_loss, head)
+    return model.replace(params=params).with_loss(ZERO_SHOT, head)
 
 
 def batch(checkpoint: Checkpoint, size: int, classes: int) -> Batch:

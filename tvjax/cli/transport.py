@@ -109,10 +109,10 @@ def transport(
     from tvjax.checkpoints.huggingface import check_new
     from tvjax.cli import inputs
     from tvjax.cli.progress import progress
-    from tvjax.data.loader import Loader
+    from tvjax.data.loader import image_batches
     from tvjax.evaluate.scale import choose_scale
-    from tvjax.evaluate.zero_shot import zero_shot_model
     from tvjax.models.clip.modeling import vision_model
+    from tvjax.tasks.zero_shot import zero_shot_model
     from tvjax.transport import fit
 
     given = recipes.parse_options(options or ())
@@ -141,7 +141,7 @@ def transport(
             processor = load_processor(name)
             if moving.needs_gradients:
                 tower = zero_shot_model(pretrained.model, processor.tokens, found.class_names, prompts.templates)
-            views.append(list(Loader(found, processor.pixels, batch_size)))
+            views.append(list(image_batches(found, processor.pixels, batch_size)))
         loaded.append(pretrained)
         towers.append(tower.replace(params=inputs.float32(tower.params)))
     (base, receiver), (a, b) = loaded, towers
@@ -169,7 +169,7 @@ def transport(
         processor = load_processor(target)
         whole = receiver.model.replace(params=inputs.float32(receiver.params))
         head = zero_shot_model(whole, processor.tokens, held_out.class_names, prompts.templates)
-        chosen = choose_scale(head, moved, scales_of(moving), Loader(held_out, processor.pixels, batch_size))
+        chosen = choose_scale(head, moved, scales_of(moving), image_batches(held_out, processor.pixels, batch_size))
         scale = chosen.scale
     card = model_card(
         output.name,
