@@ -65,7 +65,7 @@ def test_hidden_states_are_those_of_transformers(golden):
         if "hidden" in carry:
             hidden = expected[f"{tower}_hidden"][str(seen[tower])]
             np.testing.assert_allclose(carry["hidden"], hidden, rtol=1e-5, atol=2e-5, err_msg=stage.name)
-            assert stage.rows.tokens in (None, hidden.shape[1])
+            assert stage.streams.tokens in (None, hidden.shape[1])
             seen[tower] += 1
     assert seen == {tower: len(expected[f"{tower}_hidden"]) for tower in towers}
 

@@ -7,7 +7,8 @@ import pytest
 from tvjax import tree
 from tvjax.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from tvjax.models.families import CLIP, VIT
-from tvjax.models.key_table import KINDS, KeyTable, Row, Tensor, find_sources, to_checkpoint
+from tvjax.models.key_table import Tensor, find_sources, to_checkpoint
+from tvjax.models.layer_table import KINDS, LayerTable, Row
 from tvjax.models.vit import ViTConfig
 
 FAMILIES = {
@@ -40,16 +41,16 @@ def shapes_of(params):
 
 def test_both_directions(family_and_params):
     family, params = family_and_params
-    tensors = to_checkpoint(family.keys, params)
+    tensors = to_checkpoint(family.table, params)
     assert len(tensors) == len(tree.flatten(params))
-    sources = find_sources(family.keys, shapes_of(params), headers(tensors), "there")
+    sources = find_sources(family.table, shapes_of(params), headers(tensors), "there")
     for path, source in sources.items():
         np.testing.assert_array_equal(source.to_ours(tensors[source.key]), tree.get(params, path))
 
 
 def test_every_row_is_used_once(family_and_params):
     family, params = family_and_params
-    paths = {Row.path.format(i=0, tower=tower) for Row in family.keys.rows for tower in ("vision", "text")}
+    paths = {Row.path.format(i=0, tower=tower) for Row in family.table.rows for tower in ("vision", "text")}
     owners = {path: [p for p in paths if any(path == p + leaf.ours for kind in KINDS.values() for leaf in kind)]
               for path in shapes_of(params) if "/blocks/" not in path or "/blocks/0/" in path}  # fmt: skip
     assert all(len(found) == 1 for found in owners.values())
@@ -58,7 +59,7 @@ def test_every_row_is_used_once(family_and_params):
 
 def test_one_error_names_all_that_is_wrong(family_and_params):
     family, params = family_and_params
-    found = headers(to_checkpoint(family.keys, params))
+    found = headers(to_checkpoint(family.table, params))
     first, second, third, *_ = (
         key for key in found if key.endswith("fc1.weight") or ".layernorm" in key or "norm" in key
     )
@@ -67,7 +68,7 @@ def test_one_error_names_all_that_is_wrong(family_and_params):
     found[third] = Tensor("F8_E4M3", found[third].shape)
     found["adapter.weight"] = Tensor("F32", (1,))
     with pytest.raises(ValueError) as error:
-        find_sources(family.keys, shapes_of(params), found, "folder")
+        find_sources(family.table, shapes_of(params), found, "folder")
     message = str(error.value)
     assert message.startswith("the weights of folder do not fit its config.json")
     assert f"missing keys (1): {first}" in message
@@ -78,19 +79,19 @@ def test_one_error_names_all_that_is_wrong(family_and_params):
 
 def test_known_keys_without_use_are_passed_over(family_and_params):
     family, params = family_and_params
-    found = headers(to_checkpoint(family.keys, params))
-    for pattern in family.keys.unused:
+    found = headers(to_checkpoint(family.table, params))
+    for pattern in family.table.unused:
         found[pattern.format(tower="vision")] = Tensor("I64", (1, 50))
-    find_sources(family.keys, shapes_of(params), found, "folder")
+    find_sources(family.table, shapes_of(params), found, "folder")
 
 
 def test_a_wrapper_may_be_left_out_but_not_doubled():
-    table = KeyTable((Row("a", "wrapper.a", "array"),), wrappers=("wrapper.",))
+    table = LayerTable((Row("a", "wrapper.a", "array"),), wrappers=("wrapper.",))
     assert find_sources(table, {"a": (2,)}, {"a": Tensor("F16", (2,))}, "there")["a"].key == "a"
     with pytest.raises(ValueError, match=r"surplus keys \(1\): wrapper.a"):
         find_sources(table, {"a": (2,)}, {"a": Tensor("F16", (2,)), "wrapper.a": Tensor("F16", (2,))}, "there")
 
 
 def test_parameters_of_another_model():
-    with pytest.raises(ValueError, match="no row of the key table names the parameter 'vision/adapter'"):
-        to_checkpoint(CLIP.keys, {"vision": {"adapter": np.zeros(1)}})
+    with pytest.raises(ValueError, match="no row of the layer table names the parameter 'vision/adapter'"):
+        to_checkpoint(CLIP.table, {"vision": {"adapter": np.zeros(1)}})

@@ -192,7 +192,7 @@ def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     with open_tensors(*weight_files(folder)) as tensors:
-        sources = find_sources(family.keys, shapes, tensors.headers, str(folder))
+        sources = find_sources(family.table, shapes, tensors.headers, str(folder))
         name = hub_name(source, revision)
         yield Checkpoint(name, revision or "", folder, settings, family, config, tensors, sources, shapes)
 
@@ -266,7 +266,7 @@ def save_pretrained(
     folder = Path(folder)
     family = family_of_config(pretrained.config)
     check_params(pretrained.config, pretrained.params)
-    tensors = to_checkpoint(family.keys, pretrained.params)
+    tensors = to_checkpoint(family.table, pretrained.params)
     headers = {key: tensor_header(key, tensor, dtype) for key, tensor in tensors.items()}
     settings = settings_with_dtype(pretrained.settings or pretrained.config.to_dict(), headers.values())
     file_of = plan_shards(headers, max_shard_size)

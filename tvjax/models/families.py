@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 from tvjax.models.clip import config as clip_config
 from tvjax.models.clip import modeling as clip_modeling
-from tvjax.models.clip import params as clip_params
-from tvjax.models.key_table import KeyTable
+from tvjax.models.clip import table as clip_table
+from tvjax.models.layer_table import LayerTable
 from tvjax.models.settings import Settings
 from tvjax.models.vit import config as vit_config
 from tvjax.models.vit import modeling as vit_modeling
-from tvjax.models.vit import params as vit_params
+from tvjax.models.vit import table as vit_table
 from tvjax.stages import Model, PyTree
 
 
@@ -23,17 +23,17 @@ class Family(NamedTuple):
       config: its config class, with ``from_dict`` and ``to_dict``.
       init: ``(config, key) -> params``.
       build: ``(config, params, dtype) -> Model``.
-      keys: its key table.
+      table: its layers.
     """
 
     config: type[Any]
     init: Callable[[Any, Any], PyTree]
     build: Callable[..., Model]
-    keys: KeyTable
+    table: LayerTable
 
 
-CLIP = Family(clip_config.CLIPConfig, clip_modeling.init, clip_modeling.clip, clip_params.KEYS)
-VIT = Family(vit_config.ViTConfig, vit_modeling.init, vit_modeling.vit, vit_params.KEYS)
+CLIP = Family(clip_config.CLIPConfig, clip_modeling.init, clip_modeling.clip, clip_table.TABLE)
+VIT = Family(vit_config.ViTConfig, vit_modeling.init, vit_modeling.vit, vit_table.TABLE)
 FAMILIES = {"clip": CLIP, "clip_vision_model": CLIP, "clip_text_model": CLIP, "vit": VIT}
 
 

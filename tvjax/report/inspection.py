@@ -27,7 +27,7 @@ from tvjax.checkpoints import maps as map_files
 from tvjax.checkpoints.huggingface import open_checkpoint, weight_files
 from tvjax.checkpoints.safetensors import fingerprint, open_tensors
 from tvjax.models.families import family_of_config
-from tvjax.models.key_table import Layout
+from tvjax.models.layer_table import Layout
 from tvjax.stages import Model, PyTree, local_params
 
 MODEL, TASK_VECTOR, TRANSPORT, COEFFICIENTS, TENSORS = (

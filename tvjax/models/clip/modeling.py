@@ -11,6 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tvjax import tree
 from tvjax.models.clip.config import LEGACY_END_TOKEN, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from tvjax.models.clip.table import TABLE
+from tvjax.models.layer_table import fix_outputs
 from tvjax.models.transformer import (
     Block,
     LayerNorm,
@@ -233,7 +235,7 @@ def clip(config: CLIPConfig, params: PyTree, dtype: DTypeLike = jnp.float32) -> 
         stages += _text_stages(config.text, dtype)
     if config.vision and config.text:
         stages.append(Stage("logits", stage_function(Logits), (("logit_scale", "logit_scale"),)))
-    return Model(params, tuple(stages))
+    return Model(params, fix_outputs(TABLE, stages))
 
 
 def vision_model(model: Model) -> Model:
@@ -288,7 +290,6 @@ def _text_stages(config: CLIPTextConfig, dtype: jnp.dtype) -> list[Stage]:
 def _head(tower: str, function: Callable[[PyTree, PyTree], PyTree], norm: str, projection_dim: int | None) -> Stage:
     if projection_dim is None:
         return Stage(f"{tower}/head", function, _paths(tower, norm))
-    # Not fixed: the embedding spaces of two CLIPs that were trained apart have nothing in common but their rows.
     return Stage(f"{tower}/head", function, _paths(tower, norm, "projection"))
 
 

@@ -7,6 +7,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from tvjax.models.layer_table import fix_outputs
 from tvjax.models.transformer import (
     Block,
     LayerNorm,
@@ -17,6 +18,7 @@ from tvjax.models.transformer import (
     stage_function,
 )
 from tvjax.models.vit.config import ViTConfig
+from tvjax.models.vit.table import TABLE
 from tvjax.stages import Model, PyTree, Stage, Stream
 
 
@@ -126,10 +128,9 @@ def vit(config: ViTConfig, params: PyTree, dtype: DTypeLike = jnp.float32) -> Mo
         "head",
         stage_function(Head, config, dtype),
         (("post_norm", "vision/post_norm"), ("head", "head")),
-        fixed=("head/kernel", "head/bias"),
     )
     blocks = block_stages("vision", config.block, config.num_hidden_layers, dtype, stream)
-    return Model(params, (first, *blocks, last))
+    return Model(params, fix_outputs(TABLE, (first, *blocks, last)))
 
 
 def _patch_embeddings(config: ViTConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> PatchEmbeddings:
