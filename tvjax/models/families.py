@@ -9,6 +9,9 @@ from tvjax.models.clip import config as clip_config
 from tvjax.models.clip import modeling as clip_modeling
 from tvjax.models.clip import table as clip_table
 from tvjax.models.layer_table import LayerTable
+from tvjax.models.llama import config as llama_config
+from tvjax.models.llama import modeling as llama_modeling
+from tvjax.models.llama import table as llama_table
 from tvjax.models.settings import Settings
 from tvjax.models.vit import config as vit_config
 from tvjax.models.vit import modeling as vit_modeling
@@ -34,7 +37,12 @@ class Family(NamedTuple):
 
 CLIP = Family(clip_config.CLIPConfig, clip_modeling.init, clip_modeling.clip, clip_table.TABLE)
 VIT = Family(vit_config.ViTConfig, vit_modeling.init, vit_modeling.vit, vit_table.TABLE)
-FAMILIES = {"clip": CLIP, "clip_vision_model": CLIP, "clip_text_model": CLIP, "vit": VIT}
+LLAMA = Family(llama_config.LlamaConfig, llama_modeling.init, llama_modeling.llama, llama_table.TABLE)
+FAMILIES = {
+    **dict.fromkeys(("clip", "clip_vision_model", "clip_text_model"), CLIP),
+    "vit": VIT,
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LLAMA),
+}
 
 
 def family_of_settings(settings: Settings) -> Family:

@@ -9,6 +9,8 @@ from typing import Any
 
 Settings = Mapping[str, Any]
 
+_TYPES: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}  # by the annotation of a field
+
 
 def architecture(settings: Settings, defaults: Mapping[str, str]) -> str:
     """The class of transformers that a folder was saved from.
@@ -36,17 +38,19 @@ def fields(config_class: type, settings: Settings) -> dict[str, Any]:
     """
     if not isinstance(settings, Mapping):
         raise ValueError(f"the settings of {config_class.__name__} are {settings!r}, expected an object")
-    names = [field.name for field in dataclasses.fields(config_class)]
+    described: tuple[Any, ...] = tuple(f for f in dataclasses.fields(config_class) if f.type.split(" ")[0] in _TYPES)
+    names = [field.name for field in described]
     values = {name: settings[name] for name in names if settings.get(name) is not None}
     for name in ("image_size", "patch_size"):
         if name in values:
             values[name] = _square(name, values[name])
-    described: tuple[Any, ...] = dataclasses.fields(config_class)
     for field in described:
         value = values.get(field.name, field.default)
-        kinds = (int, float) if isinstance(field.default, float) else type(field.default)
-        if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(field.default, bool):
-            raise ValueError(f"{field.name} is {value!r}, expected {type(field.default).__name__}")
+        name, _, optional = str(field.type).partition(" | ")
+        if value is None and optional:
+            continue
+        if not isinstance(value, _TYPES[name]) or isinstance(value, bool) != (name == "bool"):
+            raise ValueError(f"{field.name} is {value!r}, expected {name}")
         if isinstance(value, int | float) and not isinstance(value, bool):
             _check_range(field.name, value)
     if values.get("patch_size", 0) > values.get("image_size", math.inf):
@@ -72,7 +76,7 @@ def part(settings: Settings, key: str) -> Settings:
 def _check_range(name: str, value: int | float) -> None:
     """Numbers that no model has are refused here: sizes would be multiplied, and blocks counted, before any weight."""
     greatest = 10_000 if name == "num_hidden_layers" else 2**24
-    least = 0 if isinstance(value, float) or name in ("eos_token_id", "projection_dim") else 1
+    least = 0 if isinstance(value, float) or name in ("eos_token_id", "projection_dim", "max_window_layers") else 1
     if not name.endswith("init_value") and not least <= value <= greatest:
         raise ValueError(f"{name} is {value!r}, expected a number from {least} to {greatest}")
 
