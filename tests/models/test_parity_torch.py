@@ -25,7 +25,7 @@ def quiet():
 
 
 @pytest.mark.parametrize("case", sorted(record_goldens.CASES))
-def test_outputs_and_saved_folder(case, tmp_path):
+def test_outputs_and_saved_folder(case, tmp_path, assert_equal_at_tokens):
     torch.manual_seed(1)
     model = record_goldens.CASES[case]().eval()
     with torch.no_grad():
@@ -37,7 +37,7 @@ def test_outputs_and_saved_folder(case, tmp_path):
     expected = record_goldens.activations(model, inputs)
     outputs = pretrained.model(inputs)
     for name in outputs.keys() & expected.keys():
-        np.testing.assert_allclose(outputs[name], expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
+        assert_equal_at_tokens(outputs[name], expected[name], inputs, name)
 
     save_pretrained(pretrained, tmp_path / "ours")
     loaded = type(model).from_pretrained(tmp_path / "ours").state_dict()

@@ -34,7 +34,7 @@ from tvjax.checkpoints.safetensors import cast, check_finite, fingerprint, tenso
 from tvjax.checkpoints.torch_files import load_tensors
 from tvjax.models.clip.config import CLIPConfig
 from tvjax.models.families import family_of_config, family_of_settings
-from tvjax.models.key_table import find_sources
+from tvjax.models.key_table import check_copies, find_sources
 from tvjax.models.layer_table import LayerTable, Row
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
@@ -171,6 +171,7 @@ def load_state_dict(
         tensors, table = _split_attention(tensors), OPEN_CLIP
     headers = {key: tensor_header(key, tensor) for key, tensor in tensors.items()}
     sources = find_sources(table, shapes_of(config), headers, os.fspath(file))
+    check_copies(table, sources, headers, tensors.__getitem__, os.fspath(file))
     leaves = {}
     for path, found in sources.items():
         check_finite(found.key, tensors[found.key])

@@ -39,7 +39,7 @@ from tvjax.checkpoints.safetensors import (
 )
 from tvjax.models.differences import function_values, to_text
 from tvjax.models.families import Family, family_of_config, family_of_settings
-from tvjax.models.key_table import Source, Tensor, find_sources, to_checkpoint
+from tvjax.models.key_table import Source, Tensor, check_copies, find_sources, to_checkpoint
 from tvjax.models.settings import Settings
 from tvjax.models.transformer import parameter_shapes
 from tvjax.stages import Model, PyTree
@@ -174,7 +174,7 @@ def read_leaf(model: Pretrained | Checkpoint, path: str) -> np.ndarray:
 def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None) -> Iterator[Checkpoint]:
     """Opens a model in a Hugging Face folder or on the hub, to read its parameters one by one.
 
-    Config, keys, shapes and dtypes are checked; no weight is read.
+    Config, keys, shapes and dtypes are checked; no weight is read, but for a tied one that the files have twice.
 
     Args:
       source: a folder or a hub id.
@@ -193,6 +193,7 @@ def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None)
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     with open_tensors(*weight_files(folder)) as tensors:
         sources = find_sources(family.table, shapes, tensors.headers, str(folder))
+        check_copies(family.table, sources, tensors.headers, tensors.read, str(folder))
         name = hub_name(source, revision)
         yield Checkpoint(name, revision or "", folder, settings, family, config, tensors, sources, shapes)
 

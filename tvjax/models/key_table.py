@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -126,6 +126,31 @@ def copies_of_tied(table: LayerTable, paths: Iterable[str]) -> dict[str, str]:
     known = set(paths)
     tied = [(row, leaf) for row in table.rows if row.tied in known for leaf in KINDS[row.kind]]
     return {row.key + leaf.theirs: row.tied for row, leaf in tied if row.path + leaf.ours not in known}
+
+
+def check_copies(
+    table: LayerTable,
+    sources: Mapping[str, Source],
+    keys: Collection[str],
+    read: Callable[[str], np.ndarray],
+    origin: str,
+) -> None:
+    """Raises where a checkpoint has a tied leaf twice, with other values: which of them is meant cannot be told.
+
+    Args:
+      table: the family's layers.
+      sources: as `find_sources` returns them.
+      keys: of the checkpoint.
+      read: the tensor of a key; called for copies only.
+      origin: name of the checkpoint, for the error.
+    """
+    for key, path in copies_of_tied(table, sources).items():
+        owner = sources[path].key
+        if key in keys and not np.array_equal(read(key), read(owner)):
+            raise ValueError(
+                f"{origin} has {key} and {owner} with other values, and its config.json says that they are one: write "
+                '"tie_word_embeddings": false into it, or leave the first out of the weights'
+            )
 
 
 def module_key(table: LayerTable, module: str) -> str:
