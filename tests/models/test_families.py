@@ -202,3 +202,11 @@ def test_a_carry_passes_through_what_is_not_the_models(golden):
     outputs = pretrained.model(inputs | {"labels": np.arange(3)})
     np.testing.assert_array_equal(outputs["labels"], np.arange(3))
     assert not {"pixels", "tokens", "mask", "hidden", "end"} & outputs.keys()
+
+
+def test_inputs_in_shapes_are_what_the_model_takes(golden):
+    pretrained, inputs, expected = golden
+    shapes = family_of_config(pretrained.config).inputs(pretrained.config, 2)
+    assert {name: leaf.dtype for name, leaf in shapes.items()} == {name: leaf.dtype for name, leaf in inputs.items()}
+    outputs = jax.eval_shape(pretrained.model, shapes)
+    assert {name: leaf.ndim for name, leaf in outputs.items()} == {name: expected[name].ndim for name in outputs}

@@ -27,17 +27,21 @@ class Family(NamedTuple):
       init: ``(config, key) -> params``.
       build: ``(config, params, dtype) -> Model``.
       table: its layers.
+      inputs: ``(config, examples) -> inputs``, the shapes of what the model takes, so many examples of each kind.
     """
 
     config: type[Any]
     init: Callable[[Any, Any], PyTree]
     build: Callable[..., Model]
     table: LayerTable
+    inputs: Callable[[Any, int], PyTree]
 
 
-CLIP = Family(clip_config.CLIPConfig, clip_modeling.init, clip_modeling.clip, clip_table.TABLE)
-VIT = Family(vit_config.ViTConfig, vit_modeling.init, vit_modeling.vit, vit_table.TABLE)
-LLAMA = Family(llama_config.LlamaConfig, llama_modeling.init, llama_modeling.llama, llama_table.TABLE)
+CLIP = Family(clip_config.CLIPConfig, clip_modeling.init, clip_modeling.clip, clip_table.TABLE, clip_modeling.inputs)
+VIT = Family(vit_config.ViTConfig, vit_modeling.init, vit_modeling.vit, vit_table.TABLE, vit_modeling.inputs)
+LLAMA = Family(
+    llama_config.LlamaConfig, llama_modeling.init, llama_modeling.llama, llama_table.TABLE, llama_modeling.inputs
+)
 FAMILIES = {
     **dict.fromkeys(("clip", "clip_vision_model", "clip_text_model"), CLIP),
     "vit": VIT,

@@ -243,6 +243,12 @@ def llama(config: LlamaConfig, params: PyTree, dtype: DTypeLike = jnp.float32) -
     return Model(params, fix_outputs(TABLE, stages))
 
 
+def inputs(config: LlamaConfig, examples: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of what the model takes: so many texts of the greatest length."""
+    shape = (examples, config.max_position_embeddings)
+    return {"tokens": jax.ShapeDtypeStruct(shape, jnp.int32), "mask": jax.ShapeDtypeStruct(shape, bool)}
+
+
 def rotary_angles(positions: Int[Array, "#batch tokens"], size: int, rope: Rope) -> Float[Array, "#batch tokens half"]:
     """The angle by which each pair of units of a head of `size` units is rotated at each position.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -111,7 +112,6 @@ def vit(config: ViTConfig, params: PyTree, dtype: DTypeLike = jnp.float32) -> Mo
       The model.
 
     >>> config = ViTConfig(8, 16, 2, 2, image_size=8, patch_size=4, num_labels=5)
-    >>> import jax
     >>> model = vit(config, init(config, jax.random.key(0)))
     >>> model({"pixels": jnp.zeros((3, 8, 8, 3))})["logits"].shape
     (3, 5)
@@ -131,6 +131,11 @@ def vit(config: ViTConfig, params: PyTree, dtype: DTypeLike = jnp.float32) -> Mo
     )
     blocks = block_stages("vision", config.block, config.num_hidden_layers, dtype, stream)
     return Model(params, fix_outputs(TABLE, (first, *blocks, last)))
+
+
+def inputs(config: ViTConfig, examples: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of what the model takes: so many images."""
+    return {"pixels": jax.ShapeDtypeStruct((examples, config.image_size, config.image_size, 3), jnp.float32)}
 
 
 def _patch_embeddings(config: ViTConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> PatchEmbeddings:
