@@ -116,7 +116,7 @@ def kernels_by_module(table: LayerTable, paths: Iterable[str]) -> dict[str, str]
     found = {}
     for path in paths:
         row, leaf, names = locate(table, path)
-        if row.kind in ("linear", "kernel") and leaf.ours == "/kernel":
+        if row.kind in ("linear", "kernel", "conv1d") and leaf.ours == "/kernel":
             found[row.key.format(**names)] = path
     return found
 

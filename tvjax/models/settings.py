@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 from collections.abc import Mapping
 from typing import Any
 
 Settings = Mapping[str, Any]
-
-_TYPES: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}  # by the annotation of a field
 
 
 def architecture(settings: Settings, defaults: Mapping[str, str]) -> str:
@@ -38,19 +37,18 @@ def fields(config_class: type, settings: Settings) -> dict[str, Any]:
     """
     if not isinstance(settings, Mapping):
         raise ValueError(f"the settings of {config_class.__name__} are {settings!r}, expected an object")
-    described: tuple[Any, ...] = tuple(f for f in dataclasses.fields(config_class) if f.type.split(" ")[0] in _TYPES)
-    names = [field.name for field in described]
-    values = {name: settings[name] for name in names if settings.get(name) is not None}
+    kinds = _kinds(config_class)
+    values = {name: settings[name] for name in kinds if settings.get(name) is not None}
     for name in ("image_size", "patch_size"):
         if name in values:
             values[name] = _square(name, values[name])
-    for field in described:
+    for field in dataclasses.fields(config_class):
+        kind, optional = kinds.get(field.name, (None, True))
         value = values.get(field.name, field.default)
-        name, _, optional = str(field.type).partition(" | ")
-        if value is None and optional:
+        if kind is None or (value is None and optional):
             continue
-        if not isinstance(value, _TYPES[name]) or isinstance(value, bool) != (name == "bool"):
-            raise ValueError(f"{field.name} is {value!r}, expected {name}")
+        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
+            raise ValueError(f"{field.name} is {value!r}, expected {kind.__name__}")
         if isinstance(value, int | float) and not isinstance(value, bool):
             _check_range(field.name, value)
     if values.get("patch_size", 0) > values.get("image_size", math.inf):
@@ -71,6 +69,17 @@ def part(settings: Settings, key: str) -> Settings:
     if found is not None and not isinstance(found, dict):
         raise ValueError(f"{key} is {found!r}, expected an object")
     return found or {}
+
+
+def _kinds(config_class: type) -> dict[str, tuple[type, bool]]:
+    """The type of each field that is a number, a text or a truth value, and whether it may be None."""
+    found = {}
+    for name, hint in typing.get_type_hints(config_class).items():
+        options = typing.get_args(hint) or (hint,)
+        plain = [option for option in options if option in (int, float, bool, str)]
+        if plain:
+            found[name] = plain[0], type(None) in options
+    return found
 
 
 def _check_range(name: str, value: int | float) -> None:
