@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from tvjax import Batch, fit, theseus, tree
 from tvjax.capture import check_gradient_identity
-from tvjax.checkpoints import from_pretrained
+from tvjax.checkpoints import from_pretrained, save_pretrained
 from tvjax.models.llama import LlamaConfig, Rope, init, llama
 from tvjax.stages import run_stage
 from tvjax.transport.leaf_report import leaf_report
@@ -160,6 +160,15 @@ def test_unsupported_configs(settings, message):
 def test_frequencies_of_no_known_kind():
     with pytest.raises(ValueError, match="rope_type 'ntk' is not supported"):
         Rope(kind="ntk")
+
+
+def test_what_stands_beside_the_weights_of_a_language_model_is_kept(tmp_path):
+    shutil.copytree(GOLDENS / "llama", tmp_path / "model")
+    names = ("tokenizer.model", "chat_template.jinja", "generation_config.json")
+    for name in names:
+        (tmp_path / "model" / name).write_text(name)
+    save_pretrained(from_pretrained(tmp_path / "model"), tmp_path / "saved")
+    assert [(tmp_path / "saved" / name).read_text() for name in names] == list(names)
 
 
 def test_a_tied_head_that_a_checkpoint_has_too(tmp_path):

@@ -59,6 +59,9 @@ _PROCESSOR_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
 )
 
 
@@ -420,7 +423,10 @@ def fetch(source: str | os.PathLike[str], revision: str | None = None) -> tuple[
         snapshot = huggingface_hub.snapshot_download(
             os.fspath(folder),
             revision=revision,
-            allow_patterns=["model.safetensors", "model-*.safetensors", "adapter_model.safetensors", "*.json", "*.txt"],
+            allow_patterns=[
+                *("model.safetensors", "model-*.safetensors", "adapter_model.safetensors"),
+                *("*.json", "*.txt", "tokenizer.model", "*.jinja"),
+            ],
             ignore_patterns=["*/*"],
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
