@@ -37,7 +37,7 @@ def write_headers(folder, width, depth, patch, embedding, full=True):
     shapes = parameter_shapes(clip(config, {}).stages)
     params = tree.nest({path: np.broadcast_to(np.int8(0), shape) for path, shape in shapes.items()})
     header, end = {}, 0
-    for key, tensor in to_checkpoint(CLIP.keys, params).items():
+    for key, tensor in to_checkpoint(CLIP.table, params).items():
         start, end = end, end + 4 * tensor.size
         header[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
     text_of_header = json.dumps(header).encode()

@@ -1,11 +1,12 @@
 """Tiny random models of transformers, and what they compute in PyTorch.
 
-``python tests/models/record_goldens.py`` writes ``goldens/<case>/``: the folder that transformers saves, and
+``python tests/models/record_goldens.py [case ...]`` writes ``goldens/<case>/``: the folder that transformers saves, and
 ``activations.npz`` with the inputs, the hidden states between the blocks, and the outputs.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,26 @@ TEXT = dict(
     max_position_embeddings=9,
     bos_token_id=27,
 )
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=20.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
+LINEAR = dict(rope_type="linear", rope_theta=100.0, factor=3.0)
+DECODER = dict(
+    vocab_size=30,
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=16,
+    bos_token_id=27,
+    eos_token_id=28,
+)
 
 
 def clip(vision: dict[str, Any], text: dict[str, Any]) -> torch.nn.Module:
@@ -37,6 +58,11 @@ def clip_vision(model_class: type, **changes: Any) -> torch.nn.Module:
 
 def vit(**changes: Any) -> torch.nn.Module:
     return transformers.ViTForImageClassification(transformers.ViTConfig(**VISION | changes))
+
+
+def decoder(family: str, **changes: Any) -> torch.nn.Module:
+    config = getattr(transformers, f"{family}Config")(**DECODER | changes)
+    return getattr(transformers, f"{family}ForCausalLM")(config)
 
 
 CASES = {
@@ -54,17 +80,29 @@ CASES = {
     "clip_text_with_projection": lambda: transformers.CLIPTextModelWithProjection(
         transformers.CLIPTextConfig(**TEXT, eos_token_id=28, projection_dim=8)
     ),
+    "llama": lambda: decoder("Llama", rms_norm_eps=1e-3, rope_parameters=LLAMA3),
+    "llama_of_many_biases": lambda: decoder(
+        "Llama", attention_bias=True, mlp_bias=True, num_key_value_heads=4, rope_parameters=LINEAR, hidden_act="gelu"
+    ),
+    "mistral": lambda: decoder("Mistral", sliding_window=3, head_dim=8, num_key_value_heads=1),
+    "qwen2": lambda: decoder(
+        "Qwen2", tie_word_embeddings=True, use_sliding_window=True, sliding_window=4, max_window_layers=2
+    ),
+    "qwen3": lambda: decoder("Qwen3", head_dim=10, attention_bias=True),
     "vit": lambda: vit(image_size=12, patch_size=4, id2label={i: f"class {i}" for i in range(5)}),
     "vit_without_qkv_bias": lambda: vit(
         image_size=11, patch_size=3, qkv_bias=False, hidden_act="gelu_new", layer_norm_eps=1e-4, num_labels=3
     ),
 }
 
+IMAGES = ("clip", "vit")
+SEEDS = {case: seed for seed, case in enumerate(sorted(CASES, key=lambda case: (not case.startswith(IMAGES), case)))}
+
 
 def build(case: str) -> torch.nn.Module:
     """The model of a case; its parameters are large enough that every one of them changes the outputs."""
     model = CASES[case]().eval()
-    generator = torch.Generator().manual_seed(sorted(CASES).index(case))
+    generator = torch.Generator().manual_seed(SEEDS[case])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name != "logit_scale":
@@ -111,6 +149,13 @@ def activations(model: torch.nn.Module, given: dict[str, np.ndarray]) -> dict[st
                 "text_normalised": outputs.text_embeds,
                 "logits_per_image": outputs.logits_per_image,
             }
+        elif "lm_head" in dict(model.named_children()):
+            last = []  # what transformers calls the last hidden state has the final norm behind it
+            hook = model.model.layers[-1].register_forward_hook(lambda module, given, output: last.append(output))
+            outputs = model(**arguments, output_hidden_states=True)
+            hook.remove()
+            states = (*outputs.hidden_states[:-1], last[0])
+            return {"logits": outputs.logits.numpy()} | {f"text_hidden/{i}": h.numpy() for i, h in enumerate(states)}
         else:
             outputs = model(**arguments, output_hidden_states=True)
             name = {"pixels": "vision", "tokens": "text"}[next(iter(given))]
@@ -130,7 +175,7 @@ def _tower_configs(model: torch.nn.Module) -> tuple[Any, Any]:
 
 
 def main() -> None:
-    for case in CASES:
+    for case in sys.argv[1:] or CASES:
         model = build(case)
         model.save_pretrained(FOLDER / case)
         given = inputs(model)

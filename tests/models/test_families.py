@@ -12,9 +12,11 @@ from flax import nnx
 from tvjax import tree
 from tvjax.checkpoints.huggingface import from_pretrained, save_pretrained
 from tvjax.checkpoints.safetensors import open_tensors
-from tvjax.models.clip import CLIP, CLIPConfig, clip
+from tvjax.models.clip import CLIP, CLIPConfig
+from tvjax.models.families import family_of_config
+from tvjax.models.llama import Llama, LlamaConfig
 from tvjax.models.transformer import parameter_shapes, parameters, set_parameters
-from tvjax.models.vit import ViT, vit
+from tvjax.models.vit import ViT, ViTConfig
 from tvjax.stages import local_params, run_stage
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -29,21 +31,29 @@ def golden(request):
     return from_pretrained(folder), arrays["in"], arrays["out"]
 
 
-one_of_each = pytest.mark.parametrize("golden", ["clip_quick_gelu", "vit_without_qkv_bias"], indirect=True)
+one_of_each = pytest.mark.parametrize(
+    "golden", ["clip_quick_gelu", "vit_without_qkv_bias", "qwen2", "qwen3"], indirect=True
+)
+MODULES = {CLIPConfig: CLIP, ViTConfig: ViT, LlamaConfig: Llama}
 
 
 def module_of(pretrained, dtype=jnp.float32):
-    module_class = CLIP if isinstance(pretrained.config, CLIPConfig) else ViT
-    return module_class(pretrained.config, dtype, rngs=nnx.Rngs(0))
+    return MODULES[type(pretrained.config)](pretrained.config, dtype, rngs=nnx.Rngs(0))
 
 
-def test_outputs_are_those_of_transformers(golden):
+def tower_of(stage):
+    """The name of a stage's hidden states in the goldens: a language model is a text tower."""
+    tower = stage.name.split("/")[0]
+    return tower if tower in ("vision", "text") else "text"
+
+
+def test_outputs_are_those_of_transformers(golden, assert_equal_at_tokens):
     pretrained, inputs, expected = golden
     outputs = pretrained.model(inputs)
     names = outputs.keys() & expected.keys()
     assert names == outputs.keys()
     for name in names:
-        np.testing.assert_allclose(outputs[name], expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
+        assert_equal_at_tokens(outputs[name], expected[name], inputs, name)
 
 
 def test_normalised_embeddings_are_those_of_transformers(golden):
@@ -55,17 +65,18 @@ def test_normalised_embeddings_are_those_of_transformers(golden):
             np.testing.assert_allclose(embeddings, expected[f"{name}_normalised"], rtol=1e-5, atol=1e-5)
 
 
-def test_hidden_states_are_those_of_transformers(golden):
-    pretrained, carry, expected = golden
-    towers = {stage.name.split("/")[0] for stage in pretrained.model.stages if stage.group}
+def test_hidden_states_are_those_of_transformers(golden, assert_equal_at_tokens):
+    pretrained, inputs, expected = golden
+    carry = inputs
+    towers = {tower_of(stage) for stage in pretrained.model.stages if stage.group}
     seen = dict.fromkeys(towers, 0)
     for stage in pretrained.model.stages:
         carry = run_stage(stage.function, local_params(stage, pretrained.params), carry)
-        tower = stage.name.split("/")[0]
+        tower = tower_of(stage)
         if "hidden" in carry:
             hidden = expected[f"{tower}_hidden"][str(seen[tower])]
-            np.testing.assert_allclose(carry["hidden"], hidden, rtol=1e-5, atol=2e-5, err_msg=stage.name)
-            assert stage.rows.tokens in (None, hidden.shape[1])
+            assert_equal_at_tokens(carry["hidden"], hidden, inputs, stage.name, atol=2e-5)
+            assert stage.streams.tokens in (None, hidden.shape[1])
             seen[tower] += 1
     assert seen == {tower: len(expected[f"{tower}_hidden"]) for tower in towers}
 
@@ -103,22 +114,23 @@ def test_blocks_of_one_shape_are_compiled_once(golden):
 @one_of_each
 def test_building_again_gives_the_same_functions(golden):
     pretrained, _, _ = golden
-    build = clip if isinstance(pretrained.config, CLIPConfig) else vit
+    build = family_of_config(pretrained.config).build
     assert build(pretrained.config, pretrained.params).stages == pretrained.model.stages
     assert build(pretrained.config, pretrained.params, jnp.bfloat16).stages != pretrained.model.stages
 
 
 @one_of_each
-def test_blocks_run_under_scan_and_vmap(golden):
+def test_blocks_run_under_scan_and_vmap(golden, assert_equal_at_tokens):
     pretrained, inputs, expected = golden
     blocks = [stage for stage in pretrained.model.stages if stage.group == pretrained.model.stages[1].group]
-    tower = blocks[0].group.split("/")[0]
+    blocks = [stage for stage in blocks if stage.function is blocks[0].function]
+    tower = tower_of(blocks[0])
     hidden = jnp.asarray(expected[f"{tower}_hidden"]["0"])
     carry = {"hidden": hidden} | ({"mask": jnp.asarray(inputs["mask"])} if tower == "text" else {})
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *(local_params(stage, pretrained.params) for stage in blocks))
     function = blocks[0].function
     scanned, _ = jax.lax.scan(lambda carry, params: (function(params, carry), None), carry, stacked)
-    np.testing.assert_allclose(scanned["hidden"], expected[f"{tower}_hidden"][str(len(blocks))], rtol=1e-5, atol=2e-5)
+    assert_equal_at_tokens(scanned["hidden"], expected[f"{tower}_hidden"][str(len(blocks))], inputs, tower, atol=2e-5)
     mapped = jax.vmap(function, in_axes=(0, None))(stacked, carry)
     first = function(local_params(blocks[0], pretrained.params), carry)
     np.testing.assert_allclose(mapped["hidden"][0], first["hidden"], rtol=1e-5, atol=1e-5)
@@ -190,3 +202,11 @@ def test_a_carry_passes_through_what_is_not_the_models(golden):
     outputs = pretrained.model(inputs | {"labels": np.arange(3)})
     np.testing.assert_array_equal(outputs["labels"], np.arange(3))
     assert not {"pixels", "tokens", "mask", "hidden", "end"} & outputs.keys()
+
+
+def test_inputs_in_shapes_are_what_the_model_takes(golden):
+    pretrained, inputs, expected = golden
+    shapes = family_of_config(pretrained.config).inputs(pretrained.config, 2)
+    assert {name: leaf.dtype for name, leaf in shapes.items()} == {name: leaf.dtype for name, leaf in inputs.items()}
+    outputs = jax.eval_shape(pretrained.model, shapes)
+    assert {name: leaf.ndim for name, leaf in outputs.items()} == {name: expected[name].ndim for name in outputs}

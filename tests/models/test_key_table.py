@@ -6,8 +6,10 @@ import pytest
 
 from tvjax import tree
 from tvjax.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-from tvjax.models.families import CLIP, VIT
-from tvjax.models.key_table import KINDS, KeyTable, Row, Tensor, find_sources, to_checkpoint
+from tvjax.models.families import CLIP, LLAMA, VIT
+from tvjax.models.key_table import Tensor, check_copies, find_sources, kernels_by_module, to_checkpoint
+from tvjax.models.layer_table import KINDS, LayerTable, Row
+from tvjax.models.llama import LlamaConfig
 from tvjax.models.vit import ViTConfig
 
 FAMILIES = {
@@ -17,6 +19,10 @@ FAMILIES = {
             CLIPVisionConfig(8, 16, 11, 2, image_size=8, patch_size=4, projection_dim=4),
             CLIPTextConfig(16, 8, 16, 2, 2, max_position_embeddings=6, projection_dim=4),
         ),
+    ),
+    "llama": (
+        LLAMA,
+        LlamaConfig(16, 8, 12, 2, 2, 1, 4, attention_bias=True, output_bias=True, mlp_bias=True, qk_norm=True),
     ),
     "vit": (VIT, ViTConfig(8, 16, 2, 2, image_size=8, patch_size=4)),
 }
@@ -40,34 +46,34 @@ def shapes_of(params):
 
 def test_both_directions(family_and_params):
     family, params = family_and_params
-    tensors = to_checkpoint(family.keys, params)
+    tensors = to_checkpoint(family.table, params)
     assert len(tensors) == len(tree.flatten(params))
-    sources = find_sources(family.keys, shapes_of(params), headers(tensors), "there")
+    sources = find_sources(family.table, shapes_of(params), headers(tensors), "there")
     for path, source in sources.items():
         np.testing.assert_array_equal(source.to_ours(tensors[source.key]), tree.get(params, path))
 
 
 def test_every_row_is_used_once(family_and_params):
     family, params = family_and_params
-    paths = {Row.path.format(i=0, tower=tower) for Row in family.keys.rows for tower in ("vision", "text")}
+    paths = {Row.path.format(i=0, tower=tower) for Row in family.table.rows for tower in ("vision", "text")}
     owners = {path: [p for p in paths if any(path == p + leaf.ours for kind in KINDS.values() for leaf in kind)]
-              for path in shapes_of(params) if "/blocks/" not in path or "/blocks/0/" in path}  # fmt: skip
+              for path in shapes_of(params) if "blocks/" not in path or "blocks/0/" in path}  # fmt: skip
     assert all(len(found) == 1 for found in owners.values())
     assert {found[0] for found in owners.values()} == paths
 
 
 def test_one_error_names_all_that_is_wrong(family_and_params):
     family, params = family_and_params
-    found = headers(to_checkpoint(family.keys, params))
+    found = headers(to_checkpoint(family.table, params))
     first, second, third, *_ = (
-        key for key in found if key.endswith("fc1.weight") or ".layernorm" in key or "norm" in key
+        key for key in found if key.endswith(("fc1.weight", "up_proj.weight")) or ".layernorm" in key or "norm" in key
     )
     del found[first]
     found[second] = Tensor("F32", (3, 5))
     found[third] = Tensor("F8_E4M3", found[third].shape)
     found["adapter.weight"] = Tensor("F32", (1,))
     with pytest.raises(ValueError) as error:
-        find_sources(family.keys, shapes_of(params), found, "folder")
+        find_sources(family.table, shapes_of(params), found, "folder")
     message = str(error.value)
     assert message.startswith("the weights of folder do not fit its config.json")
     assert f"missing keys (1): {first}" in message
@@ -78,19 +84,45 @@ def test_one_error_names_all_that_is_wrong(family_and_params):
 
 def test_known_keys_without_use_are_passed_over(family_and_params):
     family, params = family_and_params
-    found = headers(to_checkpoint(family.keys, params))
-    for pattern in family.keys.unused:
-        found[pattern.format(tower="vision")] = Tensor("I64", (1, 50))
-    find_sources(family.keys, shapes_of(params), found, "folder")
+    found = headers(to_checkpoint(family.table, params))
+    for pattern in family.table.unused:
+        found[pattern.format(tower="vision", i=0)] = Tensor("I64", (1, 50))
+    find_sources(family.table, shapes_of(params), found, "folder")
 
 
 def test_a_wrapper_may_be_left_out_but_not_doubled():
-    table = KeyTable((Row("a", "wrapper.a", "array"),), wrappers=("wrapper.",))
+    table = LayerTable((Row("a", "wrapper.a", "array"),), wrappers=("wrapper.",))
     assert find_sources(table, {"a": (2,)}, {"a": Tensor("F16", (2,))}, "there")["a"].key == "a"
     with pytest.raises(ValueError, match=r"surplus keys \(1\): wrapper.a"):
         find_sources(table, {"a": (2,)}, {"a": Tensor("F16", (2,)), "wrapper.a": Tensor("F16", (2,))}, "there")
 
 
 def test_parameters_of_another_model():
-    with pytest.raises(ValueError, match="no row of the key table names the parameter 'vision/adapter'"):
-        to_checkpoint(CLIP.keys, {"vision": {"adapter": np.zeros(1)}})
+    with pytest.raises(ValueError, match="no row of the layer table names the parameter 'vision/adapter'"):
+        to_checkpoint(CLIP.table, {"vision": {"adapter": np.zeros(1)}})
+
+
+def test_a_layer_that_is_tied_to_another_is_read_once():
+    rows = (Row("tokens", "tokens", "embedding"), Row("head", "head", "kernel", tied="tokens"))
+    table, shape = LayerTable(rows), (5, 2)
+    found = {"tokens.weight": Tensor("F32", shape), "head.weight": Tensor("F32", shape)}
+    tied = find_sources(table, {"tokens": shape}, found, "there")
+    assert tied.keys() == {"tokens"}
+    assert find_sources(table, {"tokens": shape, "head/kernel": shape[::-1]}, found, "there").keys() == {
+        "tokens",
+        "head/kernel",
+    }
+    same, other = np.ones(shape), np.zeros(shape)
+    check_copies(table, tied, found, {"tokens.weight": same, "head.weight": same}.__getitem__, "there")
+    with pytest.raises(ValueError, match="there has head.weight and tokens.weight with other values"):
+        check_copies(table, tied, found, {"tokens.weight": same, "head.weight": other}.__getitem__, "there")
+
+
+def test_lora_adapts_linear_layers():
+    shapes = {
+        path: leaf.shape for path, leaf in tree.flatten(LLAMA.init(FAMILIES["llama"][1], jax.random.key(0))).items()
+    }
+    found = kernels_by_module(LLAMA.table, shapes)
+    assert found["model.layers.1.self_attn.q_proj"] == "blocks/1/attention/query/kernel"
+    assert found["lm_head"] == "head/kernel"
+    assert set(found.values()) == {path for path in shapes if path.endswith("/kernel")}

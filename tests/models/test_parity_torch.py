@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 
 from tvjax import tree
+from tvjax.checkpoints.adapters import load_adapter
 from tvjax.checkpoints.huggingface import from_pretrained, save_pretrained
 
-pytestmark = pytest.mark.torch
+pytestmark = [
+    pytest.mark.torch,
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT asks for it
+]
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 spec = importlib.util.spec_from_file_location("record_goldens", Path(__file__).with_name("record_goldens.py"))
@@ -25,7 +29,7 @@ def quiet():
 
 
 @pytest.mark.parametrize("case", sorted(record_goldens.CASES))
-def test_outputs_and_saved_folder(case, tmp_path):
+def test_outputs_and_saved_folder(case, tmp_path, assert_equal_at_tokens):
     torch.manual_seed(1)
     model = record_goldens.CASES[case]().eval()
     with torch.no_grad():
@@ -37,7 +41,7 @@ def test_outputs_and_saved_folder(case, tmp_path):
     expected = record_goldens.activations(model, inputs)
     outputs = pretrained.model(inputs)
     for name in outputs.keys() & expected.keys():
-        np.testing.assert_allclose(outputs[name], expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
+        assert_equal_at_tokens(outputs[name], expected[name], inputs, name)
 
     save_pretrained(pretrained, tmp_path / "ours")
     loaded = type(model).from_pretrained(tmp_path / "ours").state_dict()
@@ -78,3 +82,39 @@ def test_configs_are_written_as_transformers_reads_them(tmp_path):
         fresh = type(model)(again).state_dict()
         assert {k: v.shape for k, v in fresh.items()} == {k: v.shape for k, v in model.state_dict().items()}
         assert type(config).from_dict(again.to_dict() | {"architectures": [type(model).__name__]}) == config
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen3"])
+def test_texts_padded_on_the_left_with_positions(case):
+    model = record_goldens.build(case)
+    pretrained = from_pretrained(Path(__file__).parent / "goldens" / case)
+    tokens = np.random.default_rng(0).integers(0, 30, (3, 8))
+    mask = np.arange(8) >= np.array([[0], [2], [5]])
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    with torch.no_grad():
+        ids, attention, places = (torch.from_numpy(each).long() for each in (tokens, mask, positions))
+        expected = model(input_ids=ids, attention_mask=attention, position_ids=places).logits.numpy()
+    found = pretrained.model({"tokens": tokens.astype(np.int32), "mask": mask, "positions": positions.astype(np.int32)})
+    np.testing.assert_allclose(np.asarray(found["logits"])[mask], expected[mask], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen2"])
+def test_lora_adapters_of_a_decoder(case, tmp_path):
+    peft = pytest.importorskip("peft")
+    folder = Path(__file__).parent / "goldens" / case
+    model = type(record_goldens.build(case)).from_pretrained(folder)
+    targets = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=6, target_modules=targets))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    base = from_pretrained(folder)
+    factors = load_adapter(tmp_path / "adapter", base, any_base=True)
+    assert len(factors) == 3 * len(targets)
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = tree.flatten(from_pretrained(tmp_path / "merged").params)
+    for path, leaf in tree.flatten(base.params).items():
+        change = factors[path].scale * (factors[path].a @ factors[path].b) if path in factors else 0.0
+        np.testing.assert_allclose(leaf + change, merged[path], rtol=1e-5, atol=1e-6, err_msg=path)

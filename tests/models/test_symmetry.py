@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from tvjax import tree
-from tvjax.align.permutations import axes, groups, match_weights, permute, random_permutations
+from tvjax.align.permutations import axes, groups, invert, match_weights, permute, random_permutations
 from tvjax.checkpoints import from_pretrained
 from tvjax.data.embedded import MODELS, model_folder
-from tvjax.models import clip, vit
+from tvjax.models import clip, llama, vit
 from tvjax.models.families import FAMILIES, family_of_config
 from tvjax.models.symmetry import symmetry_of_config
 
@@ -23,6 +23,12 @@ CONFIGS = {
     "text without projection": clip.CLIPConfig(None, dataclasses.replace(TEXT, projection_dim=None)),
     "vit": vit.ViTConfig(16, 24, 2, 4, image_size=8, patch_size=4, num_labels=5),
     "vit without qkv bias": vit.ViTConfig(16, 24, 2, 4, image_size=8, patch_size=4, num_labels=5, qkv_bias=False),
+}
+
+LLAMAS = {
+    "llama": llama.LlamaConfig(20, 16, 24, 2, 4, 4, head_dim=6, attention_bias=True),
+    "llama with grouped queries": llama.LlamaConfig(20, 16, 24, 2, 8, 4, head_dim=6, qk_norm=True),
+    "tied llama": llama.LlamaConfig(20, 16, 24, 2, 4, 2, head_dim=4, tie_word_embeddings=True, mlp_bias=True),
 }
 
 
@@ -157,3 +163,37 @@ def test_a_permuted_copy_of_a_fresh_model_is_matched_back_exactly():
         found = match_weights(symmetry, params, permute(symmetry, true, params), key=jax.random.key(7))
         for group, order in true.items():
             np.testing.assert_array_equal(found.permutations[group], order, err_msg=group)
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_a_permuted_llama_computes_the_same_and_is_matched_back(name):
+    config = LLAMAS[name]
+    symmetry, params = symmetry_of_config(config), make_params(config, 0)
+    model = llama.llama(config, params)
+    inputs = {"tokens": jnp.asarray(np.random.default_rng(0).integers(0, 20, (4, 7)), jnp.int32)}
+    expected, found = model(inputs)["logits"], groups(symmetry, params)
+    assert found["blocks/1/heads"].heads == config.num_key_value_heads
+    for seed in range(2):
+        true = random_permutations(symmetry, params, jax.random.key(seed))
+        moved = permute(symmetry, true, params)
+        np.testing.assert_allclose(model.replace(params=moved)(inputs)["logits"], expected, rtol=1e-4, atol=1e-4)
+        back = permute(symmetry, invert(true), moved)
+        jax.tree.map(np.testing.assert_array_equal, back, params)
+        matched = match_weights(symmetry, params, moved, key=jax.random.key(7))
+        for group, order in true.items():
+            np.testing.assert_array_equal(matched.permutations[group], order, err_msg=group)
+
+
+def test_what_positions_rotate_stays_in_its_order():
+    rigid = {name: symmetry_of_config(config).rigid for name, config in LLAMAS.items()}
+    heads = "blocks/{i}/heads"
+    assert rigid["llama"] == (f"{heads}:query_key",)
+    units = [f"{heads}:{units}{times}" for units in ("query_key", "value_out") for times in ("", "*2")]
+    assert rigid["llama with grouped queries"] == tuple(units)
+    config = LLAMAS["llama"]
+    free = symmetry_of_config(config)._replace(rigid=())
+    params = make_params(config, 0)
+    inputs = {"tokens": jnp.asarray(np.random.default_rng(0).integers(0, 20, (4, 7)), jnp.int32)}
+    moved = permute(free, random_permutations(free, params, jax.random.key(0)), params)
+    outputs = [llama.llama(config, each)(inputs)["logits"] for each in (params, moved)]
+    assert np.abs(outputs[0] - outputs[1]).max() > 1e-2

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +73,14 @@ def test_sites_are_those_of_each_kind_of_stage(folder, no_weights):
     assert set(block.tokens) == {5}
     covered = {path for kind in found for path in (*kind.table.unclassified, *kind.table.unused)}
     assert covered == {"embeddings/class_token", "embeddings/tokens", "logit_scale"}
+
+
+def test_sites_of_a_language_model():
+    folder = Path(__file__).parents[1] / "models" / "goldens" / "mistral"
+    found = inspection.model_sites(inspection.contents(folder))
+    assert [kind.stages for kind in found] == [("embeddings",), ("blocks/0", "blocks/1", "blocks/2"), ("head",)]
+    assert {site.path for site in found[1].table.sites} >= {"attention/key/kernel", "mlp/gate/kernel", "norm1/scale"}
+    assert [kind.table.unclassified for kind in found] == [{"tokens": ("gather",)}, {}, {}]
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "b.safetensors"])

@@ -54,6 +54,7 @@ class Symmetry(NamedTuple):
       rows: one for each leaf that a model of the family can have.
       heads: the number of heads of each heads group, by its name (with ``{name}``); every other group is plain.
       fixed: names of groups (with ``{name}``) that stay as they are in this model.
+      rigid: names of axes (with ``{name}``) whose units stay in their order while their heads are exchanged.
 
     >>> mlp = Symmetry((Row("{i}/up", (None, "{i}/hidden")), Row("{i}/down", ("{i}/hidden", None))))
     >>> axes(mlp, "3/up", 2)
@@ -63,6 +64,7 @@ class Symmetry(NamedTuple):
     rows: tuple[Row, ...]
     heads: Mapping[str, int] = {}
     fixed: tuple[str, ...] = ()
+    rigid: tuple[str, ...] = ()
 
 
 class Use(NamedTuple):
@@ -80,11 +82,13 @@ class Group(NamedTuple):
       uses: the axes that run over it.
       sizes: the length of these axes, by their units.
       heads: the number of heads; 0 for a plain group.
+      rigid: the units that stay in their order inside each head.
     """
 
     uses: tuple[Use, ...]
     sizes: dict[str, int]
     heads: int
+    rigid: frozenset[str] = frozenset()
 
 
 class Match(NamedTuple):
@@ -182,7 +186,10 @@ def groups(symmetry: Symmetry, params: PyTree) -> dict[str, Group]:
             heads = _heads(symmetry, group)
             if heads and size % heads:
                 raise ValueError(f"axis {axis} of {path} has {size} units, which {heads} heads do not divide")
-    return {name: Group(tuple(uses[name]), sizes[name], _heads(symmetry, name)) for name in uses}
+    return {
+        name: Group(tuple(uses[name]), sizes[name], _heads(symmetry, name), _rigid(symmetry, name, sizes[name]))
+        for name in uses
+    }
 
 
 def permutation_names(names: Iterable[str | None]) -> list[str]:
@@ -200,6 +207,11 @@ def _group(name: str) -> str:
 
 def _heads(symmetry: Symmetry, group: str) -> int:
     return next((count for name, count in symmetry.heads.items() if _pattern(name).fullmatch(group)), 0)
+
+
+def _rigid(symmetry: Symmetry, group: str, units: Iterable[str]) -> frozenset[str]:
+    patterns = [_pattern(name) for name in symmetry.rigid]
+    return frozenset(each for each in units if any(pattern.fullmatch(f"{group}:{each}") for pattern in patterns))
 
 
 @cache
@@ -311,12 +323,15 @@ def random_permutations(symmetry: Symmetry, params: PyTree, key: Array) -> Permu
     >>> (moved["up"] @ moved["down"]).tolist() == (params["up"] @ params["down"]).tolist()
     True
     """
-    shapes = _shapes(groups(symmetry, params))
+    found = groups(symmetry, params)
+    shapes = _shapes(found)
     sizes = [int(np.prod(shape)) for shape in shapes.values()]
     draws = jax.device_get(jax.random.uniform(key, (sum(sizes),)))
     parts = np.split(draws, np.cumsum(sizes)[:-1])
     orders = [np.argsort(part.reshape(shape), -1) for part, shape in zip(parts, shapes.values(), strict=True)]
-    return {name: jnp.asarray(order, jnp.int32) for name, order in zip(shapes, orders, strict=True)}
+    drawn = {name: jnp.asarray(order, jnp.int32) for name, order in zip(shapes, orders, strict=True)}
+    rigid = [f"{name}:{units}" for name, group in found.items() for units in group.rigid]
+    return drawn | {name: jnp.broadcast_to(jnp.arange(shapes[name][-1]), shapes[name]) for name in rigid}
 
 
 def _shapes(found: Mapping[str, Group]) -> dict[str, tuple[int, ...]]:
@@ -489,7 +504,8 @@ class _Weights:
             inside[units] = np.empty((heads, heads, size), np.int32)
             for pair in np.ndindex(heads, heads):
                 block = table.reshape(heads, size, heads, size)[pair[0], :, pair[1], :]
-                inside[units][pair], value = _assign(block)
+                rigid = units in self.groups[name].rigid
+                inside[units][pair], value = (np.arange(size), np.trace(block)) if rigid else _assign(block)
                 values[pair] += value
         partners, _ = _assign(values)
         chosen = {f"{name}:{units}": orders[partners, np.arange(heads)] for units, orders in inside.items()}

@@ -26,7 +26,8 @@ from tvjax.checkpoints.memory import to_jax
 from tvjax.checkpoints.safetensors import Fingerprint, Tensors, open_tensors
 from tvjax.merge.adapters import Adapter
 from tvjax.models.families import family_of_config
-from tvjax.models.key_table import FLOATS, KeyTable, keys_of, module_key
+from tvjax.models.key_table import FLOATS, kernels_by_module, module_key
+from tvjax.models.layer_table import LayerTable
 
 CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
@@ -177,13 +178,12 @@ def _find_factors(
         else:
             pairs.setdefault(match[1], {})[match[2]] = key
     shapes = shapes_of(base.config)
-    kernels = {path: shape for path, shape in shapes.items() if path.endswith("/kernel") and len(shape) == 2}
     sizes = {
         module: tuple(tensors.headers[pair[name]].shape[axis] if name in pair else None for name, axis in _OUTER)
         for module, pair in pairs.items()
         if all(len(tensors.headers[key].shape) == 2 for key in pair.values())
     }
-    path_of = _find_kernels(folder, family_of_config(base.config).keys, kernels, sizes, model_class(settings))
+    path_of = _find_kernels(folder, family_of_config(base.config).table, shapes, sizes, model_class(settings))
     factors: dict[str, Factors] = {}
     for module, pair in pairs.items():
         path = path_of.get(module)
@@ -218,8 +218,8 @@ def _find_factors(
 
 def _find_kernels(
     folder: Path,
-    table: KeyTable,
-    kernels: Mapping[str, tuple[int, ...]],
+    table: LayerTable,
+    shapes: Mapping[str, tuple[int, ...]],
     sizes: Mapping[str, tuple[int | None, ...]],
     trained_in: str,
 ) -> dict[str, str]:
@@ -231,14 +231,14 @@ def _find_kernels(
     Args:
       folder: of the adapter, for the error.
       table: of the model's family.
-      kernels: shapes of the model's matrices by path.
+      shapes: of the model's parameters by path.
       sizes: inputs and outputs of each module, None where a factor is missing.
       trained_in: class of transformers; "" where it is not known.
 
     Raises:
       ValueError: several towers fit.
     """
-    known = {key.removesuffix(".weight"): path for path, key in keys_of(table, kernels).items()}
+    known = kernels_by_module(table, shapes)
 
     def paths(names: list[str], wrapper: str) -> dict[str, str]:
         keys = {name: module_key(table, wrapper + name) for name in names}
@@ -258,7 +258,7 @@ def _find_kernels(
         and all(
             size in (None, length)
             for name, path in tower.items()
-            for size, length in zip(sizes[name], kernels[path], strict=True)
+            for size, length in zip(sizes[name], shapes[path], strict=True)
         )
     ]
     if len(fits) > 1:

@@ -34,7 +34,8 @@ from tvjax.checkpoints.safetensors import cast, check_finite, fingerprint, tenso
 from tvjax.checkpoints.torch_files import load_tensors
 from tvjax.models.clip.config import CLIPConfig
 from tvjax.models.families import family_of_config, family_of_settings
-from tvjax.models.key_table import KeyTable, Row, find_sources
+from tvjax.models.key_table import check_copies, find_sources
+from tvjax.models.layer_table import LayerTable, Row
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -45,7 +46,7 @@ _BLOCK = (
     ("attention/value", "attn.v_proj", "linear"), ("attention/out", "attn.out_proj", "linear"),
     ("mlp/up", "mlp.c_fc", "linear"), ("mlp/down", "mlp.c_proj", "linear"),
 )  # queries, keys and values are one tensor there: see `_split_attention`
-OPEN_CLIP = KeyTable(
+OPEN_CLIP = LayerTable(
     rows=(
         Row("logit_scale",                   "logit_scale",                 "array"),
         Row("vision/embeddings/class_token", "visual.class_embedding",      "array"),
@@ -165,11 +166,12 @@ def load_state_dict(
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     family = family_of_config(config)
     tensors = load_tensors(file)
-    table = family.keys
+    table = family.table
     if isinstance(config, CLIPConfig) and any(".resblocks." in key for key in tensors):
         tensors, table = _split_attention(tensors), OPEN_CLIP
     headers = {key: tensor_header(key, tensor) for key, tensor in tensors.items()}
     sources = find_sources(table, shapes_of(config), headers, os.fspath(file))
+    check_copies(table, sources, headers, tensors.__getitem__, os.fspath(file))
     leaves = {}
     for path, found in sources.items():
         check_finite(found.key, tensors[found.key])

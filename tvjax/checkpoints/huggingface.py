@@ -39,7 +39,7 @@ from tvjax.checkpoints.safetensors import (
 )
 from tvjax.models.differences import function_values, to_text
 from tvjax.models.families import Family, family_of_config, family_of_settings
-from tvjax.models.key_table import Source, Tensor, find_sources, to_checkpoint
+from tvjax.models.key_table import Source, Tensor, check_copies, find_sources, to_checkpoint
 from tvjax.models.settings import Settings
 from tvjax.models.transformer import parameter_shapes
 from tvjax.stages import Model, PyTree
@@ -59,6 +59,9 @@ _PROCESSOR_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
 )
 
 
@@ -174,7 +177,7 @@ def read_leaf(model: Pretrained | Checkpoint, path: str) -> np.ndarray:
 def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None) -> Iterator[Checkpoint]:
     """Opens a model in a Hugging Face folder or on the hub, to read its parameters one by one.
 
-    Config, keys, shapes and dtypes are checked; no weight is read.
+    Config, keys, shapes and dtypes are checked; no weight is read, but for a tied one that the files have twice.
 
     Args:
       source: a folder or a hub id.
@@ -192,7 +195,8 @@ def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     with open_tensors(*weight_files(folder)) as tensors:
-        sources = find_sources(family.keys, shapes, tensors.headers, str(folder))
+        sources = find_sources(family.table, shapes, tensors.headers, str(folder))
+        check_copies(family.table, sources, tensors.headers, tensors.read, str(folder))
         name = hub_name(source, revision)
         yield Checkpoint(name, revision or "", folder, settings, family, config, tensors, sources, shapes)
 
@@ -266,7 +270,7 @@ def save_pretrained(
     folder = Path(folder)
     family = family_of_config(pretrained.config)
     check_params(pretrained.config, pretrained.params)
-    tensors = to_checkpoint(family.keys, pretrained.params)
+    tensors = to_checkpoint(family.table, pretrained.params)
     headers = {key: tensor_header(key, tensor, dtype) for key, tensor in tensors.items()}
     settings = settings_with_dtype(pretrained.settings or pretrained.config.to_dict(), headers.values())
     file_of = plan_shards(headers, max_shard_size)
@@ -419,7 +423,10 @@ def fetch(source: str | os.PathLike[str], revision: str | None = None) -> tuple[
         snapshot = huggingface_hub.snapshot_download(
             os.fspath(folder),
             revision=revision,
-            allow_patterns=["model.safetensors", "model-*.safetensors", "adapter_model.safetensors", "*.json", "*.txt"],
+            allow_patterns=[
+                *("model.safetensors", "model-*.safetensors", "adapter_model.safetensors"),
+                *("*.json", "*.txt", "tokenizer.model", "*.jinja"),
+            ],
             ignore_patterns=["*/*"],
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:

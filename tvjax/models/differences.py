@@ -17,7 +17,7 @@ _IN_THE_SHAPES = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "patch_size", "qkv_bias", "projection_dim"),
     *("vocab_size", "max_position_embeddings", "num_labels"),
 )
-_BEFORE_TRAINING = ("logit_scale_init_value",)
+_OF_NO_EFFECT = ("logit_scale_init_value", "model_type")
 
 Values = Mapping[str, Any]
 
@@ -42,7 +42,7 @@ def function_values(config: Any, part: str = "") -> dict[str, Any]:
         if name in towers:
             if part in ("", name) or part not in towers:
                 found |= {f"{name}.{field}": item for field, item in function_values(value).items()}
-        elif name not in (*_IN_THE_SHAPES, *_BEFORE_TRAINING) and value is not None:
+        elif name not in (*_IN_THE_SHAPES, *_OF_NO_EFFECT) and value is not None:
             found[name] = value
     return found
 

@@ -7,12 +7,15 @@ from typing import Any, NamedTuple
 
 from tvjax.models.clip import config as clip_config
 from tvjax.models.clip import modeling as clip_modeling
-from tvjax.models.clip import params as clip_params
-from tvjax.models.key_table import KeyTable
+from tvjax.models.clip import table as clip_table
+from tvjax.models.layer_table import LayerTable
+from tvjax.models.llama import config as llama_config
+from tvjax.models.llama import modeling as llama_modeling
+from tvjax.models.llama import table as llama_table
 from tvjax.models.settings import Settings
 from tvjax.models.vit import config as vit_config
 from tvjax.models.vit import modeling as vit_modeling
-from tvjax.models.vit import params as vit_params
+from tvjax.models.vit import table as vit_table
 from tvjax.stages import Model, PyTree
 
 
@@ -23,18 +26,27 @@ class Family(NamedTuple):
       config: its config class, with ``from_dict`` and ``to_dict``.
       init: ``(config, key) -> params``.
       build: ``(config, params, dtype) -> Model``.
-      keys: its key table.
+      table: its layers.
+      inputs: ``(config, examples) -> inputs``, the shapes of what the model takes, so many examples of each kind.
     """
 
     config: type[Any]
     init: Callable[[Any, Any], PyTree]
     build: Callable[..., Model]
-    keys: KeyTable
+    table: LayerTable
+    inputs: Callable[[Any, int], PyTree]
 
 
-CLIP = Family(clip_config.CLIPConfig, clip_modeling.init, clip_modeling.clip, clip_params.KEYS)
-VIT = Family(vit_config.ViTConfig, vit_modeling.init, vit_modeling.vit, vit_params.KEYS)
-FAMILIES = {"clip": CLIP, "clip_vision_model": CLIP, "clip_text_model": CLIP, "vit": VIT}
+CLIP = Family(clip_config.CLIPConfig, clip_modeling.init, clip_modeling.clip, clip_table.TABLE, clip_modeling.inputs)
+VIT = Family(vit_config.ViTConfig, vit_modeling.init, vit_modeling.vit, vit_table.TABLE, vit_modeling.inputs)
+LLAMA = Family(
+    llama_config.LlamaConfig, llama_modeling.init, llama_modeling.llama, llama_table.TABLE, llama_modeling.inputs
+)
+FAMILIES = {
+    **dict.fromkeys(("clip", "clip_vision_model", "clip_text_model"), CLIP),
+    "vit": VIT,
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LLAMA),
+}
 
 
 def family_of_settings(settings: Settings) -> Family:

@@ -1,91 +1,15 @@
-"""One readable table per family says where each layer lies here and in a Hugging Face checkpoint.
-
-Both directions are derived from it. A row names a layer on both sides and its kind; `KINDS` says what the arrays of a
-layer of that kind are called, and how they are laid out, on either side.
-"""
+"""The keys of a family's parameters in a Hugging Face checkpoint, both ways, derived from its layer table."""
 
 from __future__ import annotations
 
-import functools
-import re
-from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from tvjax import tree
+from tvjax.models.layer_table import KINDS, LayerTable, Layout, Leaf, locate, matches
 from tvjax.stages import PyTree
-
-Layout = Callable[[np.ndarray], np.ndarray]
-
-
-class Leaf(NamedTuple):
-    """One array of a layer.
-
-    Attributes:
-      ours: suffix of its path.
-      theirs: suffix of its key.
-      to_ours: their layout to ours.
-      to_theirs: our layout to theirs.
-    """
-
-    ours: str
-    theirs: str
-    to_ours: Layout
-    to_theirs: Layout
-
-
-def _same(x: np.ndarray) -> np.ndarray:
-    return x
-
-
-_BIAS = Leaf("/bias", ".bias", _same, _same)
-KINDS: dict[str, tuple[Leaf, ...]] = {
-    "array": (Leaf("", "", _same, _same),),
-    "batched array": (Leaf("", "", lambda x: x[0], lambda x: x[None]),),
-    "batched token": (Leaf("", "", lambda x: x[0, 0], lambda x: x[None, None]),),
-    "embedding": (Leaf("", ".weight", _same, _same),),
-    "norm": (Leaf("/scale", ".weight", _same, _same), _BIAS),
-    "linear": (Leaf("/kernel", ".weight", np.transpose, np.transpose), _BIAS),
-    "conv": (  # height, width, in, out here; out, in, height, width there
-        Leaf("/kernel", ".weight", lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)),
-        _BIAS,
-    ),
-}
-
-
-class Row(NamedTuple):
-    """One layer: ``{i}`` stands for a number, ``{tower}`` for ``vision`` or ``text``, on both sides.
-
-    Attributes:
-      path: where it lies in our parameters.
-      key: its name in a checkpoint.
-      kind: a key of `KINDS`.
-    """
-
-    path: str
-    key: str
-    kind: str
-
-
-class KeyTable(NamedTuple):
-    """The layers of a family.
-
-    Attributes:
-      rows: every layer that a model of the family can have.
-      unused: keys (with ``{tower}``) that checkpoints may have and the model does not read.
-      wrappers: beginnings of keys that some checkpoints leave out.
-      wrapper_of: by class of transformers, the beginning that its modules' names leave out.
-      renamed: names of modules in recent transformers (with ``{i}``), which its checkpoints do not have, and the keys
-        that stand for them there.
-    """
-
-    rows: tuple[Row, ...]
-    unused: tuple[str, ...] = ()
-    wrappers: tuple[str, ...] = ()
-    wrapper_of: Mapping[str, str] = MappingProxyType({})
-    renamed: tuple[tuple[str, str], ...] = ()
 
 
 class Tensor(NamedTuple):
@@ -104,11 +28,10 @@ class Source(NamedTuple):
 
 
 FLOATS = ("F32", "F16", "BF16")
-_PLACEHOLDERS = {"i": r"\d+", "tower": "vision|text"}
 
 
 def find_sources(
-    table: KeyTable, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], origin: str
+    table: LayerTable, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], origin: str
 ) -> dict[str, Source]:
     """Where to read each parameter, after checking that parameters and checkpoint match completely.
 
@@ -128,11 +51,12 @@ def find_sources(
     names = {key for key, _ in expected.values()}
     found: dict[str, str] = {}  # key as the table spells it -> key in the checkpoint
     surplus = []
+    unused = [*table.unused, *copies_of_tied(table, shapes)]
     for key in tensors:
         spellings = (key, *(wrapper + key for wrapper in table.wrappers))
         name = next((spelling for spelling in spellings if spelling in names), None)
         if name is None or name in found:
-            if not any(_match(pattern, spelling) for pattern in table.unused for spelling in spellings):
+            if not any(matches(pattern, spelling) is not None for pattern in unused for spelling in spellings):
                 surplus.append(key)
         else:
             found[name] = key
@@ -165,7 +89,7 @@ def find_sources(
     return {path: Source(found[name], leaf.to_ours, leaf.to_theirs) for path, (name, leaf) in expected.items()}
 
 
-def to_checkpoint(table: KeyTable, params: PyTree) -> dict[str, np.ndarray]:
+def to_checkpoint(table: LayerTable, params: PyTree) -> dict[str, np.ndarray]:
     """The parameters as the tensors of a Hugging Face checkpoint.
 
     Args:
@@ -182,41 +106,63 @@ def to_checkpoint(table: KeyTable, params: PyTree) -> dict[str, np.ndarray]:
     return tensors
 
 
-def keys_of(table: KeyTable, paths: Iterable[str]) -> dict[str, str]:
-    """The key of each parameter, as the table spells it, by path."""
-    return {path: _locate(table, path)[0] for path in paths}
+def kernels_by_module(table: LayerTable, paths: Iterable[str]) -> dict[str, str]:
+    """The path of the kernel of each linear layer, by the name of its module in a checkpoint: what LoRA can adapt.
+
+    >>> from tvjax.models.clip.table import TABLE
+    >>> kernels_by_module(TABLE, ["text/blocks/0/mlp/up/kernel", "text/blocks/0/mlp/up/bias", "text/final_norm/scale"])
+    {'text_model.encoder.layers.0.mlp.fc1': 'text/blocks/0/mlp/up/kernel'}
+    """
+    found = {}
+    for path in paths:
+        row, leaf, names = locate(table, path)
+        if row.kind in ("linear", "kernel", "conv1d") and leaf.ours == "/kernel":
+            found[row.key.format(**names)] = path
+    return found
 
 
-def module_key(table: KeyTable, module: str) -> str:
+def copies_of_tied(table: LayerTable, paths: Iterable[str]) -> dict[str, str]:
+    """Keys of layers for which the model uses another's leaf, and the path of that leaf: checkpoints may have both."""
+    known = set(paths)
+    tied = [(row, leaf) for row in table.rows if row.tied in known for leaf in KINDS[row.kind]]
+    return {row.key + leaf.theirs: row.tied for row, leaf in tied if row.path + leaf.ours not in known}
+
+
+def check_copies(
+    table: LayerTable,
+    sources: Mapping[str, Source],
+    keys: Collection[str],
+    read: Callable[[str], np.ndarray],
+    origin: str,
+) -> None:
+    """Raises where a checkpoint has a tied leaf twice, with other values: which of them is meant cannot be told.
+
+    Args:
+      table: the family's layers.
+      sources: as `find_sources` returns them.
+      keys: of the checkpoint.
+      read: the tensor of a key; called for copies only.
+      origin: name of the checkpoint, for the error.
+    """
+    for key, path in copies_of_tied(table, sources).items():
+        owner = sources[path].key
+        if key in keys and not np.array_equal(read(key), read(owner)):
+            raise ValueError(
+                f"{origin} has {key} and {owner} with other values, and its config.json says that they are one: write "
+                '"tie_word_embeddings": false into it, or leave the first out of the weights'
+            )
+
+
+def module_key(table: LayerTable, module: str) -> str:
     """The key that stands in checkpoints for a module, whatever the version of transformers calls it."""
     for name, key in table.renamed:
-        match = _pattern(name).fullmatch(module)
-        if match:
-            return key.format(**match.groupdict())
+        found = matches(name, module)
+        if found is not None:
+            return key.format(**found)
     return module
 
 
-def _locate(table: KeyTable, path: str) -> tuple[str, Leaf]:
+def _locate(table: LayerTable, path: str) -> tuple[str, Leaf]:
     """The key of the parameter at a path, and how its layout changes."""
-    for pattern, row, leaf in _leaves(table.rows):
-        match = pattern.fullmatch(path)
-        if match:
-            return row.key.format(**match.groupdict()) + leaf.theirs, leaf
-    raise ValueError(f"no row of the key table names the parameter {path!r}: the model's parameters have other paths")
-
-
-@functools.cache
-def _leaves(rows: tuple[Row, ...]) -> list[tuple[re.Pattern[str], Row, Leaf]]:
-    return [(_pattern(row.path + leaf.ours), row, leaf) for row in rows for leaf in KINDS[row.kind]]
-
-
-def _match(pattern: str, key: str) -> bool:
-    return _pattern(pattern).fullmatch(key) is not None
-
-
-@functools.cache
-def _pattern(text: str) -> re.Pattern[str]:
-    escaped = re.escape(text)
-    for name, expression in _PLACEHOLDERS.items():
-        escaped = escaped.replace(re.escape(f"{{{name}}}"), f"(?P<{name}>{expression})")
-    return re.compile(escaped)
+    row, leaf, names = locate(table, path)
+    return row.key.format(**names) + leaf.theirs, leaf

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,17 +37,18 @@ def fields(config_class: type, settings: Settings) -> dict[str, Any]:
     """
     if not isinstance(settings, Mapping):
         raise ValueError(f"the settings of {config_class.__name__} are {settings!r}, expected an object")
-    names = [field.name for field in dataclasses.fields(config_class)]
-    values = {name: settings[name] for name in names if settings.get(name) is not None}
+    kinds = _kinds(config_class)
+    values = {name: settings[name] for name in kinds if settings.get(name) is not None}
     for name in ("image_size", "patch_size"):
         if name in values:
             values[name] = _square(name, values[name])
-    described: tuple[Any, ...] = dataclasses.fields(config_class)
-    for field in described:
+    for field in dataclasses.fields(config_class):
+        kind, optional = kinds.get(field.name, (None, True))
         value = values.get(field.name, field.default)
-        kinds = (int, float) if isinstance(field.default, float) else type(field.default)
-        if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(field.default, bool):
-            raise ValueError(f"{field.name} is {value!r}, expected {type(field.default).__name__}")
+        if kind is None or (value is None and optional):
+            continue
+        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
+            raise ValueError(f"{field.name} is {value!r}, expected {kind.__name__}")
         if isinstance(value, int | float) and not isinstance(value, bool):
             _check_range(field.name, value)
     if values.get("patch_size", 0) > values.get("image_size", math.inf):
@@ -69,10 +71,21 @@ def part(settings: Settings, key: str) -> Settings:
     return found or {}
 
 
+def _kinds(config_class: type) -> dict[str, tuple[type, bool]]:
+    """The type of each field that is a number, a text or a truth value, and whether it may be None."""
+    found = {}
+    for name, hint in typing.get_type_hints(config_class).items():
+        options = typing.get_args(hint) or (hint,)
+        plain = [option for option in options if option in (int, float, bool, str)]
+        if plain:
+            found[name] = plain[0], type(None) in options
+    return found
+
+
 def _check_range(name: str, value: int | float) -> None:
     """Numbers that no model has are refused here: sizes would be multiplied, and blocks counted, before any weight."""
     greatest = 10_000 if name == "num_hidden_layers" else 2**24
-    least = 0 if isinstance(value, float) or name in ("eos_token_id", "projection_dim") else 1
+    least = 0 if isinstance(value, float) or name in ("eos_token_id", "projection_dim", "max_window_layers") else 1
     if not name.endswith("init_value") and not least <= value <= greatest:
         raise ValueError(f"{name} is {value!r}, expected a number from {least} to {greatest}")
 

@@ -27,7 +27,7 @@ from tvjax.checkpoints import maps as map_files
 from tvjax.checkpoints.huggingface import open_checkpoint, weight_files
 from tvjax.checkpoints.safetensors import fingerprint, open_tensors
 from tvjax.models.families import family_of_config
-from tvjax.models.key_table import Layout
+from tvjax.models.layer_table import Layout
 from tvjax.stages import Model, PyTree, local_params
 
 MODEL, TASK_VECTOR, TRANSPORT, COEFFICIENTS, TENSORS = (
@@ -457,19 +457,8 @@ def model_sites(found: Contents) -> tuple[StageSites, ...]:
     if found.kind != MODEL:
         raise ValueError(f"{found.name!r} is a {found.kind}: only a model has sites")
     params = tree.nest({leaf.path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32) for leaf in found.leaves})
-    return stage_sites(family_of_config(found.config).build(found.config, params), _two_examples(found.config))
-
-
-def _two_examples(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of the inputs of a model, two examples of each."""
-    vision, text = (getattr(config, "vision", config), getattr(config, "text", None))
-    inputs = {}
-    if vision is not None:
-        inputs["pixels"] = jax.ShapeDtypeStruct((2, vision.image_size, vision.image_size, 3), jnp.float32)
-    if text is not None:
-        inputs["tokens"] = jax.ShapeDtypeStruct((2, text.max_position_embeddings), jnp.int32)
-        inputs["mask"] = jax.ShapeDtypeStruct((2, text.max_position_embeddings), bool)
-    return inputs
+    family = family_of_config(found.config)
+    return stage_sites(family.build(found.config, params), family.inputs(found.config, 2))
 
 
 def _model_contents(source: str) -> Contents:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from tvjax.models.clip.config import LEGACY_END_TOKEN, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from tvjax.models.clip.table import TABLE
+from tvjax.models.layer_table import fix_outputs
 from tvjax.models.transformer import (
     Block,
     LayerNorm,
@@ -217,7 +220,6 @@ def clip(config: CLIPConfig, params: PyTree, dtype: DTypeLike = jnp.float32) -> 
       The model.
 
     >>> config = CLIPConfig(CLIPVisionConfig(8, 16, 2, 2, image_size=8, patch_size=4, projection_dim=4), None)
-    >>> import jax
     >>> model = clip(config, init(config, jax.random.key(0)))
     >>> [stage.name for stage in model.stages]
     ['vision/embeddings', 'vision/blocks/0', 'vision/blocks/1', 'vision/head']
@@ -232,7 +234,20 @@ def clip(config: CLIPConfig, params: PyTree, dtype: DTypeLike = jnp.float32) -> 
         stages += _text_stages(config.text, dtype)
     if config.vision and config.text:
         stages.append(Stage("logits", stage_function(Logits), (("logit_scale", "logit_scale"),)))
-    return Model(params, tuple(stages))
+    return Model(params, fix_outputs(TABLE, stages))
+
+
+def inputs(config: CLIPConfig, examples: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of what the model takes: so many images, and so many texts of the greatest length."""
+    shapes = {}
+    if config.vision:
+        side = config.vision.image_size
+        shapes["pixels"] = jax.ShapeDtypeStruct((examples, side, side, 3), jnp.float32)
+    if config.text:
+        length = config.text.max_position_embeddings
+        shapes["tokens"] = jax.ShapeDtypeStruct((examples, length), jnp.int32)
+        shapes["mask"] = jax.ShapeDtypeStruct((examples, length), bool)
+    return shapes
 
 
 def vision_model(model: Model) -> Model:
@@ -287,7 +302,6 @@ def _text_stages(config: CLIPTextConfig, dtype: jnp.dtype) -> list[Stage]:
 def _head(tower: str, function: Callable[[PyTree, PyTree], PyTree], norm: str, projection_dim: int | None) -> Stage:
     if projection_dim is None:
         return Stage(f"{tower}/head", function, _paths(tower, norm))
-    # Not fixed: the embedding spaces of two CLIPs that were trained apart have nothing in common but their rows.
     return Stage(f"{tower}/head", function, _paths(tower, norm, "projection"))
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from tvjax.models.layer_table import fix_outputs
 from tvjax.models.transformer import (
     Block,
     LayerNorm,
@@ -17,6 +19,7 @@ from tvjax.models.transformer import (
     stage_function,
 )
 from tvjax.models.vit.config import ViTConfig
+from tvjax.models.vit.table import TABLE
 from tvjax.stages import Model, PyTree, Stage, Stream
 
 
@@ -109,7 +112,6 @@ def vit(config: ViTConfig, params: PyTree, dtype: DTypeLike = jnp.float32) -> Mo
       The model.
 
     >>> config = ViTConfig(8, 16, 2, 2, image_size=8, patch_size=4, num_labels=5)
-    >>> import jax
     >>> model = vit(config, init(config, jax.random.key(0)))
     >>> model({"pixels": jnp.zeros((3, 8, 8, 3))})["logits"].shape
     (3, 5)
@@ -126,10 +128,14 @@ def vit(config: ViTConfig, params: PyTree, dtype: DTypeLike = jnp.float32) -> Mo
         "head",
         stage_function(Head, config, dtype),
         (("post_norm", "vision/post_norm"), ("head", "head")),
-        fixed=("head/kernel", "head/bias"),
     )
     blocks = block_stages("vision", config.block, config.num_hidden_layers, dtype, stream)
-    return Model(params, (first, *blocks, last))
+    return Model(params, fix_outputs(TABLE, (first, *blocks, last)))
+
+
+def inputs(config: ViTConfig, examples: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of what the model takes: so many images."""
+    return {"pixels": jax.ShapeDtypeStruct((examples, config.image_size, config.image_size, 3), jnp.float32)}
 
 
 def _patch_embeddings(config: ViTConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> PatchEmbeddings:

@@ -1,0 +1,90 @@
+"""What a family's layer table says of the axes of its leaves and of the outputs of its stages."""
+
+import jax
+import pytest
+
+from tvjax import tree
+from tvjax.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from tvjax.models.families import family_of_config
+from tvjax.models.layer_table import Space, in_towers, spaces_of
+from tvjax.models.llama import LlamaConfig
+from tvjax.models.vit import ViTConfig
+
+CONFIGS = {
+    "clip": CLIPConfig(
+        CLIPVisionConfig(8, 16, 2, 2, image_size=8, patch_size=4, projection_dim=4),
+        CLIPTextConfig(16, 12, 16, 2, 4, max_position_embeddings=6, projection_dim=4),
+    ),
+    "llama": LlamaConfig(16, 8, 12, 2, 4, 2, head_dim=6, attention_bias=True, mlp_bias=True, qk_norm=True),
+    "tied llama": LlamaConfig(16, 8, 12, 2, 4, 4, head_dim=6, tie_word_embeddings=True),
+    "vit": ViTConfig(8, 16, 2, 2, image_size=8, patch_size=4),
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request):
+    return CONFIGS[request.param]
+
+
+def shapes_of(config):
+    family = family_of_config(config)
+    return tree.flatten(jax.eval_shape(lambda: family.init(config, jax.random.key(0))))
+
+
+def test_every_axis_is_named_and_axes_of_one_space_are_of_one_size(config):
+    table, sizes = family_of_config(config).table, {}
+    for path, leaf in shapes_of(config).items():
+        spaces = spaces_of(table, config, path)
+        assert len(spaces) == leaf.ndim, path
+        for space, size in zip(spaces, leaf.shape, strict=True):
+            if space is not None:
+                assert sizes.setdefault(space, size) == size, path
+                assert space.heads == 0 or size % space.heads == 0, path
+    assert any(space.heads for space in sizes)
+
+
+def test_heads_of_grouped_queries():
+    config = CONFIGS["llama"]
+    query, key, value, out = (
+        spaces_of(family_of_config(config).table, config, f"blocks/1/attention/{name}/kernel")
+        for name in ("query", "key", "value", "out")
+    )
+    assert query == (Space("residual"), Space("blocks/1/heads:query_key", 4, rotary=True))
+    assert key == (Space("residual"), Space("blocks/1/heads:query_key", 2, rotary=True))
+    assert value == (Space("residual"), Space("blocks/1/heads:value_out", 2))
+    assert out == (Space("blocks/1/heads:value_out", 4), Space("residual"))
+
+
+def test_heads_are_those_of_the_tower():
+    config = CONFIGS["clip"]
+    table = family_of_config(config).table
+    for tower, heads in (("vision", 2), ("text", 4)):
+        _, space = spaces_of(table, config, f"{tower}/blocks/0/attention/query/kernel")
+        assert space == Space(f"{tower}/blocks/0/heads:query_key", heads)
+
+
+def test_the_rows_of_towers_are_those_that_the_model_has():
+    config = CONFIGS["clip"]
+    table = family_of_config(config).table
+    rows = {row.path for row in in_towers(table, CLIPConfig(None, config.text)).rows}
+    assert "text/blocks/{i}/norm1" in rows and not any("tower" in row or "vision" in row for row in rows)
+    assert len(in_towers(table, config).rows) == 8 * 2 + 11
+
+
+@pytest.mark.parametrize(
+    ("name", "fixed"),
+    [
+        ("clip", {}),
+        ("vit", {"head": ("head/kernel", "head/bias")}),
+        ("llama", {"head": ("head/kernel",)}),
+        ("tied llama", {"head": ("tokens",)}),
+    ],
+)
+def test_outputs_that_have_a_meaning_are_fixed_where_they_are_computed(name, fixed):
+    stages = family_of_config(CONFIGS[name]).build(CONFIGS[name], {}).stages
+    assert {stage.name: stage.fixed for stage in stages if stage.fixed} == fixed
+
+
+def test_a_parameter_of_another_model():
+    with pytest.raises(ValueError, match="no row of the layer table names the parameter 'vision/adapter'"):
+        spaces_of(family_of_config(CONFIGS["vit"]).table, CONFIGS["vit"], "vision/adapter")
