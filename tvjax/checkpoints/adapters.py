@@ -20,12 +20,13 @@ import numpy as np
 from tvjax import tree
 from tvjax.checkpoints.adapter_base import check_base
 from tvjax.checkpoints.adapter_config import check_settings, initialisation, model_class, rank_and_scale
-from tvjax.checkpoints.huggingface import Checkpoint, Pretrained, fetch, read_leaf, shapes_of
+from tvjax.checkpoints.folder import Checkpoint, fetch
+from tvjax.checkpoints.huggingface import Pretrained, read_leaf
 from tvjax.checkpoints.json_files import read_json
 from tvjax.checkpoints.memory import to_jax
 from tvjax.checkpoints.safetensors import Fingerprint, Tensors, open_tensors
 from tvjax.merge.adapters import Adapter
-from tvjax.models.families import family_of_config
+from tvjax.models.families import family_of_config, shapes_of
 from tvjax.models.key_table import FLOATS, KeyTable, keys_of, module_key
 
 CONFIG = "adapter_config.json"

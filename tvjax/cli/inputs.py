@@ -15,7 +15,7 @@ from tvjax import tree
 from tvjax.arithmetic import task_vector
 from tvjax.checkpoints import Pretrained, from_pretrained, load_processor
 from tvjax.checkpoints.atomic import replacing
-from tvjax.checkpoints.huggingface import fetch
+from tvjax.checkpoints.folder import fetch
 from tvjax.checkpoints.json_files import read_json
 from tvjax.checkpoints.provenance import check_made_for, check_same_base, check_same_config
 from tvjax.data.batches import few_shot, herding, k_medoids
