@@ -74,11 +74,13 @@ class Converted(NamedTuple):
       parameters: number of their entries.
       dtypes: of the parameters.
       fingerprint: of the model as it was written.
+      left: why tensors were not written, by key: no parameters, which an Orbax directory does not hold.
     """
 
     parameters: int
     dtypes: tuple[str, ...]
     fingerprint: str
+    left: Mapping[str, str]
 
 
 def convert(
@@ -121,6 +123,7 @@ def convert(
         raise ValueError(f"{os.fspath(source)!r} has no revision {revision!r}: leave the revision out")
     if not is_orbax and not is_state_dict and to == "huggingface":
         return _rewrite(source, folder, dtype, max_shard_size, revision)
+    left: Mapping[str, str] = {}
     if is_state_dict:
         if like is None:
             raise ValueError(
@@ -128,8 +131,11 @@ def convert(
                 "folder or hub id of the same shape (like), such as openai/clip-vit-base-patch32"
             )
         model = load_state_dict(source, like, allow_pickle=allow_pickle)
+    elif is_orbax:
+        model = load_orbax(source)
     else:
-        model = load_orbax(source) if is_orbax else from_pretrained(source, revision)
+        with open_checkpoint(source, revision) as opened:
+            model, left = from_pretrained(opened), opened.others
     if dtype is not None:
         leaves = {path: cast(np.asarray(leaf), dtype) for path, leaf in tree.flatten(model.params).items()}
         for path, leaf in leaves.items():
@@ -137,7 +143,7 @@ def convert(
         model = model.with_params(tree.nest({path: to_jax(leaf) for path, leaf in leaves.items()}))
     arrays = jax.tree.leaves(model.params)
     dtypes = tuple(sorted({leaf.dtype.name for leaf in arrays}))
-    found = Converted(sum(leaf.size for leaf in arrays), dtypes, fingerprint(model.params))
+    found = Converted(sum(leaf.size for leaf in arrays), dtypes, fingerprint(model.params), left)
     if to == "orbax":
         save_orbax(model, folder)
     else:
@@ -160,7 +166,7 @@ def _rewrite(
     with open_checkpoint(source, revision) as opened:
 
         def found() -> Converted:
-            return Converted(parameters, tuple(sorted(dtypes)), written.hexdigest())
+            return Converted(parameters, tuple(sorted(dtypes)), written.hexdigest(), {})
 
         def card() -> str:
             return _card(folder, opened.name, opened.revision, dtype, found())

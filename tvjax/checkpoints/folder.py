@@ -251,6 +251,11 @@ def hub_name(source: str | os.PathLike[str], revision: str | None) -> str:
     return os.fspath(source) if revision is None else os.fspath(source).partition("@")[0]
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds a model in safetensors."""
+    return (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a Hugging Face folder: the single one, or those that its index names.
 

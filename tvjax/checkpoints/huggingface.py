@@ -18,7 +18,16 @@ from jax.typing import DTypeLike
 
 from tvjax import tree
 from tvjax.checkpoints.atomic import new_folder, replacing
-from tvjax.checkpoints.folder import INDEX, WEIGHTS, Checkpoint, Name, copy_files, open_checkpoint, weight_files
+from tvjax.checkpoints.folder import (
+    INDEX,
+    WEIGHTS,
+    Checkpoint,
+    Name,
+    copy_files,
+    has_weights,
+    open_checkpoint,
+    weight_files,
+)
 from tvjax.checkpoints.json_files import read_json, write_json
 from tvjax.checkpoints.memory import Scratch
 from tvjax.checkpoints.safetensors import (
@@ -163,7 +172,7 @@ def save_pretrained(
     tensors = to_checkpoint(family.keys, pretrained.params)
     headers = {key: tensor_header(key, tensor, dtype) for key, tensor in tensors.items()}
     settings = settings_with_dtype(pretrained.settings or pretrained.config.to_dict(), headers.values())
-    if family is GENERIC and pretrained.folder is not None:
+    if family is GENERIC and pretrained.folder is not None and has_weights(pretrained.folder):
         with open_checkpoint(pretrained.folder) as like:
             tensors |= {key: like.tensors.map(key) for key in like.others}
             headers |= {key: like.tensors.headers[key] for key in like.others}
@@ -324,9 +333,8 @@ def _without_dtypes(settings: Settings) -> dict[str, Any]:
 
 
 def _replace_model(folder: Path, settings: Settings, tensors: Mapping[str, Any], dtype: DTypeLike | None) -> None:
-    has_weights = (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
     same = (folder / "config.json").is_file() and read_json(folder / "config.json") == settings
-    if has_weights and not same:
+    if has_weights(folder) and not same:
         raise ValueError(
             f"{folder} holds another model (its config.json differs), which one rename cannot replace: give "
             "a new folder, or remove the old one"

@@ -9,7 +9,7 @@ import typer
 
 from tvjax.cli import config as recipes
 from tvjax.cli.options import Json, Quiet
-from tvjax.cli.output import show
+from tvjax.cli.output import left, show
 
 
 def convert(
@@ -50,7 +50,9 @@ def convert(
     )
     recipes.write(context, output)
     show(
-        {"output": output, "source": source, "to": to, "parameters": found.parameters, "dtypes": found.dtypes},
+        {"output": output, "source": source, "to": to, "parameters": found.parameters, "dtypes": found.dtypes}
+        | {"left": found.left},
+        *(f"note: {note}" for note in left(found.left)),
         f"{output}: {source} as {to}, {found.parameters} parameters, {', '.join(found.dtypes)}",
         as_json=as_json,
         quiet=quiet,
