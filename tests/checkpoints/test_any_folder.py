@@ -400,34 +400,65 @@ def test_what_is_open_stays_open(tmp_path):
         assert from_pretrained(opened).params.keys() == one.params.keys()
 
 
+SMALL = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+T5 = {"d_model": 8, "d_ff": 16, "d_kv": 4, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
+IMAGES = {"image_size": 8, "patch_size": 4}
+WHISPER = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "vocab_size": 20}
+WHISPER |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "num_mel_bins": 4}
+WHISPER |= {"max_source_positions": 8, "max_target_positions": 8, "pad_token_id": 0}
+REAL = {
+    "LlamaForCausalLM": SMALL | {"vocab_size": 20, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "T5ForConditionalGeneration": T5,
+    "GPT2LMHeadModel": {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 8, "vocab_size": 20},
+    "BertForSequenceClassification": SMALL | {"vocab_size": 20},
+    "MixtralForCausalLM": SMALL | {"vocab_size": 20, "num_key_value_heads": 2, "num_local_experts": 2},
+    "Dinov2Model": SMALL | IMAGES,
+    "SiglipModel": {"text_config": SMALL | {"vocab_size": 20}, "vision_config": SMALL | IMAGES},
+    "WhisperForConditionalGeneration": WHISPER,
+}
+
+
+def make_real(name, folder, seed):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    kind = getattr(transformers, name)
+    model = kind(kind.config_class(**REAL[name]))
+    with torch.no_grad():
+        for parameter in model.parameters():  # whatever is zero or one at first
+            parameter.copy_(torch.round(torch.randn_like(parameter) * 64) / 128)
+    model.save_pretrained(folder)
+    return kind
+
+
 @pytest.mark.torch
-@pytest.mark.parametrize(
-    ("config", "model", "sizes"),
-    [
-        ("LlamaConfig", "LlamaForCausalLM", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
-        ("GPT2Config", "GPT2LMHeadModel", {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 8}),
-        ("BertConfig", "BertForSequenceClassification", {}),
-        (
-            "T5Config",
-            "T5ForConditionalGeneration",
-            {"d_model": 8, "d_ff": 16, "d_kv": 4, "num_layers": 1, "num_heads": 2},
-        ),
-    ],
-)
-def test_models_of_transformers(tmp_path, config, model, sizes):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    small = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    made = getattr(transformers, config)(
-        **({} if {"n_embd", "d_model"} & sizes.keys() else small), vocab_size=20, **sizes
-    )
+@pytest.mark.parametrize("name", REAL)
+def test_models_of_transformers_come_back(tmp_path, name):
     for seed in (0, 1):
-        torch.manual_seed(seed)
-        getattr(transformers, model)(made).save_pretrained(tmp_path / str(seed))
+        kind = make_real(name, tmp_path / str(seed), seed)
     streaming.extract(tmp_path / "0", tmp_path / "1", tmp_path / "tau.safetensors")
     streaming.apply(tmp_path / "0", [tmp_path / "tau.safetensors"], tmp_path / "edited")
-    edited, tuned = (getattr(transformers, model).from_pretrained(tmp_path / name).eval() for name in ("edited", "1"))
-    ids = {"input_ids": torch.tensor([[3, 4, 5]])}
-    ids |= {"decoder_input_ids": torch.tensor([[0, 3]])} if model.startswith("T5") else {}
+    edited, tuned = (kind.from_pretrained(tmp_path / folder).state_dict() for folder in ("edited", "1"))
+    check_same({key: x.numpy() for key, x in edited.items()}, {key: x.numpy() for key, x in tuned.items()})
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of PEFT's own calls
+@pytest.mark.parametrize(("name", "modules"), [("LlamaForCausalLM", "q_proj"), ("GPT2LMHeadModel", "c_attn")])
+@pytest.mark.parametrize("initial", [True, "pissa"])
+def test_adapters_of_models_of_transformers(tmp_path, name, modules, initial):
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    kind = make_real(name, tmp_path / "base", 0)
+    settings = {"r": 2, "target_modules": [modules], "fan_in_fan_out": name.startswith("GPT2")}
+    model = peft.get_peft_model(
+        kind.from_pretrained(tmp_path / "base"), peft.LoraConfig(init_lora_weights=initial, **settings)
+    )
     with torch.no_grad():
-        torch.testing.assert_close(edited(**ids).logits, tuned(**ids).logits, atol=1e-5, rtol=1e-5)
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "lora")
+    streaming.extract_adapter(tmp_path / "base", tmp_path / "lora", tmp_path / "tau.safetensors", any_base=True)
+    streaming.apply(tmp_path / "base", [tmp_path / "tau.safetensors"], tmp_path / "edited")
+    edited, merged = kind.from_pretrained(tmp_path / "edited").state_dict(), model.merge_and_unload().state_dict()
+    for key, tensor in merged.items():
+        torch.testing.assert_close(edited[key], tensor, atol=1e-5, rtol=1e-5)
