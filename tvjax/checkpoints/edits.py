@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -21,11 +21,11 @@ from tvjax.checkpoints.provenance import check_made_for, check_same_base, check_
 from tvjax.checkpoints.safetensors import (
     Fingerprint,
     cast,
+    check_finite,
     open_tensors,
     tensor_header,
 )
 from tvjax.checkpoints.side_by_side import Progress, SideBySide
-from tvjax.models.key_table import Tensor
 from tvjax.stages import PyTree
 
 
@@ -47,39 +47,29 @@ class Applied(NamedTuple):
     left: Mapping[str, str]
 
 
-class MadeFor(NamedTuple):
-    """What the files of task vectors say of their model.
+class Purpose(NamedTuple):
+    """Which model task vectors are for, and what made them.
 
     Attributes:
-      names: of the files.
-      base: the identity of the model; empty where none says it.
-      any_base: whether they may be added to another one.
+      names: of their files.
+      metadata: of each file.
+      any_base: whether they are taken for another model too.
     """
 
     names: Sequence[str]
-    base: Mapping[str, str]
+    metadata: Sequence[Mapping[str, str]]
     any_base: bool = False
 
+    def check(self, base: Checkpoint, taus: Sequence[PyTree]) -> None:
+        """Raises a ValueError unless the task vectors fit a model, as far as shapes and configs tell."""
+        _check_fit(base, taus, self.names)
+        made_for = check_same_base(self.names, self.metadata, self.any_base)
+        check_same_config(made_for, base, self.names, self.any_base)
 
-class _TaskVector(Protocol):
-    """A task vector, in a file or in memory."""
-
-    headers: dict[str, Tensor]
-
-    def read(self, key: str, out: np.ndarray | None = None) -> np.ndarray:
-        """One leaf."""
-
-
-class _InMemory:
-    """A tree of arrays as a task vector."""
-
-    def __init__(self, tau: PyTree):
-        self._leaves = tree.flatten(tau)
-        self.headers = {path: tensor_header(path, leaf) for path, leaf in self._leaves.items()}
-
-    def read(self, key: str, out: np.ndarray | None = None) -> np.ndarray:
-        """One leaf."""
-        return np.asarray(self._leaves[key])
+    def check_weights(self, base: Checkpoint, fingerprint: str) -> None:
+        """Raises a ValueError where they were made for other weights than those of a model."""
+        made_for = check_same_base(self.names, self.metadata, self.any_base)
+        check_made_for(made_for, base.name, fingerprint, self.names, self.any_base)
 
 
 def apply(
@@ -121,125 +111,75 @@ def apply(
         raise ValueError("apply needs at least one task vector")
     names = [os.fspath(file) for file in task_vectors]
     with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(open_tensors(name)) for name in names]
+        taus = [{path: tensors.map(path) for path in tensors.headers} for tensors in opened]
+        made_by = Purpose(names, [tensors.metadata for tensors in opened], any_base)
         base = stack.enter_context(open_checkpoint(model, revision))
-        taus = [stack.enter_context(open_tensors(name)) for name in names]
-        metadata = [tau.metadata for tau in taus]
-        made_for = _check_base(base, taus, names, metadata, any_base)
+        made_by.check(base, taus)
+        action = f"{len(names)} task vector{'s' if len(names) > 1 else ''} added to the weights of the base model."
+        settings = {"any_base": any_base, "dtype": None if dtype is None else np.dtype(dtype).name}
+        return apply_trees(
+            base,
+            taus,
+            folder,
+            made_by,
+            scale=scale,
+            action=action,
+            settings=settings,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            progress=progress,
+        )
 
-        def card(about: Mapping[str, str], results: Mapping[str, Any]) -> str:
-            return model_card(
-                Path(folder).name,
-                f"{len(names)} task vector{'s' if len(names) > 1 else ''} added to the weights of the base model.",
-                about,
-                inputs=dict(zip(names, metadata, strict=True)),
-                settings={"scale": scale, "any_base": any_base, "dtype": _name_of(dtype)},
-                results=results,
-            )
 
-        return _write_edited(base, taus, folder, scale, made_for, card, dtype, max_shard_size, progress)
-
-
-def apply_tree(
-    model: Name,
-    tau: PyTree,
+def apply_trees(
+    base: Checkpoint,
+    taus: Sequence[PyTree],
     folder: str | os.PathLike[str],
-    made_for: MadeFor,
+    made_by: Purpose,
     *,
-    card: Callable[[Mapping[str, str], Mapping[str, Any]], str],
     scale: float = 1.0,
+    action: str,
+    settings: Mapping[str, Any],
+    dtype: DTypeLike | None = None,
+    max_shard_size: int | str | None = None,
     progress: Progress | None = None,
 ) -> Applied:
-    """Writes a model plus a task vector that is in memory, tensor by tensor; see `apply`.
+    """Writes a model plus task vectors that are in memory, or mapped into it; see `apply`.
 
     Args:
-      model: theta_0, a folder, a hub id, or a model that is open.
-      tau: the task vector.
+      base: theta_0.
+      taus: nested dicts of arrays, which fit (`Purpose.check`).
       folder: where to; a new folder, which appears when it is complete.
-      made_for: of `check_base`.
-      card: gives the content of ``README.md``, of the base's identity and of what came out.
-      scale: factor of the task vector.
+      made_by: the files that the task vectors come from.
+      scale: factor of the task vectors.
+      action: what the model card says was done.
+      settings: of the model card, beside the scale.
+      dtype: dtype of all parameters; None keeps that of each.
+      max_shard_size: of one file, in bytes or like ``5GB``; None keeps the files of the model.
       progress: called with leaves done, leaves in all, and the path of the last.
 
     Raises:
-      ValueError: weights other than those that tau was made for, or values that are not finite: nothing is left behind.
+      ValueError: as `apply`.
     """
-    with open_checkpoint(model) as base:
-        return _write_edited(base, [_InMemory(tau)], folder, scale, made_for, card, None, None, progress)
-
-
-def check_base(
-    base: Checkpoint,
-    taus: Sequence[PyTree],
-    names: Sequence[str],
-    metadata: Sequence[Mapping[str, str]],
-    any_base: bool = False,
-) -> MadeFor:
-    """Checks that task vectors belong to a model, as far as headers and configs tell; no weight is read.
-
-    Args:
-      base: the model.
-      taus: nested dicts of arrays.
-      names: of their files.
-      metadata: of each.
-      any_base: whether they may have been made for another model.
-
-    Returns:
-      What is still to be compared with the weights.
-
-    Raises:
-      ValueError: leaves that do not fit, naming each; or that were made for another model.
-    """
-    return _check_base(base, [_InMemory(tau) for tau in taus], names, metadata, any_base)
-
-
-def _check_base(
-    base: Checkpoint,
-    taus: Sequence[_TaskVector],
-    names: Sequence[str],
-    metadata: Sequence[Mapping[str, str]],
-    any_base: bool,
-) -> MadeFor:
-    _check_fit(base, taus, names)
-    made_for = check_same_base(names, metadata, any_base)
-    check_same_config(made_for, base, names, any_base)
-    return MadeFor(names, made_for, any_base)
-
-
-def _write_edited(
-    base: Checkpoint,
-    taus: Sequence[_TaskVector],
-    folder: str | os.PathLike[str],
-    scale: float,
-    made_for: MadeFor,
-    card: Callable[[Mapping[str, str], Mapping[str, Any]], str],
-    dtype: DTypeLike | None,
-    max_shard_size: int | str | None,
-    progress: Progress | None,
-) -> Applied:
-    """The model and the sum of task vectors, leaf by leaf."""
+    flat = [tree.flatten(tau) for tau in taus]
     written, scratch = Fingerprint(), Scratch()
     changed: list[str] = []
     count = sum(math.prod(shape) for shape in base.shapes.values())
     with SideBySide(base) as reader:
 
-        def final_card() -> str:
-            about = {
-                "base_model": base.name,
-                "base_revision": base.revision,
-                "base_fingerprint": reader.fingerprints()[0],
-            }
-            results = {
-                "fingerprint": written.hexdigest(),
-                "parameters": count,
-                "leaves changed": len(changed),
-                "leaves copied": len(base.shapes) - len(changed),
-            }
-            return card(about, results)
+        def card() -> str:
+            digest = reader.fingerprints()[0]
+            about = {"base_model": base.name, "base_revision": base.revision, "base_fingerprint": digest}
+            results = {"fingerprint": written.hexdigest(), "parameters": count}
+            results |= {"leaves changed": len(changed), "leaves copied": len(base.shapes) - len(changed)}
+            inputs = dict(zip(made_by.names, made_by.metadata, strict=True))
+            chosen = {"scale": scale, **settings}
+            return model_card(Path(folder).name, action, about, inputs=inputs, settings=chosen, results=results)
 
-        writing = write_checkpoint(base, folder, dtype=dtype, max_shard_size=max_shard_size, card=final_card)
-        with writing as write:
+        with write_checkpoint(base, folder, dtype=dtype, max_shard_size=max_shard_size, card=card) as write:
             for leaf, (theta,) in reader.leaves(progress):
-                parts = [tau for tau in taus if leaf in tau.headers]
+                parts = [tau[leaf] for tau in flat if leaf in tau]
                 if parts:
                     changed.append(leaf)
                 whole = _edit(theta, parts, leaf, scale, scratch) if parts else theta
@@ -247,22 +187,18 @@ def _write_edited(
                 hashed = reader.submit(written.add, leaf, edited)
                 write(leaf, edited)
                 hashed.result()
-            (digest,) = reader.fingerprints()
-            check_made_for(made_for.base, base.name, digest, made_for.names, made_for.any_base)
+            made_by.check_weights(base, reader.fingerprints()[0])
     covered = set(changed)
     copied = tuple(leaf for leaf in sorted(base.shapes) if leaf not in covered)
     return Applied(tuple(changed), copied, count, written.hexdigest(), base.others)
 
 
-def _name_of(dtype: DTypeLike | None) -> str | None:
-    return None if dtype is None else np.dtype(dtype).name
-
-
-def _edit(theta: np.ndarray, parts: Sequence[_TaskVector], leaf: str, scale: float, scratch: Scratch) -> np.ndarray:
+def _edit(theta: np.ndarray, parts: Sequence[Any], leaf: str, scale: float, scratch: Scratch) -> np.ndarray:
     """``theta + scale * sum(parts)`` in float32."""
     total = scratch.wide("total", theta.shape)
-    for number, tau in enumerate(parts):
-        change = tau.read(leaf, scratch.take("tau", total.size * 8))
+    for number, part in enumerate(parts):
+        change = np.asarray(part)
+        check_finite(leaf, change)
         if number:
             np.add(total, change, out=total, casting="same_kind")
         else:
@@ -272,12 +208,14 @@ def _edit(theta: np.ndarray, parts: Sequence[_TaskVector], leaf: str, scale: flo
         return np.add(theta, total, out=total, casting="same_kind")
 
 
-def _check_fit(base: Checkpoint, taus: Sequence[_TaskVector], names: Sequence[str]) -> None:
+def _check_fit(base: Checkpoint, taus: Sequence[PyTree], names: Sequence[str]) -> None:
     problems = []
     for name, tau in zip(names, taus, strict=True):
-        if not tau.headers:
+        leaves = tree.flatten(tau)
+        if not leaves:
             problems.append(f"{name}: holds no leaves")
-        for path, header in tau.headers.items():
+        for path, leaf in leaves.items():
+            header = tensor_header(path, leaf)
             if path not in base.shapes:
                 problems.append(f"{path} of {name}: not in the model")
             elif header.shape != base.shapes[path]:

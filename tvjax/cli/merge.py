@@ -53,7 +53,7 @@ def merge(
     """
     from tvjax import arithmetic, tree
     from tvjax import merge as methods
-    from tvjax.checkpoints import map_tree, model_card, save_tree, streaming
+    from tvjax.checkpoints import map_tree, save_tree, streaming
     from tvjax.checkpoints.folder import open_checkpoint
     from tvjax.cli import inputs
     from tvjax.cli.output import left, show
@@ -66,6 +66,7 @@ def merge(
     names = [str(file) for file in task_vectors]
     loaded, made = zip(*map(map_tree, task_vectors), strict=True)
     metadata = inputs.common_base(task_vectors, made, any_base)
+    made_by = streaming.Purpose(names, made, any_base)
     taus, partly = methods.cover(loaded)
     rows: list[MergedLeaf] = []
     leaves = len(tree.flatten(taus[0]))
@@ -73,7 +74,7 @@ def merge(
     with contextlib.ExitStack() as stack:
         if model is not None and not as_file:
             base = stack.enter_context(open_checkpoint(model))
-            made_for = streaming.check_base(base, loaded, names, made, any_base)
+            made_by.check(base, loaded)
         tell = stack.enter_context(progress(method, quiet))
 
         def report(row: MergedLeaf) -> None:
@@ -81,17 +82,13 @@ def merge(
             rows.append(row._replace(measures=row.measures | covered))
             tell(len(rows), leaves, row.path)
 
-        def card(about: Mapping[str, str], results: Mapping[str, Any]) -> str:
-            action = f"{len(loaded)} task vectors, merged by {method}, were added to the weights of the base model."
-            settings = {"method": method, "scale": scale, **chosen}
-            inputs = dict(zip(names, made, strict=True))
-            return model_card(output.name, action, about, inputs=inputs, settings=settings, results=results)
-
         tau = function(taus, report=report)
         if as_file:
             save_tree(output, arithmetic.scale(tau, scale), metadata, dtype)
         else:
-            applied = streaming.apply_tree(base, tau, output, made_for, card=card, scale=scale)
+            action = f"{len(loaded)} task vectors, merged by {method}, were added to the weights of the base model."
+            settings = {"method": method, **chosen}
+            applied = streaming.apply_trees(base, [tau], output, made_by, scale=scale, action=action, settings=settings)
             notes += [f"note: {note}" for note in left(applied.left)]
     about = {"method": method, "scale": scale, "task_vectors": names}
     if partly:
