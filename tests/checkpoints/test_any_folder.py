@@ -1,6 +1,7 @@
 """Any folder of safetensors: task vectors, merges and conversions of models that tvjax has no modelling code for."""
 
 import json
+from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -10,6 +11,7 @@ import safetensors.numpy
 
 from tvjax import arithmetic, merge, tree
 from tvjax.checkpoints import fingerprint, from_pretrained, load_orbax, load_tree, save_pretrained, streaming
+from tvjax.checkpoints import safetensors as safetensors_files
 from tvjax.checkpoints.folder import open_checkpoint
 from tvjax.cli.main import run
 
@@ -104,9 +106,9 @@ def values(shapes, seed, around=None):
 def write(folder, settings, tensors, shards=1):
     folder.mkdir(parents=True)
     keys = sorted(tensors)
-    names = (
-        [f"model-{n + 1:05}-of-{shards:05}.safetensors" for n in range(shards)] if shards > 1 else ["model.safetensors"]
-    )
+    names = ["model.safetensors"]
+    if shards > 1:
+        names = [f"model-{n + 1:05}-of-{shards:05}.safetensors" for n in range(shards)]
     file_of = {key: names[number % shards] for number, key in enumerate(keys)}
     for name in names:
         part = {key: np.ascontiguousarray(tensors[key]) for key in keys if file_of[key] == name}
@@ -191,9 +193,8 @@ def test_weights_of_16_bits_are_rounded_once(tmp_path):
     streaming.extract(base, tuned, tmp_path / "tau.safetensors")
     streaming.apply(base, [tmp_path / "tau.safetensors"], tmp_path / "edited")
     wide = {key: (x.astype(np.float32), theta_ft[key].astype(np.float32)) for key, x in theta_0.items()}
-    check_same(
-        read(tmp_path / "edited"), {key: (x + (y - x)).astype(ml_dtypes.bfloat16) for key, (x, y) in wide.items()}
-    )
+    rounded = {key: (x + (y - x)).astype(ml_dtypes.bfloat16) for key, (x, y) in wide.items()}
+    check_same(read(tmp_path / "edited"), rounded)
 
 
 def test_what_takes_no_part_is_reported(tmp_path, capsys):
@@ -204,10 +205,8 @@ def test_what_takes_no_part_is_reported(tmp_path, capsys):
     theta_ft["classifier.weight"] = theta_ft.pop("bert.pooler.dense.weight")
     base = write(tmp_path / "base", settings, theta_0 | others)
     tuned = write(tmp_path / "tuned", settings, theta_ft | others)
-    assert (
-        run(["extract", "--pretrained", str(base), "--finetuned", str(tuned), "--output", f"{tmp_path}/a.safetensors"])
-        == 0
-    )
+    models = ["--pretrained", str(base), "--finetuned", str(tuned)]
+    assert run(["extract", *models, "--output", f"{tmp_path}/a.safetensors"]) == 0
     said = capsys.readouterr().out
     for line in (
         "takes no part (I64, no parameter): bert.embeddings.position_ids",
@@ -218,6 +217,18 @@ def test_what_takes_no_part_is_reported(tmp_path, capsys):
         assert line in said
     tau = tree.flatten(load_tree(tmp_path / "a.safetensors")[0])
     assert len(tau) == len(shapes) - 2
+
+
+def test_a_part_is_named_by_its_path(tmp_path):
+    settings, shapes, _ = llama()
+    base = write(tmp_path / "base", settings, values(shapes, 0))
+    tuned = write(tmp_path / "tuned", settings, values(shapes, 1))
+    found = streaming.extract(base, tuned, tmp_path / "tau.safetensors", subtree="model/layers/1")
+    tau = tree.flatten(load_tree(tmp_path / "tau.safetensors")[0])
+    inside = {key.replace(".", "/") for key in shapes if key.startswith("model.layers.1.")}
+    assert tau.keys() == inside and set(found.changed_outside) == {key.replace(".", "/") for key in shapes} - inside
+    with pytest.raises(ValueError, match="has no part 'layers', only model"):
+        streaming.extract(base, tuned, tmp_path / "none.safetensors", subtree="layers")
 
 
 def test_a_tied_copy_that_one_file_lacks_changes_with_its_owner(tmp_path):
@@ -263,10 +274,8 @@ def test_convert_there_and_back(tmp_path, to):
     theta = values(shapes, 0)
     base = write(tmp_path / "base", settings, theta | others, 2)
     (base / "merges.txt").write_text("#version\n")
-    assert (
-        run(["convert", str(base), "--output", str(tmp_path / "out"), "--to", to, "--dtype", "bfloat16", "--quiet"])
-        == 0
-    )
+    words = ["--to", to, "--dtype", "bfloat16", "--quiet"]
+    assert run(["convert", str(base), "--output", str(tmp_path / "out"), *words]) == 0
     assert (tmp_path / "out" / "merges.txt").exists()
     half = {key: x.astype(ml_dtypes.bfloat16) for key, x in theta.items()}
     if to == "huggingface":
@@ -341,53 +350,38 @@ def test_a_command_opens_each_config_and_reads_each_weight_once(tmp_path, monkey
     base = write(tmp_path / "base", settings, values(shapes, 0) | others, 2)
     tuned = write(tmp_path / "tuned", settings, values(shapes, 1) | others)
     opened, weights = [], []
-    from tvjax.checkpoints import folder, safetensors
+    read_text, read_tensor = Path.read_text, safetensors_files.Tensors.read
 
-    read_json, read_tensor = folder.read_json, safetensors.Tensors.read
-    monkeypatch.setattr(folder, "read_json", lambda path, *hint: opened.append(str(path)) or read_json(path, *hint))
+    def text_of(path, *arguments, **options):
+        opened.append(str(path))
+        return read_text(path, *arguments, **options)
 
-    def counted(self, key, out=None):
+    def open_file(path, *arguments, **options):
+        opened.append(str(path))
+        return open(path, *arguments, **options)
+
+    def tensor_of(self, key, out=None):
         weights.append((self.file_of[key], key))
         return read_tensor(self, key, out)
 
-    monkeypatch.setattr(safetensors.Tensors, "read", counted)
-    model = ["--model", str(base), "--quiet", "--output"]
+    monkeypatch.setattr(Path, "read_text", text_of)
+    monkeypatch.setattr(safetensors_files, "open", open_file, raising=False)
+    monkeypatch.setattr(safetensors_files.Tensors, "read", tensor_of)
+    tau = f"{tmp_path}/a.safetensors"
+    models = ["--pretrained", str(base), "--finetuned", str(tuned)]
     for words, sides in (
-        (
-            [
-                "extract",
-                "--pretrained",
-                str(base),
-                "--finetuned",
-                str(tuned),
-                "--quiet",
-                "--output",
-                f"{tmp_path}/a.safetensors",
-            ],
-            (base, tuned),
-        ),
-        (["apply", f"{tmp_path}/a.safetensors", *model, str(tmp_path / "applied")], (base,)),
-        (
-            [
-                "merge",
-                f"{tmp_path}/a.safetensors",
-                f"{tmp_path}/a.safetensors",
-                "--method",
-                "average",
-                *model,
-                str(tmp_path / "merged"),
-            ],
-            (base,),
-        ),
+        (["extract", *models, "--output", tau], (base, tuned)),
+        (["apply", tau, "--model", str(base), "--output", f"{tmp_path}/applied"], (base,)),
+        (["merge", tau, tau, "--method", "average", "--model", str(base), "--output", f"{tmp_path}/merged"], (base,)),
     ):
         opened.clear()
         weights.clear()
         assert run(words) == 0
-        assert sorted(path for path in opened if path.endswith("config.json")) == [
-            f"{side}/config.json" for side in sides
-        ]
-        of_models = [entry for entry in weights if not entry[0].endswith("a.safetensors")]
-        assert len(of_models) == len(set(of_models)) == len(shapes) * len(sides)
+        files = [str(file) for side in sides for file in side.glob("*.safetensors")]
+        for file in (*files, *(f"{side}/config.json" for side in sides)):
+            assert opened.count(file) == 1, file
+        read_of_models = [entry for entry in weights if entry[0] in files]
+        assert len(read_of_models) == len(set(read_of_models)) == len(shapes) * len(sides)
 
 
 def test_what_is_open_stays_open(tmp_path):

@@ -21,6 +21,8 @@ CONFIG = CLIPConfig(
     CLIPTextConfig(16, 8, 16, 1, 2, max_position_embeddings=6, eos_token_id=15, projection_dim=4),
 )
 
+QUANTISED = '{"quantization_config": {"quant_method": "gptq"}}'
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -169,7 +171,7 @@ def things(folder, tmp_path):
     save_coefficients(tmp_path / "coefficients.safetensors", init_coefficients([{"w": jnp.ones(2)}]))
     (tmp_path / "cut.safetensors").write_bytes((folder / "a.safetensors").read_bytes()[:100])
     (tmp_path / "text.safetensors").write_text("hello")
-    for name, config in (("broken", "{"), ("list", "[]"), ("number", '{"model_type": 3}'), ("other", "{}")):
+    for name, config in (("broken", "{"), ("list", "[]"), ("number", '{"model_type": 3}'), ("int4", QUANTISED)):
         shutil.copytree(folder / "model", tmp_path / name)
         (tmp_path / name / "config.json").write_text(config)
     (tmp_path / "no_config").mkdir()
@@ -193,7 +195,7 @@ def things(folder, tmp_path):
         ("broken", "config.json"),
         ("list", "holds a list, expected an object"),
         ("number", "model_type 3 is not supported"),
-        ("other", "has neither model.safetensors nor"),
+        ("int4", r"the weights are quantised \(gptq\)"),
         ("no_config", "has no config.json"),
         ("unfitting", "do not fit its config.json"),
     ],

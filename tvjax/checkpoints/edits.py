@@ -47,8 +47,8 @@ class Applied(NamedTuple):
     left: Mapping[str, str]
 
 
-class Purpose(NamedTuple):
-    """Which model task vectors are for, and what made them.
+class Origin(NamedTuple):
+    """Where task vectors come from, and what their files say of the model that they were made for.
 
     Attributes:
       names: of their files.
@@ -113,16 +113,16 @@ def apply(
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(open_tensors(name)) for name in names]
         taus = [{path: tensors.map(path) for path in tensors.headers} for tensors in opened]
-        made_by = Purpose(names, [tensors.metadata for tensors in opened], any_base)
+        origin = Origin(names, [tensors.metadata for tensors in opened], any_base)
         base = stack.enter_context(open_checkpoint(model, revision))
-        made_by.check(base, taus)
+        origin.check(base, taus)
         action = f"{len(names)} task vector{'s' if len(names) > 1 else ''} added to the weights of the base model."
         settings = {"any_base": any_base, "dtype": None if dtype is None else np.dtype(dtype).name}
         return apply_trees(
             base,
             taus,
             folder,
-            made_by,
+            origin,
             scale=scale,
             action=action,
             settings=settings,
@@ -136,7 +136,7 @@ def apply_trees(
     base: Checkpoint,
     taus: Sequence[PyTree],
     folder: str | os.PathLike[str],
-    made_by: Purpose,
+    origin: Origin,
     *,
     scale: float = 1.0,
     action: str,
@@ -149,9 +149,9 @@ def apply_trees(
 
     Args:
       base: theta_0.
-      taus: nested dicts of arrays, which fit (`Purpose.check`).
+      taus: nested dicts of arrays, which fit (`Origin.check`).
       folder: where to; a new folder, which appears when it is complete.
-      made_by: the files that the task vectors come from.
+      origin: the files that the task vectors come from.
       scale: factor of the task vectors.
       action: what the model card says was done.
       settings: of the model card, beside the scale.
@@ -169,11 +169,10 @@ def apply_trees(
     with SideBySide(base) as reader:
 
         def card() -> str:
-            digest = reader.fingerprints()[0]
-            about = {"base_model": base.name, "base_revision": base.revision, "base_fingerprint": digest}
+            about = base.identity(reader.fingerprints()[0])
             results = {"fingerprint": written.hexdigest(), "parameters": count}
             results |= {"leaves changed": len(changed), "leaves copied": len(base.shapes) - len(changed)}
-            inputs = dict(zip(made_by.names, made_by.metadata, strict=True))
+            inputs = dict(zip(origin.names, origin.metadata, strict=True))
             chosen = {"scale": scale, **settings}
             return model_card(Path(folder).name, action, about, inputs=inputs, settings=chosen, results=results)
 
@@ -187,7 +186,7 @@ def apply_trees(
                 hashed = reader.submit(written.add, leaf, edited)
                 write(leaf, edited)
                 hashed.result()
-            made_by.check_weights(base, reader.fingerprints()[0])
+            origin.check_weights(base, reader.fingerprints()[0])
     covered = set(changed)
     copied = tuple(leaf for leaf in sorted(base.shapes) if leaf not in covered)
     return Applied(tuple(changed), copied, count, written.hexdigest(), base.others)

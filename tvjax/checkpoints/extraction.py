@@ -21,7 +21,6 @@ from tvjax.checkpoints.safetensors import (
     write_tensors,
 )
 from tvjax.checkpoints.side_by_side import Progress, SideBySide
-from tvjax.models.differences import function_values, to_text
 from tvjax.models.families import GENERIC
 from tvjax.models.key_table import Tensor
 
@@ -91,10 +90,7 @@ def extract(
             (base.name, tuned.name), (base.config, tuned.config), _part(list(covered)), allow_config_differences
         )
         metadata = {
-            "base_model": base.name,
-            "base_revision": base.revision,
-            "base_config": to_text(function_values(base.config)),
-            "base_fingerprint": _UNKNOWN,
+            **base.identity(_UNKNOWN),
             "finetuned_model": tuned.name,
             "finetuned_revision": tuned.revision,
             "finetuned_fingerprint": _UNKNOWN,
@@ -157,10 +153,7 @@ def extract_adapter(
     ):
         covered = sorted(opened.factors)
         metadata = {
-            "base_model": base.name,
-            "base_revision": base.revision,
-            "base_config": to_text(function_values(base.config)),
-            "base_fingerprint": _UNKNOWN,
+            **base.identity(_UNKNOWN),
             "finetuned_model": opened.name,
             "finetuned_revision": opened.revision,
             "finetuned_fingerprint": opened.fingerprint(),

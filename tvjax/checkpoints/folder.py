@@ -23,6 +23,7 @@ from tvjax.checkpoints.atomic import replacing
 from tvjax.checkpoints.json_files import read_json
 from tvjax.checkpoints.memory import Scratch, contiguous, to_jax
 from tvjax.checkpoints.safetensors import Tensors, open_tensors, tensor_bytes
+from tvjax.models.differences import function_values, to_text
 from tvjax.models.families import GENERIC, Family, family_of_settings, shapes_of
 from tvjax.models.generic import shapes_of_tensors
 from tvjax.models.key_table import Source, find_sources
@@ -132,6 +133,15 @@ class Checkpoint:
 
         known = (self.folder / "config.json").is_file() and self.family is not GENERIC
         return read_processor(self.folder, getattr(self.config, "text", None) if known else None)
+
+    def identity(self, fingerprint: str) -> dict[str, str]:
+        """Name, revision, config and fingerprint, as `tvjax.checkpoints.Pretrained.identity` has them."""
+        return {
+            "base_model": self.name,
+            "base_revision": self.revision,
+            "base_config": to_text(function_values(self.config)),
+            "base_fingerprint": fingerprint,
+        }
 
     def read(self, path: str, scratch: Scratch, keep: bool = False) -> np.ndarray:
         """One parameter, in its own dtype and our layout, contiguous.

@@ -62,6 +62,7 @@ class Pretrained:
       folder: the local folder that it was read from; None for a model that was made here.
       settings: the content of that folder's ``config.json``.
 
+    >>> import jax
     >>> from tvjax.models.vit import config, modeling
     >>> shape = config.ViTConfig(8, 16, 1, 2, image_size=8, patch_size=4)
     >>> made_here = Pretrained(modeling.vit(shape, modeling.init(shape, jax.random.key(0))), shape)

@@ -66,7 +66,7 @@ def merge(
     names = [str(file) for file in task_vectors]
     loaded, made = zip(*map(map_tree, task_vectors), strict=True)
     metadata = inputs.common_base(task_vectors, made, any_base)
-    made_by = streaming.Purpose(names, made, any_base)
+    origin = streaming.Origin(names, made, any_base)
     taus, partly = methods.cover(loaded)
     rows: list[MergedLeaf] = []
     leaves = len(tree.flatten(taus[0]))
@@ -74,7 +74,7 @@ def merge(
     with contextlib.ExitStack() as stack:
         if model is not None and not as_file:
             base = stack.enter_context(open_checkpoint(model))
-            made_by.check(base, loaded)
+            origin.check(base, loaded)
         tell = stack.enter_context(progress(method, quiet))
 
         def report(row: MergedLeaf) -> None:
@@ -88,7 +88,7 @@ def merge(
         else:
             action = f"{len(loaded)} task vectors, merged by {method}, were added to the weights of the base model."
             settings = {"method": method, **chosen}
-            applied = streaming.apply_trees(base, [tau], output, made_by, scale=scale, action=action, settings=settings)
+            applied = streaming.apply_trees(base, [tau], output, origin, scale=scale, action=action, settings=settings)
             notes += [f"note: {note}" for note in left(applied.left)]
     about = {"method": method, "scale": scale, "task_vectors": names}
     if partly:
