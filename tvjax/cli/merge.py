@@ -70,7 +70,7 @@ def merge(
     taus, partly = methods.cover(loaded)
     rows: list[MergedLeaf] = []
     leaves = len(tree.flatten(taus[0]))
-    notes = []
+    kept: Mapping[str, str] = {}
     with contextlib.ExitStack() as stack:
         if model is not None and not as_file:
             base = stack.enter_context(open_checkpoint(model))
@@ -88,9 +88,11 @@ def merge(
         else:
             action = f"{len(loaded)} task vectors, merged by {method}, were added to the weights of the base model."
             settings = {"method": method, **chosen}
-            applied = streaming.apply_trees(base, [tau], output, origin, scale=scale, action=action, settings=settings)
-            notes += [f"note: {note}" for note in left(applied.left)]
+            kept = streaming.apply_trees(
+                base, [tau], output, origin, scale=scale, action=action, settings=settings
+            ).left
     about = {"method": method, "scale": scale, "task_vectors": names}
+    notes = [f"note: {note}" for note in left(kept)]
     if partly:
         notes.append(
             f"note: {len(partly)} leaves ({next(iter(partly))}, ...) are not covered by every task vector, and count "
@@ -101,7 +103,8 @@ def merge(
     norm = float(tree.norm(tau))
     name = metadata.get("base_model")
     show(
-        {"output": output, **about, "base_model": name, "norm": norm, "leaf_report": report_name(output)},
+        {"output": output, **about, "base_model": name, "norm": norm, "leaf_report": report_name(output)}
+        | {"left": kept},
         *notes,
         f"{output}: {len(loaded)} task vectors of {name or 'one model'} merged by {method}",
         f"scale {scale:g}, norm {norm:.4g}; by leaf: {report_name(output).name}",
