@@ -9,7 +9,7 @@ import typer
 
 from tvjax.cli import config as recipes
 from tvjax.cli.options import AnyBase, Json, Quiet
-from tvjax.cli.output import show
+from tvjax.cli.output import left, show
 
 
 def apply(
@@ -51,6 +51,7 @@ def apply(
     recipes.write(context, output)
     show(
         {"output": output, "model": model, "task_vectors": task_vectors, "scale": scale, **found._asdict()},
+        *(f"note: {note}" for note in left(found.left)),
         f"{output}: {model} with {len(task_vectors)} task vectors, scale {scale:g}; {len(found.changed)} leaves "
         f"changed, {len(found.copied)} copied, {found.parameters} parameters",
         as_json=as_json,

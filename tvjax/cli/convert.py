@@ -9,7 +9,7 @@ import typer
 
 from tvjax.cli import config as recipes
 from tvjax.cli.options import Json, Quiet
-from tvjax.cli.output import show
+from tvjax.cli.output import left, show
 
 
 def convert(
@@ -36,10 +36,9 @@ def convert(
     check_new(output)
     if dtype is not None:
         inputs.check_dtype(dtype)
-    from tvjax import tree
     from tvjax.checkpoints import conversion
 
-    model = conversion.convert(
+    found = conversion.convert(
         source,
         output,
         to=to,
@@ -50,11 +49,11 @@ def convert(
         revision=revision,
     )
     recipes.write(context, output)
-    leaves = tree.flatten(model.params).values()
-    dtypes, parameters = sorted({leaf.dtype.name for leaf in leaves}), sum(leaf.size for leaf in leaves)
     show(
-        {"output": output, "source": source, "to": to, "parameters": parameters, "dtypes": dtypes},
-        f"{output}: {source} as {to}, {parameters} parameters, {', '.join(dtypes)}",
+        {"output": output, "source": source, "to": to, "parameters": found.parameters, "dtypes": found.dtypes}
+        | {"left": found.left},
+        *(f"note: {note}" for note in left(found.left)),
+        f"{output}: {source} as {to}, {found.parameters} parameters, {', '.join(found.dtypes)}",
         as_json=as_json,
         quiet=quiet,
     )

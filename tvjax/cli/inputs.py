@@ -15,8 +15,7 @@ from tvjax import tree
 from tvjax.arithmetic import task_vector
 from tvjax.checkpoints import Pretrained, from_pretrained, load_processor
 from tvjax.checkpoints.atomic import replacing
-from tvjax.checkpoints.huggingface import fetch
-from tvjax.checkpoints.json_files import read_json
+from tvjax.checkpoints.folder import Name, open_checkpoint
 from tvjax.checkpoints.provenance import check_made_for, check_same_base, check_same_config
 from tvjax.data.batches import few_shot, herding, k_medoids
 from tvjax.data.images import Images
@@ -24,7 +23,8 @@ from tvjax.data.loader import image_batches
 from tvjax.data.source import open_examples
 from tvjax.models.clip.config import CLIPConfig
 from tvjax.models.clip.modeling import vision_model
-from tvjax.models.families import family_of_settings
+from tvjax.models.families import GENERIC
+from tvjax.models.generic import no_code
 from tvjax.stages import PyTree
 from tvjax.tasks.catalogue import find_task
 from tvjax.tasks.zero_shot import TEMPLATES, unit_embeddings
@@ -162,20 +162,18 @@ def read_lines(file: Path, what: str) -> tuple[str, ...]:
     return lines
 
 
-def read_clip_config(source: str) -> CLIPConfig:
+def read_clip_config(source: Name) -> CLIPConfig:
     """The config of a CLIP with a vision tower; no weights are read.
 
     Raises:
       ValueError: what is no such model.
     """
-    file = fetch(source)[0] / "config.json"
-    settings = read_json(file)
-    try:
-        config = family_of_settings(settings).config.from_dict(settings)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+    with open_checkpoint(source) as opened:
+        if opened.family is GENERIC:
+            raise ValueError(f"{opened.name!r}: {no_code(opened.settings.get('model_type'))}")
+        config = opened.config
     if not isinstance(config, CLIPConfig) or config.vision is None:
-        raise ValueError(f"{source!r} is a {type(config).__name__} without a CLIP vision tower: give a CLIP")
+        raise ValueError(f"{opened.name!r} is a {type(config).__name__} without a CLIP vision tower: give a CLIP")
     return config
 
 

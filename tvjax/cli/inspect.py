@@ -110,9 +110,10 @@ def _describe(
         named = by_leaf or (found.kind in (inspection.MODEL, inspection.TENSORS) and not sites)
         return result, [*texts, inspection_tables.leaf_table(found, by_leaf=by_leaf)] if named else texts
 
-    references = None if base is None else inspection.base_sums(found, base)
+    references = None
     if base is not None:
-        result["made_for_model"] = made_for = inspection.is_base(found, base)
+        references, made_for = inspection.base_sums(found, base)
+        result["made_for_model"] = made_for
         if made_for is not None:
             texts.append(f"made for {'the' if made_for else 'OTHER'} weights {'of' if made_for else 'than'} {model}")
     with progress("norms", quiet) as report:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import functools
 import inspect
 import json
 import math
@@ -49,27 +51,102 @@ def merge(
 
     A leaf that only some of them cover, as with adapters of different target modules, counts as zero in the others.
     """
-    import jax
-
     from tvjax import arithmetic, tree
     from tvjax import merge as methods
-    from tvjax.checkpoints import from_pretrained, map_tree, model_card, save_pretrained, save_tree
-    from tvjax.checkpoints.huggingface import check_new
+    from tvjax.checkpoints import map_tree, save_tree, streaming
+    from tvjax.checkpoints.folder import open_checkpoint
     from tvjax.cli import inputs
-    from tvjax.cli.output import show
+    from tvjax.cli.output import left, show
     from tvjax.cli.progress import progress
 
     chosen = recipes.parse_options(options or ())
+    function = choose(method, chosen, seed)
+    inputs.check_dtype(dtype)
+    as_file = check_output(output, model, task_vectors)
+    names = [str(file) for file in task_vectors]
+    loaded, made = zip(*map(map_tree, task_vectors), strict=True)
+    metadata = inputs.common_base(task_vectors, made, any_base)
+    origin = streaming.Origin(names, made, any_base)
+    taus, partly = methods.cover(loaded)
+    rows: list[MergedLeaf] = []
+    leaves = len(tree.flatten(taus[0]))
+    kept: Mapping[str, str] = {}
+    with contextlib.ExitStack() as stack:
+        if model is not None and not as_file:
+            base = stack.enter_context(open_checkpoint(model))
+            origin.check(base, loaded)
+        tell = stack.enter_context(progress(method, quiet))
+
+        def report(row: MergedLeaf) -> None:
+            covered = {"covered_by": partly[row.path]} if row.path in partly else {}
+            rows.append(row._replace(measures=row.measures | covered))
+            tell(len(rows), leaves, row.path)
+
+        tau = function(taus, report=report)
+        if as_file:
+            save_tree(output, arithmetic.scale(tau, scale), metadata, dtype)
+        else:
+            action = f"{len(loaded)} task vectors, merged by {method}, were added to the weights of the base model."
+            settings = {"method": method, **chosen}
+            kept = streaming.apply_trees(
+                base, [tau], output, origin, scale=scale, action=action, settings=settings
+            ).left
+    about = {"method": method, "scale": scale, "task_vectors": names}
+    notes = [f"note: {note}" for note in left(kept)]
+    if partly:
+        notes.append(
+            f"note: {len(partly)} leaves ({next(iter(partly))}, ...) are not covered by every task vector, and count "
+            f"as zero in the others; which, says covered_by in {report_name(output).name}"
+        )
+    write_report(output, rows, about)
+    recipes.write(context, output)
+    norm = float(tree.norm(tau))
+    name = metadata.get("base_model")
+    show(
+        {"output": output, **about, "base_model": name, "norm": norm, "leaf_report": report_name(output)}
+        | {"left": kept},
+        *notes,
+        f"{output}: {len(loaded)} task vectors of {name or 'one model'} merged by {method}",
+        f"scale {scale:g}, norm {norm:.4g}; by leaf: {report_name(output).name}",
+        as_json=as_json,
+        quiet=quiet,
+    )
+
+
+def choose(method: str, options: Mapping[str, Any], seed: int) -> Callable[..., Any]:
+    """The merge of a name with its hyperparameters.
+
+    Raises:
+      ValueError: an unknown name or hyperparameter.
+    """
+    import jax
+
+    from tvjax import merge as methods
+
+    if method in WITH_DATA:
+        raise ValueError(
+            f"{method} needs data of every task, and a model that can be run (CLIP, ViT, or your own function): call "
+            f"tvjax.merge.{method} from Python"
+        )
     if method not in METHODS:
-        if method in WITH_DATA:
-            raise ValueError(f"{method} needs data of every task: call tvjax.merge.{method} from Python")
         raise ValueError(f"there is no merge {method!r}: choose among {', '.join(METHODS)}")
     function = getattr(methods, method)
-    check_options(method, function, chosen, GIVEN)
-    arguments = read_settings(chosen)
+    check_options(method, function, options, GIVEN)
+    arguments = read_settings(options)
     if "key" in inspect.signature(function).parameters:
         arguments["key"] = jax.random.key(seed)
-    inputs.check_dtype(dtype)
+    return functools.partial(function, **arguments)
+
+
+def check_output(output: Path, model: str | None, task_vectors: Sequence[Path]) -> bool:
+    """Whether the output is a file and not the folder of a model.
+
+    Raises:
+      ValueError: an output that cannot be written.
+    """
+    from tvjax.checkpoints.huggingface import check_new
+    from tvjax.cli import inputs
+
     as_file = output.suffix == ".safetensors"
     if not as_file and model is None:
         raise ValueError(f"the output {str(output)!r} is a folder of a model: give --model, or a name in .safetensors")
@@ -81,55 +158,7 @@ def merge(
         inputs.check_file(output)
     else:
         check_new(output)
-    loaded = [map_tree(file) for file in task_vectors]
-    metadata = inputs.common_base(task_vectors, [about for _, about in loaded], any_base)
-    base = None
-    if model is not None and not as_file:
-        inputs.read_clip_config(model)
-        base = from_pretrained(model)
-        inputs.check_base(metadata, base, task_vectors, any_base)
-
-    taus, partly = methods.cover([tau for tau, _ in loaded])
-    rows: list[MergedLeaf] = []
-    leaves = len(tree.flatten(taus[0]))
-    with progress(method, quiet) as tell:
-
-        def report(row: MergedLeaf) -> None:
-            covered = {"covered_by": partly[row.path]} if row.path in partly else {}
-            rows.append(row._replace(measures=row.measures | covered))
-            tell(len(rows), leaves, row.path)
-
-        tau = function(taus, report=report, **arguments)
-    if base is None:
-        save_tree(output, arithmetic.scale(tau, scale), metadata, dtype)
-    else:
-        card = model_card(
-            output.name,
-            f"{len(loaded)} task vectors, merged by {method}, were added to the weights of the base model.",
-            base.identity(),
-            inputs={str(file): made for file, (_, made) in zip(task_vectors, loaded, strict=True)},
-            settings={"method": method, "scale": scale, **chosen},
-        )
-        save_pretrained(base.with_params(arithmetic.apply(base.params, tau, scale)), output, card=card)
-    about = {"method": method, "scale": scale, "task_vectors": [str(file) for file in task_vectors]}
-    notes = []
-    if partly:
-        notes.append(
-            f"note: {len(partly)} leaves ({next(iter(partly))}, ...) are not covered by every task vector, and count "
-            f"as zero in the others; which, says covered_by in {report_name(output).name}"
-        )
-    write_report(output, rows, about)
-    recipes.write(context, output)
-    norm = float(tree.norm(tau))
-    name = metadata.get("base_model")
-    show(
-        {"output": output, **about, "base_model": name, "norm": norm, "leaf_report": report_name(output)},
-        *notes,
-        f"{output}: {len(loaded)} task vectors of {name or 'one model'} merged by {method}",
-        f"scale {scale:g}, norm {norm:.4g}; by leaf: {report_name(output).name}",
-        as_json=as_json,
-        quiet=quiet,
-    )
+    return as_file
 
 
 def check_options(name: str, method: Callable[..., Any], options: Mapping[str, Any], given: Collection[str]) -> None:

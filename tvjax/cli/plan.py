@@ -44,7 +44,7 @@ from tvjax.cli.transport import (
 BEYOND = "host and device together; runtime, compiled programs and workspace come on top, 1 to 2 GiB on a CPU"
 
 if TYPE_CHECKING:
-    from tvjax.checkpoints.huggingface import Checkpoint
+    from tvjax.checkpoints.folder import Checkpoint
     from tvjax.stages import Batch, Model, PyTree
     from tvjax.transport.plan import Plan
 
@@ -88,7 +88,8 @@ def plan(
 
     from tvjax import tree
     from tvjax.arithmetic import task_vector
-    from tvjax.checkpoints.huggingface import check_new, open_checkpoint
+    from tvjax.checkpoints.folder import open_checkpoint
+    from tvjax.checkpoints.huggingface import check_new
     from tvjax.cli import inputs
     from tvjax.transport.plan import plan as plan_fit
 

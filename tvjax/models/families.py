@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from tvjax.models import generic
 from tvjax.models.clip import config as clip_config
 from tvjax.models.clip import modeling as clip_modeling
 from tvjax.models.clip import table as clip_table
@@ -13,6 +14,7 @@ from tvjax.models.llama import config as llama_config
 from tvjax.models.llama import modeling as llama_modeling
 from tvjax.models.llama import table as llama_table
 from tvjax.models.settings import Settings
+from tvjax.models.transformer import parameter_shapes
 from tvjax.models.vit import config as vit_config
 from tvjax.models.vit import modeling as vit_modeling
 from tvjax.models.vit import table as vit_table
@@ -28,6 +30,7 @@ class Family(NamedTuple):
       build: ``(config, params, dtype) -> Model``.
       table: its layers.
       inputs: ``(config, examples) -> inputs``, the shapes of what the model takes, so many examples of each kind.
+      part: the part that a task vector covers where nobody says it, "" for all.
     """
 
     config: type[Any]
@@ -35,13 +38,17 @@ class Family(NamedTuple):
     build: Callable[..., Model]
     table: LayerTable
     inputs: Callable[[Any, int], PyTree]
+    part: str = ""
 
 
-CLIP = Family(clip_config.CLIPConfig, clip_modeling.init, clip_modeling.clip, clip_table.TABLE, clip_modeling.inputs)
-VIT = Family(vit_config.ViTConfig, vit_modeling.init, vit_modeling.vit, vit_table.TABLE, vit_modeling.inputs)
+CLIP = Family(
+    clip_config.CLIPConfig, clip_modeling.init, clip_modeling.clip, clip_table.TABLE, clip_modeling.inputs, "vision"
+)
+VIT = Family(vit_config.ViTConfig, vit_modeling.init, vit_modeling.vit, vit_table.TABLE, vit_modeling.inputs, "vision")
 LLAMA = Family(
     llama_config.LlamaConfig, llama_modeling.init, llama_modeling.llama, llama_table.TABLE, llama_modeling.inputs
 )
+GENERIC = Family(generic.GenericConfig, generic.init, generic.build, generic.TABLE, generic.inputs)
 FAMILIES = {
     **dict.fromkeys(("clip", "clip_vision_model", "clip_text_model"), CLIP),
     "vit": VIT,
@@ -50,18 +57,18 @@ FAMILIES = {
 
 
 def family_of_settings(settings: Settings) -> Family:
-    """The family that a ``config.json`` names.
+    """The family that a ``config.json`` names; the generic one where there is no modelling code for it.
 
     Raises:
-      ValueError: for a ``model_type`` that is missing or not supported.
+      ValueError: for a ``model_type`` that is no name.
 
     >>> family_of_settings({"model_type": "clip"}).config.__name__
     'CLIPConfig'
     """
     model_type = settings.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ValueError(f"model_type {model_type!r} is not supported, only {sorted(FAMILIES)}")
-    return FAMILIES[model_type]
+    if model_type is not None and not isinstance(model_type, str):
+        raise ValueError(f"model_type {model_type!r} is not supported: expected a name, such as {sorted(FAMILIES)}")
+    return FAMILIES.get(model_type, GENERIC) if model_type else GENERIC
 
 
 def family_of_config(config: Any) -> Family:
@@ -73,8 +80,16 @@ def family_of_config(config: Any) -> Family:
     >>> family_of_config(vit_config.ViTConfig()).build.__name__
     'vit'
     """
-    for family in FAMILIES.values():
+    known = (*FAMILIES.values(), GENERIC)
+    for family in known:
         if isinstance(config, family.config):
             return family
-    names = sorted({family.config.__name__ for family in FAMILIES.values()})
+    names = sorted({family.config.__name__ for family in known})
     raise ValueError(f"no family has configs of type {type(config).__name__}: expected one of {names}")
+
+
+def shapes_of(config: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters of a config's model, by path."""
+    if isinstance(config, generic.GenericConfig):
+        return dict(config.shapes)
+    return parameter_shapes(family_of_config(config).build(config, {}).stages)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tvjax import tree
-from tvjax.models.layer_table import KINDS, LayerTable, Layout, Leaf, locate, matches
+from tvjax.models.layer_table import KINDS, LayerTable, Layout, Leaf, Row, locate, matches
 from tvjax.stages import PyTree
 
 
@@ -117,7 +117,9 @@ def kernels_by_module(table: LayerTable, paths: Iterable[str]) -> dict[str, str]
     for path in paths:
         row, leaf, names = locate(table, path)
         if row.kind in ("linear", "kernel", "conv1d") and leaf.ours == "/kernel":
-            found[row.key.format(**names)] = path
+            found[key_of(row, names)] = path
+        elif row.path == "{path}" and path.endswith("/weight"):  # of a model without modelling code
+            found[key_of(row, names).removesuffix(".weight")] = path
     return found
 
 
@@ -165,4 +167,9 @@ def module_key(table: LayerTable, module: str) -> str:
 def _locate(table: LayerTable, path: str) -> tuple[str, Leaf]:
     """The key of the parameter at a path, and how its layout changes."""
     row, leaf, names = locate(table, path)
-    return row.key.format(**names) + leaf.theirs, leaf
+    return key_of(row, names) + leaf.theirs, leaf
+
+
+def key_of(row: Row, names: Mapping[str, str]) -> str:
+    """The key of a layer; a path's slashes are a key's dots."""
+    return row.key.format(**{name: text.replace("/", ".") for name, text in names.items()})

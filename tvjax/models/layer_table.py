@@ -89,6 +89,8 @@ class Heads(NamedTuple):
 class Row(NamedTuple):
     """One layer: ``{i}`` stands for a number, ``{tower}`` for ``vision`` or ``text``, in path, key and spaces.
 
+    ``{path}`` stands for anything; its parts are joined by slashes here, and by dots in a checkpoint.
+
     Attributes:
       path: where it lies in our parameters.
       key: its name in a checkpoint.
@@ -143,7 +145,7 @@ class Space(NamedTuple):
     rotary: bool = False
 
 
-_PLACEHOLDERS = {"i": r"\d+", "tower": "vision|text"}
+_PLACEHOLDERS = {"i": r"\d+", "tower": "vision|text", "path": ".+"}
 
 
 def locate(table: LayerTable, path: str) -> tuple[Row, Leaf, dict[str, str]]:
