@@ -6,9 +6,11 @@ import pytest
 from tvjax import tree
 from tvjax.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from tvjax.models.families import family_of_config
-from tvjax.models.layer_table import Space, in_towers, spaces_of
+from tvjax.models.layer_table import Space, fix_outputs, in_towers, spaces_of
 from tvjax.models.llama import LlamaConfig
-from tvjax.models.vit import ViTConfig
+from tvjax.models.transformer import stage_function
+from tvjax.models.vit import ViT, ViTConfig
+from tvjax.stages import Stage
 
 CONFIGS = {
     "clip": CLIPConfig(
@@ -83,6 +85,12 @@ def test_the_rows_of_towers_are_those_that_the_model_has():
 def test_outputs_that_have_a_meaning_are_fixed_where_they_are_computed(name, fixed):
     stages = family_of_config(CONFIGS[name]).build(CONFIGS[name], {}).stages
     assert {stage.name: stage.fixed for stage in stages if stage.fixed} == fixed
+
+
+def test_a_model_of_one_stage_has_fixed_outputs_too():
+    config = CONFIGS["vit"]
+    whole = Stage("model", stage_function(ViT, config), (("", ""),))
+    assert fix_outputs(family_of_config(config).table, [whole])[0].fixed == ("head/kernel", "head/bias")
 
 
 def test_a_parameter_of_another_model():

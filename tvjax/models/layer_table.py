@@ -225,30 +225,25 @@ def fix_outputs(table: LayerTable, stages: Iterable[Stage]) -> tuple[Stage, ...]
 
     A tied leaf is fixed in the stage that uses it in the layer's place, not in the one that owns it.
     """
-    found: list[Stage] = []
+    fixed = [(row.path + leaf.ours, row.tied) for row, leaf in leaves(table) if row.fixed]
     owned: set[str] = set()
+    found = []
     for stage in stages:
-        fixed = []
-        for local, prefix in stage.paths:
-            if prefix in owned:
-                fixed += [local for row in table.rows if row.fixed and row.tied == prefix]
-            fixed += [f"{local}{leaf.ours}" for row in table.rows if row.fixed and row.path == prefix
-                      for leaf in KINDS[row.kind] if _has(stage, f"{local}{leaf.ours}")]  # fmt: skip
-            owned |= {_join(prefix, path) for path in tree.flatten(tree.get(_parameters(stage), local))}
-        found.append(dataclasses.replace(stage, fixed=tuple(fixed)))
+        parameters = stage.function.parameters  # type: ignore[attr-defined]  # a family's stages are StageFunctions
+        local_of = {
+            f"{prefix}/{path}".strip("/"): f"{local}/{path}".strip("/")
+            for local, prefix in stage.paths
+            for path in tree.flatten(tree.get(parameters, local))
+        }
+        names = [
+            local
+            for pattern, tied in fixed
+            for path, local in local_of.items()
+            if matches(pattern, path) is not None or (path == tied and path in owned)
+        ]
+        found.append(dataclasses.replace(stage, fixed=tuple(dict.fromkeys(names))))
+        owned |= local_of.keys()
     return tuple(found)
-
-
-def _parameters(stage: Stage) -> Any:
-    return stage.function.parameters  # type: ignore[attr-defined]  # a family's stages are StageFunctions
-
-
-def _has(stage: Stage, path: str) -> bool:
-    return path in tree.flatten(_parameters(stage))
-
-
-def _join(*parts: str) -> str:
-    return "/".join(filter(None, parts))
 
 
 def matches(pattern: str, text: str) -> dict[str, str] | None:
