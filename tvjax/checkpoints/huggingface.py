@@ -218,13 +218,23 @@ def from_pretrained(
     Raises:
       ValueError: naming what is wrong and the way out.
     """
+    with open_checkpoint(source, revision) as opened:
+        return read_model(opened, dtype)
+
+
+def read_model(opened: Checkpoint, dtype: DTypeLike = jnp.float32) -> Pretrained:
+    """The model of an opened folder, as `from_pretrained` gives it.
+
+    Args:
+      opened: the folder.
+      dtype: dtype that activations are computed in.
+    """
     local = threading.local()  # memory that each thread reads into before it transposes
 
-    with open_checkpoint(source, revision) as opened, ThreadPoolExecutor(_THREADS) as pool:
+    def load(path: str) -> jax.Array:
+        return to_jax(opened.read(path, local.__dict__.setdefault("scratch", Scratch()), keep=True))
 
-        def load(path: str) -> jax.Array:
-            return to_jax(opened.read(path, local.__dict__.setdefault("scratch", Scratch()), keep=True))
-
+    with ThreadPoolExecutor(_THREADS) as pool:
         try:
             params = tree.nest(dict(zip(opened.sources, pool.map(load, opened.sources), strict=True)))
         except BaseException:

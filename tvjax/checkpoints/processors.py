@@ -112,6 +112,16 @@ def load_processor(source: str | os.PathLike[str], revision: str | None = None) 
       ValueError: a file of the processors, or the config, that is damaged.
     """
     folder, _ = fetch(source, revision)
+    return read_processor(folder, _text_config(folder / "config.json"))
+
+
+def read_processor(folder: Path, text: Any) -> Processor:
+    """The processors of a folder, as `load_processor` gives them.
+
+    Args:
+      folder: the folder.
+      text: config of the text tower that the tokenizer belongs to; None where there is none.
+    """
     for name in (*_IMAGE_FILES, *_TOKEN_FILES, "tokenizer_config.json"):
         if (folder / name).is_file() and not read_json(folder / name):
             raise ValueError(f"{folder / name} is empty: download it again")
@@ -122,7 +132,6 @@ def load_processor(source: str | os.PathLike[str], revision: str | None = None) 
         image_processor = load(folder, backend="pil", trust_remote_code=False)
     if any((folder / name).is_file() for name in _TOKEN_FILES):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    text = _text_config(folder / "config.json")
     if text is None:
         return Processor(image_processor, tokenizer)
     return Processor(image_processor, tokenizer, text.max_position_embeddings, text.vocab_size, text.eos_token_id)

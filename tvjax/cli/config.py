@@ -1,13 +1,12 @@
 """Recipes: the options of a command as YAML, read strictly, overridden by ``key=value``, and written beside the result.
 
-The schema is the command itself: a key is the name of one of its options or arguments.
+The schema is the config of the command's job (`tvjax.jobs`): a key is the name of one of its fields.
 
     tvjax transport --config configs/bico.yaml scale=1.5 --output edited
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Hashable, Sequence
@@ -17,6 +16,8 @@ from typing import Any
 import typer
 import yaml
 from typer.main import get_command
+
+from tvjax.jobs.schema import check_key
 
 LARGEST = 2**20  # bytes of a recipe
 COMMAND = "command"  # the key that says which command a recipe is for
@@ -71,9 +72,9 @@ def read(app: typer.Typer, arguments: Sequence[str]) -> tuple[list[str], dict[st
     values = {}
     for key, value in recipe.items():
         plain = str(key).replace("-", "_")
-        if plain not in names:
-            near = difflib.get_close_matches(plain, names, n=1, cutoff=0.0)
-            raise ValueError(f"{str(file)!r}: tvjax {name} has no option {_short(key)}; the nearest is {near[0]!r}")
+        check_key(plain, names, f"{str(file)!r}: tvjax {name} has")
+        if names[plain] in values:
+            raise ValueError(f"{str(file)!r}: {plain} is {names[plain]} by another name, which is given too")
         if value is not None:  # else the default
             try:
                 values[names[plain]] = _words(plain, parameters[names[plain]], value)
@@ -84,8 +85,8 @@ def read(app: typer.Typer, arguments: Sequence[str]) -> tuple[list[str], dict[st
 
 def resolved(context: typer.Context) -> str:
     """The command that is running, as a recipe that runs it again."""
-    names = {parameter: key for key, parameter in _names(context.command).items()}
-    values = {names[name]: _plain(value) for name, value in context.params.items() if name in names}
+    known = set(_names(context.command).values())
+    values = {name: _plain(value) for name, value in context.params.items() if name in known}
     if values.get("options"):
         values["options"] = parse_options(values["options"])
     content = {COMMAND: context.info_name, **values}
@@ -152,14 +153,12 @@ def _short(value: Any) -> str:
 
 
 def _names(command: Any) -> dict[str, str]:
-    """The names of a command's parameters by the keys of a recipe: ``--per-class`` is ``per_class``."""
-    names = {}
+    """The names of a command's parameters by the keys of a recipe: ``--per-class`` is ``per_class``, also by an alias."""
+    names: dict[str, str] = {}
     for parameter in command.params:
-        long = [option for option in parameter.opts if option.startswith("--")]
-        key = long[0].removeprefix("--").replace("-", "_") if long else parameter.name
-        if key not in ("help", "install_completion", "show_completion"):
-            names[key] = parameter.name
-    return names
+        flags = [option.removeprefix("--").replace("-", "_") for option in parameter.opts if option.startswith("--")]
+        names |= dict.fromkeys((parameter.name, *flags), parameter.name)
+    return {key: name for key, name in names.items() if name not in ("help", "install_completion", "show_completion")}
 
 
 def _load(file: Path) -> dict[str, Any]:

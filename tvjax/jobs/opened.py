@@ -1,0 +1,69 @@
+"""The models that a job names, each opened once."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import numpy as np
+
+from tvjax.checkpoints.huggingface import Checkpoint, Pretrained, open_checkpoint, read_model
+from tvjax.checkpoints.processors import Processor, read_processor
+from tvjax.data.images import Images
+from tvjax.data.loader import Loader
+from tvjax.evaluate.zero_shot import embed_images
+from tvjax.models.clip.modeling import vision_model
+
+
+class Opened:
+    """A model by its name: config and headers are read at once, weights and processors when they are first asked for.
+
+    Attributes:
+      checkpoint: its folder, whose tensors can be read one by one.
+    """
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint = checkpoint
+
+    @property
+    def name(self) -> str:
+        """The folder or hub id."""
+        return self.checkpoint.name
+
+    @property
+    def config(self) -> Any:
+        """The config of its family."""
+        return self.checkpoint.config
+
+    @functools.cached_property
+    def pretrained(self) -> Pretrained:
+        """The model with its weights."""
+        return read_model(self.checkpoint)
+
+    @functools.cached_property
+    def processor(self) -> Processor:
+        """What turns images and texts into its inputs."""
+        return read_processor(self.checkpoint.folder, getattr(self.config, "text", None))
+
+    def release(self) -> None:
+        """Drops the weights, which are read again where they are asked for again."""
+        self.__dict__.pop("pretrained", None)
+
+    def embed(self, images: Images, batch_size: int) -> np.ndarray:
+        """Unit embeddings of images by the vision tower of a CLIP."""
+        model, pixels = self.pretrained.model, self.processor.pixels
+        return embed_images(vision_model(model), Loader(images, pixels, batch_size))
+
+
+class Models(contextlib.ExitStack):
+    """Opens models by their names, each once, until the block ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._opened: dict[str, Opened] = {}
+
+    def __getitem__(self, name: str) -> Opened:
+        if name not in self._opened:
+            self._opened[name] = Opened(self.enter_context(open_checkpoint(name)))
+        return self._opened[name]
