@@ -75,10 +75,9 @@ def _parameter(config: type[Config], name: str, field: FieldInfo) -> inspect.Par
 def _shown(annotation: Any, default: Any) -> Any:
     """The type of a field as typer has it: several are a list, and keys with values words."""
     plain = _plain(annotation)
-    if get_origin(plain) is tuple:
-        plain = GenericAlias(list, (_plain(get_args(plain)[0]),))
-    elif get_origin(plain) is dict:
-        plain = list[str]
+    if get_origin(plain) in (tuple, dict):
+        item = str if get_origin(plain) is dict else _plain(get_args(plain)[0])
+        plain = GenericAlias(list, (item,))
     return plain | None if default is None or _optional(annotation) else plain
 
 

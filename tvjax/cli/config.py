@@ -153,7 +153,7 @@ def _short(value: Any) -> str:
 
 
 def _names(command: Any) -> dict[str, str]:
-    """The names of a command's parameters by the keys of a recipe: ``--per-class`` is ``per_class``, also by an alias."""
+    """The names of a command's parameters by the keys of a recipe, aliases too: ``--per-class`` is ``per_class``."""
     names: dict[str, str] = {}
     for parameter in command.params:
         flags = [option.removeprefix("--").replace("-", "_") for option in parameter.opts if option.startswith("--")]

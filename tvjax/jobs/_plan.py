@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from tvjax import tree
-from tvjax.checkpoints.huggingface import Checkpoint, check_new
-from tvjax.checkpoints.safetensors import numpy_dtype
+from tvjax.checkpoints.huggingface import check_new
 from tvjax.jobs import inputs
 from tvjax.jobs.calibration import prepare
 from tvjax.jobs.configs import PlanConfig
 from tvjax.jobs.methods import reads_examples
 from tvjax.jobs.opened import Models
-from tvjax.jobs.parts import find_part, part_task_vector, sees, shapes_with_task
+from tvjax.jobs.parts import parameters, part_task_vector, sees, shapes_with_task
 from tvjax.jobs.schema import Progress
 from tvjax.stages import Batch, PyTree
 from tvjax.transport.plan import Plan
@@ -68,10 +67,9 @@ def plan(config: PlanConfig, progress: Progress | None = None) -> Planned:
         held = [parameters(one.checkpoint) for one in opened]
         a, b = (shapes_with_task(one.checkpoint, own, names) for one, own in zip(opened, held, strict=True))
         views = [[_batch(sees(one).image_size, size) for size in sizes] for one in opened]
-        part = find_part(a, config.part)
         if config.finetuned is not None:
             held.append(parameters(models[config.finetuned].checkpoint))
-            part_task_vector(part, held[0], held[2], config.finetuned)
+            part_task_vector(ready.part, held[0], held[2], config.finetuned)
     pairs = list(zip(*views, strict=True)) if reads_examples(ready.moving) else []
     depth = "uniform" if ready.depth == "cka" else ready.depth  # which compares activations; sizes do not depend on it
     fitted = plan_fit(ready.moving, a, b, pairs, depth=depth, tokens=config.tokens)
@@ -84,17 +82,6 @@ def plan(config: PlanConfig, progress: Progress | None = None) -> Planned:
     if config.depth == "cka":
         notes.append("source layers are paired by cka when they have been run; shown is uniform")
     return _planned(fitted, held, [a.params, b.params], number, disk, notes)
-
-
-def parameters(checkpoint: Checkpoint) -> PyTree:
-    """The parameters of a checkpoint, in shapes."""
-    keys = {path: source.key for path, source in checkpoint.sources.items()}
-    headers = checkpoint.tensors.headers
-    leaves = {
-        path: jax.ShapeDtypeStruct(shape, numpy_dtype(keys[path], headers[keys[path]]))
-        for path, shape in checkpoint.shapes.items()
-    }
-    return tree.nest(leaves)
 
 
 def _batch(side: int, size: int) -> Batch:

@@ -19,7 +19,7 @@ from tvjax.jobs.calibration import Prepared, paired_batches, prepare
 from tvjax.jobs.configs import TransportConfig
 from tvjax.jobs.methods import scales_of
 from tvjax.jobs.opened import Models, Opened
-from tvjax.jobs.parts import changed_elsewhere, float32, find_part, part_task_vector, tower, with_task
+from tvjax.jobs.parts import changed_elsewhere, float32, part_task_vector, tower, with_task
 from tvjax.jobs.schema import Progress
 from tvjax.stages import Model, PyTree
 from tvjax.transport import State, fit, leaf_report, summary
@@ -69,12 +69,11 @@ def transport(config: TransportConfig, progress: Progress | None = None) -> Tran
     with Models() as models:
         ready = prepare(config, models)
         source, target, tuned = models[config.source], models[config.target], models[config.finetuned]
-        part = find_part(tower(source.pretrained.model), config.part)
         looked_at = None if ready.found is None else inputs.record(ready.found)
         sides = _side(source, ready), _side(target, ready)
-        tau = part_task_vector(part, source.pretrained.params, tuned.pretrained.params, config.finetuned)
+        tau = part_task_vector(ready.part, source.pretrained.params, tuned.pretrained.params, config.finetuned)
         state = _fitted(config, ready, models, sides, looked_at, progress)
-        also = changed_elsewhere(part, source.pretrained, tuned.pretrained)
+        also = changed_elsewhere(ready.part, source.pretrained, tuned.pretrained)
         state = dataclasses.replace(state, notes=(*state.notes, *ready.notes, *also))
         moved = ready.moving.apply(state, tau)
         chosen = None if ready.held_out is None else _chosen(config, ready, target, moved)

@@ -11,7 +11,7 @@ from tvjax.jobs import inputs
 from tvjax.jobs.configs import PlanConfig, TransportConfig
 from tvjax.jobs.methods import check_pair, make_transport, read_depth, reads_examples
 from tvjax.jobs.opened import Models, Opened
-from tvjax.jobs.parts import check_labels, has_head, head_labels
+from tvjax.jobs.parts import Part, check_labels, find_part, has_head, head_labels
 from tvjax.stages import Batch
 from tvjax.transport import Transport
 
@@ -21,6 +21,7 @@ class Prepared(NamedTuple):
 
     Attributes:
       moving: the transport.
+      part: the leaves that are moved.
       depth: source layer of each target layer, or the rule.
       prompts: names and prompts of the classes.
       found: calibration examples; None where the transport reads none.
@@ -29,6 +30,7 @@ class Prepared(NamedTuple):
     """
 
     moving: Transport
+    part: Part
     depth: str | list[int]
     prompts: inputs.Prompts
     found: Images | None
@@ -45,6 +47,7 @@ def prepare(config: TransportConfig | PlanConfig, models: Models) -> Prepared:
     moving, depth = make_transport(config.method, config.options), read_depth(config.depth)
     source, target = models[config.source], models[config.target]
     check_pair(moving, source, target)
+    part = find_part(source, config.part)
     if config.validation is not None and not has_head(target):
         raise ValueError(
             f"--validation needs a zero-shot head, but {config.target!r} has no text tower: give the full CLIP"
@@ -64,7 +67,7 @@ def prepare(config: TransportConfig | PlanConfig, models: Models) -> Prepared:
     if config.validation is not None:
         held_out = inputs.read_images(config.validation, labelled, "choosing a scale")
         check_labels(target, held_out.class_names, config.classes is not None)
-    return Prepared(moving, depth, prompts, found, held_out, notes)
+    return Prepared(moving, part, depth, prompts, found, held_out, notes)
 
 
 def of_head(model: Opened, prompts: inputs.Prompts) -> inputs.Prompts:

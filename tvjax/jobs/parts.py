@@ -13,12 +13,24 @@ from jaxtyping import Array, Float, Int
 from tvjax import tree
 from tvjax.arithmetic import task_vector
 from tvjax.checkpoints.huggingface import Checkpoint, Pretrained
+from tvjax.checkpoints.safetensors import numpy_dtype
 from tvjax.data.images import spelled
 from tvjax.evaluate.zero_shot import zero_shot_loss, zero_shot_model
 from tvjax.jobs.opened import Opened
 from tvjax.models.clip.config import CLIPConfig
 from tvjax.models.clip.modeling import vision_model
 from tvjax.stages import Model, PyTree, owner_paths
+
+
+def parameters(checkpoint: Checkpoint) -> PyTree:
+    """The parameters of a checkpoint, in shapes."""
+    keys = {path: source.key for path, source in checkpoint.sources.items()}
+    headers = checkpoint.tensors.headers
+    leaves = {
+        path: jax.ShapeDtypeStruct(shape, numpy_dtype(keys[path], headers[keys[path]]))
+        for path, shape in checkpoint.shapes.items()
+    }
+    return tree.nest(leaves)
 
 
 def sees(opened: Opened) -> Any:
@@ -63,16 +75,18 @@ class Part(NamedTuple):
         }
 
 
-def find_part(model: Model, part: str | None) -> Part:
-    """The part of a model that a job moves.
+def find_part(opened: Opened, part: str | None) -> Part:
+    """The part of a model that a job moves; no weight is read.
 
     Args:
-      model: what sees the images.
+      opened: the model.
       part: a path in it; None: all but what is fixed.
 
     Raises:
       ValueError: a part that the model does not have.
     """
+    checkpoint = opened.checkpoint
+    model = tower(checkpoint.family.build(checkpoint.config, parameters(checkpoint)))
     fixed = [
         path
         for stage in model.stages
