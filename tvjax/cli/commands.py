@@ -14,7 +14,7 @@ from annotated_types import Ge, Le
 from pydantic.fields import FieldInfo
 
 from tvjax.cli import config as recipes
-from tvjax.jobs.schema import Config, typed
+from tvjax.jobs.schema import Config, names_of, typed
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object, and nothing else.")]
@@ -61,13 +61,13 @@ def _parameter(config: type[Config], name: str, field: FieldInfo) -> inspect.Par
     if shown.argument:
         option: Any = typer.Argument(**about)
     else:
-        flags = [f"--{flag.replace('_', '-')}" for flag in (name, shown.alias) if flag]
+        flags = [f"--{flag.replace('_', '-')}" for flag in names_of(config, name)]
         if field.annotation is not bool or default:
             flags = [flag if _plain(field.annotation) is not bool else f"{flag}/--no-{flag[2:]}" for flag in flags]
         option = typer.Option(*flags, **about)
     if default in ((), {}):
         default = None
-    annotation = Annotated[_shown(field.annotation, default), option]
+    annotation: Any = Annotated[_shown(field.annotation, default), option]
     empty = inspect.Parameter.empty if field.is_required() else default
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=empty, annotation=annotation)
 

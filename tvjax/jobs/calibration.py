@@ -58,7 +58,8 @@ def prepare(config: TransportConfig | PlanConfig, models: Models) -> Prepared:
         configs = (source.config, tuned.config)
         notes = check_configs(names, configs, "vision", config.allow_config_differences)
     prompts = inputs.read_prompts(config.task, config.classes, config.templates)
-    labelled = prompts if config.classes else of_head(target, prompts)
+    named = next((model for model in (target, source) if head_labels(model)), target)
+    labelled = prompts if config.classes else of_head(named, prompts)
     found = held_out = None
     if reads_examples(moving) and (config.data or config.task or not isinstance(config, PlanConfig)):
         found = _calibration(config, moving, labelled if moving.needs_gradients else prompts, target)

@@ -44,84 +44,55 @@ class Examples(Config):
 
     data: Annotated[
         str | None,
-        Typed("DATA", alias="images"),
+        Typed("DATA"),
         Field(
             validation_alias=AliasChoices("data", "images"),
             description=f"The examples: {SOURCES}. Default: those of --task.",
         ),
     ] = None
-    task: Annotated[
-        str | None,
-        Typed("NAME"),
-        Field(
-            description="Class names, prompts and images: sun397, cars, resisc45, eurosat, svhn, gtsrb, mnist, dtd; "
-            "or digits."
-        ),
-    ] = None
-    classes: Annotated[
-        File | None,
-        FILE,
-        Field(description="Class names, one a line, in the labels' order; default: of the task, head or images."),
-    ] = None
-    templates: Annotated[
-        File | None,
-        FILE,
-        Field(description="Prompts with {} for the name, one a line; default: of the task, or 'a photo of a {}.'"),
-    ] = None
+    task: Annotated[str | None, Typed("NAME")] = None
+    """Class names, prompts and images: sun397, cars, resisc45, eurosat, svhn, gtsrb, mnist, dtd; or digits."""
+    classes: Annotated[File | None, FILE] = None
+    """Class names, one a line, in the labels' order; default: of the task, head or images."""
+    templates: Annotated[File | None, FILE] = None
+    """Prompts with {} for the name, one a line; default: of the task, or 'a photo of a {}.'"""
 
 
 class Drawn(Examples):
     """Some examples of each class."""
 
-    per_class: Annotated[int, Field(ge=0, description="Examples of each class to draw; 0: all.")] = 0
-    select: Annotated[
-        Literal["random", "herding", "k_medoids"],
-        Field(description="How --per-class draws: at random, or by the model's own embeddings."),
-    ] = "random"
+    per_class: Annotated[int, Field(ge=0)] = 0
+    """Examples of each class to draw; 0: all."""
+    select: Literal["random", "herding", "k_medoids"] = "random"
+    """How --per-class draws: at random, or by the model's own embeddings."""
     seed: Seed = 0
 
 
 class Moving(Drawn):
     """What a transport and its plan have in common."""
 
-    source: Annotated[str, MODEL, Field(description="The pre-trained source: folder, hub id or id@revision.")]
-    target: Annotated[str, MODEL, Field(description="The model to move the task into.")]
+    source: Annotated[str, MODEL]
+    """The pre-trained source: folder, hub id or id@revision."""
+    target: Annotated[str, MODEL]
+    """The model to move the task into."""
     method: Annotated[str, Field(description=f"One of {', '.join(TRANSPORTS)}; or a chain such as bico+gradfix.")]
     options: Options = {}
-    part: Annotated[
-        str | None,
-        Typed("PATH"),
-        Field(
-            description="The part of the model that is moved; default: the vision tower of a CLIP, of a ViT all but "
-            "its head."
-        ),
-    ] = None
-    scale: Annotated[float, Field(description="Factor of the moved task vector.")] = 1.0
-    validation: Annotated[
-        str | None,
-        Typed("DATA"),
-        Field(description="Labelled examples on which the scale is chosen, in the place of --scale."),
-    ] = None
+    part: Annotated[str | None, Typed("PATH")] = None
+    """The part of the model that is moved; default: the vision tower of a CLIP, of a ViT all but its head."""
+    scale: float = 1.0
+    """Factor of the moved task vector."""
+    validation: Annotated[str | None, Typed("DATA")] = None
+    """Labelled examples on which the scale is chosen, in the place of --scale."""
     batch_size: BatchSize = 32
-    depth: Annotated[
-        str,
-        Field(description="Source layer of each target layer: uniform, cka (by likeness), or a list such as 0,0,1,1."),
-    ] = "uniform"
-    tokens: Annotated[
-        Literal["interpolate", "class_token", "mean"],
-        Field(description="How activations are compared where the patch grids differ."),
-    ] = "interpolate"
-    maps: Annotated[
-        File | None,
-        FOLDER,
-        Field(
-            description="Keep the fitted maps here, stage by stage: an interrupted run goes on, and a later one, with "
-            "another scale or another fine-tuned model, starts from them."
-        ),
-    ] = None
-    save_task_vector: Annotated[
-        File | None, FILE, Field(description="Also write the moved task vector, unscaled, for the target.")
-    ] = None
+    depth: str = "uniform"
+    """Source layer of each target layer: uniform, cka (by likeness), or a list such as 0,0,1,1."""
+    tokens: Literal["interpolate", "class_token", "mean"] = "interpolate"
+    """How activations are compared where the patch grids differ."""
+    maps: Annotated[File | None, FOLDER] = None
+    """Keep the fitted maps here, stage by stage: an interrupted run goes on, and a later one, with another scale or
+    another fine-tuned model, starts from them."""
+    save_task_vector: Annotated[File | None, FILE] = None
+    """Also write the moved task vector, unscaled, for the target."""
     allow_config_differences: AllowConfigDifferences = False
 
 
@@ -132,49 +103,40 @@ class TransportConfig(Moving):
     1.0
     """
 
-    finetuned: Annotated[str, MODEL, Field(description="The fine-tuned source; the part of it that is moved suffices.")]
-    output: Annotated[File, FOLDER, Field(description="Where the edited target goes.")]
+    finetuned: Annotated[str, MODEL]
+    """The fine-tuned source; the part of it that is moved suffices."""
+    output: Annotated[File, FOLDER]
+    """Where the edited target goes."""
 
 
 class PlanConfig(Moving):
     """What `tvjax.jobs.plan` says of a transport; takes what a transport takes, and less is needed."""
 
-    finetuned: Annotated[str | None, MODEL, Field(description="The fine-tuned source; checked where it is given.")] = (
-        None
-    )
-    output: Annotated[
-        File | None, FOLDER, Field(description="Checked, as the transport would; nothing is written.")
-    ] = None
-    count: Annotated[int, Field(ge=1, description="Examples to reckon with where none are given.")] = 8
+    finetuned: Annotated[str | None, MODEL] = None
+    """The fine-tuned source; checked where it is given."""
+    output: Annotated[File | None, FOLDER] = None
+    """Checked, as the transport would; nothing is written."""
+    count: Annotated[int, Field(ge=1)] = 8
+    """Examples to reckon with where none are given."""
 
 
 class EvaluateConfig(Examples):
     """What `tvjax.jobs.evaluate` measures: models on the same examples."""
 
-    models: Annotated[
-        Several[str],
-        Typed("MODEL...", argument=True),
-        Field(
-            min_length=1,
-            description="Folders or hub ids of CLIPs or ViTs. A vision tower alone goes with the text tower of the "
-            "first full CLIP.",
-        ),
-    ]
-    reference: Annotated[
-        str | None,
-        MODEL,
-        Field(description="A fine-tuned model: accuracies are given as shares of its own too."),
-    ] = None
-    task_vector: Annotated[
-        File | None, FILE, Field(description="Add this task vector to the one MODEL, at every scale.")
-    ] = None
-    scales: Annotated[str | None, NUMBERS, Field(description="Such as 0,0.25,0.5; default: 0 to 1 by 0.05.")] = None
+    models: Annotated[Several[str], Typed("MODEL...", argument=True), Field(min_length=1)]
+    """Folders or hub ids of CLIPs or ViTs. A vision tower alone goes with the text tower of the first full CLIP."""
+    reference: Annotated[str | None, MODEL] = None
+    """A fine-tuned model: accuracies are given as shares of its own too."""
+    task_vector: Annotated[File | None, FILE] = None
+    """Add this task vector to the one MODEL, at every scale."""
+    scales: Annotated[str | None, NUMBERS] = None
+    """Such as 0,0.25,0.5; default: 0 to 1 by 0.05."""
     any_base: AnyBase = False
     batch_size: BatchSize = 64
-    output: Annotated[File | None, FILE, Field(description="Also write the results as JSON.")] = None
-    plot: Annotated[
-        File | None, FILE, Field(description="Also draw the accuracy by scale, as a PNG (--task-vector).")
-    ] = None
+    output: Annotated[File | None, FILE] = None
+    """Also write the results as JSON."""
+    plot: Annotated[File | None, FILE] = None
+    """Also draw the accuracy by scale, as a PNG (--task-vector)."""
 
     @model_validator(mode="after")
     def _of_one_kind(self) -> EvaluateConfig:
@@ -190,45 +152,35 @@ class EvaluateConfig(Examples):
 class ComposeConfig(Drawn):
     """What `tvjax.jobs.compose` learns: coefficients of task vectors of one model."""
 
-    task_vectors: Annotated[
-        Several[File], Typed("FILE...", argument=True), Field(min_length=1, description="Task vectors of the model.")
-    ]
-    model: Annotated[str, MODEL, Field(description="The pre-trained model: folder or hub id.")]
-    output: Annotated[File, FOLDER, Field(description="Where the edited model goes.")]
-    objective: Annotated[
-        Literal["few_shot", "entropy", "fix_match"],
-        Field(description="few_shot learns from labelled examples, entropy and fix_match need no labels."),
-    ] = "few_shot"
-    blocks: Annotated[
-        Literal["leaf", "vector"], Field(description="One coefficient for each leaf, or for each vector.")
-    ] = "leaf"
-    partitions: Annotated[
-        int, Field(ge=1, le=LARGEST_COUNT, description="Random parts of each block, a coefficient each.")
-    ] = 1
-    start: Annotated[
-        Literal["best", "zero"] | None,
-        Field(
-            description="best: from the one vector and scale of the least loss on the examples. Default: best for "
-            "few_shot."
-        ),
-    ] = None
-    tune: Annotated[
-        bool | None,
-        Field(description="Train the leaves that the vectors move too, at 1 % of the rate. Default: for few_shot."),
-    ] = None
-    validation: Annotated[
-        str | None,
-        Typed("DATA"),
-        Field(description="Labelled examples by which learning rate and epoch are chosen."),
-    ] = None
-    learning_rate: Annotated[Several[float], Field(description="One, or several to choose from.")] = ()
-    epochs: Annotated[int, Field(ge=1, description="Passes over the examples, at most.")] = 10
+    task_vectors: Annotated[Several[File], Typed("FILE...", argument=True), Field(min_length=1)]
+    """Task vectors of the model."""
+    model: Annotated[str, MODEL]
+    """The pre-trained model: folder or hub id."""
+    output: Annotated[File, FOLDER]
+    """Where the edited model goes."""
+    objective: Literal["few_shot", "entropy", "fix_match"] = "few_shot"
+    """few_shot learns from labelled examples, entropy and fix_match need no labels."""
+    blocks: Literal["leaf", "vector"] = "leaf"
+    """One coefficient for each leaf, or for each vector."""
+    partitions: Annotated[int, Field(ge=1, le=LARGEST_COUNT)] = 1
+    """Random parts of each block, a coefficient each."""
+    start: Literal["best", "zero"] | None = None
+    """best: from the one vector and scale of the least loss on the examples. Default: best for few_shot."""
+    tune: bool | None = None
+    """Train the leaves that the vectors move too, at 1 % of the rate. Default: for few_shot."""
+    validation: Annotated[str | None, Typed("DATA")] = None
+    """Labelled examples by which learning rate and epoch are chosen."""
+    learning_rate: Annotated[Several[float], Typed("RATE")] = ()
+    """One, or several to choose from."""
+    epochs: Annotated[int, Field(ge=1)] = 10
+    """Passes over the examples, at most."""
     batch_size: BatchSize = 128
-    micro_batches: Annotated[int, Field(ge=1, description="Pieces of a batch, to save memory.")] = 1
-    flip: Annotated[bool, Field(description="Whether a mirrored image is of the same class (fix_match).")] = True
-    state: Annotated[File | None, FOLDER, Field(description="Keep the training's state here; a later run goes on.")] = (
-        None
-    )
+    micro_batches: Annotated[int, Field(ge=1)] = 1
+    """Pieces of a batch, to save memory."""
+    flip: bool = True
+    """Whether a mirrored image is of the same class (fix_match)."""
+    state: Annotated[File | None, FOLDER] = None
+    """Keep the training's state here; a later run goes on."""
     any_base: AnyBase = False
 
     @property
@@ -250,43 +202,37 @@ class ComposeConfig(Drawn):
 class MergeConfig(Config):
     """What `tvjax.jobs.merge` merges: task vectors of one model."""
 
-    task_vectors: Annotated[
-        Several[File], Typed("FILE...", argument=True), Field(min_length=1, description="Task vectors of one model.")
-    ]
+    task_vectors: Annotated[Several[File], Typed("FILE...", argument=True), Field(min_length=1)]
+    """Task vectors of one model."""
     method: Annotated[str, Field(description=f"One of {', '.join(MERGES)}.")]
-    output: Annotated[
-        File, Typed("PATH"), Field(description="A task vector (.safetensors); or, with --model, a folder.")
-    ]
+    output: Annotated[File, Typed("PATH")]
+    """A task vector (.safetensors); or, with --model, a folder."""
     options: Options = {}
-    model: Annotated[
-        str | None, MODEL, Field(description="The pre-trained model, to add the merged task vector to.")
-    ] = None
-    scale: Annotated[float, Field(description="Factor of the merged task vector.")] = 1.0
+    model: Annotated[str | None, MODEL] = None
+    """The pre-trained model, to add the merged task vector to."""
+    scale: float = 1.0
+    """Factor of the merged task vector."""
     seed: Seed = 0
-    dtype: Annotated[DType, Field(description="Of the task vector.")] = "float32"
+    dtype: DType = "float32"
+    """Of the task vector."""
     any_base: AnyBase = False
 
 
 class ExtractConfig(Config):
     """What `tvjax.jobs.extract` writes: the task vector of a fine-tuning."""
 
-    pretrained: Annotated[str, MODEL, Field(description="The model before fine-tuning: folder or hub id.")]
-    output: Annotated[File, FILE, Field(description="Where the task vector goes (.safetensors).")]
-    finetuned: Annotated[str | None, MODEL, Field(description="The fine-tuned model; its vision tower suffices.")] = (
-        None
-    )
-    adapter: Annotated[str | None, FOLDER, Field(description="A LoRA adapter of PEFT instead: folder or hub id.")] = (
-        None
-    )
-    part: Annotated[
-        str,
-        Typed("PATH", alias="subtree"),
-        Field(
-            validation_alias=AliasChoices("part", "subtree"),
-            description="The part of the model to take: vision, text; '' for all of it.",
-        ),
-    ] = "vision"
-    dtype: Annotated[DType, Field(description="Of the task vector.")] = "float32"
+    pretrained: Annotated[str, MODEL]
+    """The model before fine-tuning: folder or hub id."""
+    output: Annotated[File, FILE]
+    """Where the task vector goes (.safetensors)."""
+    finetuned: Annotated[str | None, MODEL] = None
+    """The fine-tuned model; its vision tower suffices."""
+    adapter: Annotated[str | None, FOLDER] = None
+    """A LoRA adapter of PEFT instead: folder or hub id."""
+    part: Annotated[str, Typed("PATH"), Field(validation_alias=AliasChoices("part", "subtree"))] = "vision"
+    """The part of the model to take: vision, text; '' for all of it."""
+    dtype: DType = "float32"
+    """Of the task vector."""
     allow_config_differences: AllowConfigDifferences = False
     any_base: AnyBase = False
 
@@ -300,63 +246,55 @@ class ExtractConfig(Config):
 class ApplyConfig(Config):
     """What `tvjax.jobs.apply` adds: task vectors to the model that they were made for."""
 
-    task_vectors: Annotated[
-        Several[File],
-        Typed("FILE...", argument=True),
-        Field(min_length=1, description="Task vectors; several are added."),
-    ]
-    model: Annotated[str, MODEL, Field(description="The pre-trained model: folder or hub id.")]
-    output: Annotated[File, FOLDER, Field(description="Where the edited model goes.")]
-    scale: Annotated[float, Field(description="Factor of the task vectors; -1 negates.")] = 1.0
-    dtype: Annotated[DType | None, Field(description="Default: that of each tensor of the model.")] = None
-    max_shard_size: Annotated[
-        str | None,
-        Typed("SIZE"),
-        Field(description="Of one file, such as 5GB; default: the files of the model."),
-    ] = None
+    task_vectors: Annotated[Several[File], Typed("FILE...", argument=True), Field(min_length=1)]
+    """Task vectors; several are added."""
+    model: Annotated[str, MODEL]
+    """The pre-trained model: folder or hub id."""
+    output: Annotated[File, FOLDER]
+    """Where the edited model goes."""
+    scale: float = 1.0
+    """Factor of the task vectors; -1 negates."""
+    dtype: DType | None = None
+    """Default: that of each tensor of the model."""
+    max_shard_size: Annotated[str | None, Typed("SIZE")] = None
+    """Of one file, such as 5GB; default: the files of the model."""
     any_base: AnyBase = False
 
 
 class ConvertConfig(Config):
     """What `tvjax.jobs.convert` writes: a model as another kind of checkpoint."""
 
-    source: Annotated[
-        str, Typed("MODEL", argument=True), Field(description="Hugging Face or Orbax folder, hub id, or .pt file.")
-    ]
-    output: Annotated[File, FOLDER, Field(description="Where the model goes.")]
-    to: Annotated[Literal["huggingface", "orbax"], Field(description="The kind of checkpoint.")] = "huggingface"
-    dtype: Annotated[DType | None, Field(description="Default: that of the model.")] = None
-    max_shard_size: Annotated[str, Typed("SIZE"), Field(description="Of one safetensors file.")] = "5GB"
-    revision: Annotated[str | None, Field(description="Branch, tag or commit of a hub id.")] = None
-    like: Annotated[
-        str | None, MODEL, Field(description="For a .pt file: a model of the same shape, for its config.")
-    ] = None
-    allow_pickle: Annotated[bool, Field(description="Open a .pt file that you trust; needs torch.")] = False
+    source: Annotated[str, Typed("MODEL", argument=True)]
+    """Hugging Face or Orbax folder, hub id, or .pt file."""
+    output: Annotated[File, FOLDER]
+    """Where the model goes."""
+    to: Literal["huggingface", "orbax"] = "huggingface"
+    """The kind of checkpoint."""
+    dtype: DType | None = None
+    """Default: that of the model."""
+    max_shard_size: Annotated[str, Typed("SIZE")] = "5GB"
+    """Of one safetensors file."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    like: Annotated[str | None, MODEL] = None
+    """For a .pt file: a model of the same shape, for its config."""
+    allow_pickle: bool = False
+    """Open a .pt file that you trust; needs torch."""
 
 
 class InspectConfig(Config):
     """What `tvjax.jobs.inspect` looks at: one thing, or two to compare."""
 
-    things: Annotated[
-        Several[str],
-        Typed("THING [THING]", argument=True),
-        Field(
-            min_length=1,
-            description="A model (folder or hub id), or a file of tvjax: a task vector, maps, coefficients. Two are "
-            "compared.",
-        ),
-    ]
-    norms: Annotated[
-        bool | None,
-        Field(description="Norms by block; every tensor is read. Default: for task vectors."),
-    ] = None
-    sites: Annotated[bool, Field(description="Where the leaves of a model meet activations; no weights are read.")] = (
-        False
-    )
-    model: Annotated[
-        str | None, MODEL, Field(description="The pre-trained model of a task vector, for relative norms.")
-    ] = None
-    plot: Annotated[File | None, FILE, Field(description="Also draw a heat map, kind of leaf by depth (.png).")] = None
+    things: Annotated[Several[str], Typed("THING [THING]", argument=True), Field(min_length=1)]
+    """A model (folder or hub id), or a file of tvjax: a task vector, maps, coefficients. Two are compared."""
+    norms: bool | None = None
+    """Norms by block; every tensor is read. Default: for task vectors."""
+    sites: bool = False
+    """Where the leaves of a model meet activations; no weights are read."""
+    model: Annotated[str | None, MODEL] = None
+    """The pre-trained model of a task vector, for relative norms."""
+    plot: Annotated[File | None, FILE] = None
+    """Also draw a heat map, kind of leaf by depth (.png)."""
 
     @model_validator(mode="after")
     def _fit_together(self) -> InspectConfig:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 Progress = Callable[[int, int, str], None]
 """Takes the steps done, the steps in all, and what was done last."""
@@ -24,12 +24,10 @@ class Typed:
     Attributes:
       metavar: what stands for the value in the help.
       argument: whether it is given by its place, without a name.
-      alias: another name of the option.
     """
 
     metavar: str | None = None
     argument: bool = False
-    alias: str | None = None
 
 
 def _several(value: Any) -> Any:
@@ -56,7 +54,9 @@ class Config(BaseModel):
     ValueError: there is no option 'scael'; the nearest is 'scale'
     """
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, validate_by_name=True)
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -67,9 +67,8 @@ class Config(BaseModel):
 
     @classmethod
     def keys(cls) -> dict[str, str]:
-        """The field of each name that it may be given by: its own, and its alias."""
-        names = {name: name for name in cls.model_fields}
-        return names | {typed(cls, name).alias or name: name for name in cls.model_fields}
+        """The field of each name that it may be given by: its own, and others that it has had."""
+        return {given: name for name in cls.model_fields for given in names_of(cls, name)}
 
     @classmethod
     def read(cls: type[Self], values: Mapping[str, Any]) -> Self:
@@ -88,6 +87,12 @@ class Config(BaseModel):
 def typed(config: type[Config], name: str) -> Typed:
     """How a field is typed on a command line."""
     return next((item for item in config.model_fields[name].metadata if isinstance(item, Typed)), Typed())
+
+
+def names_of(config: type[Config], name: str) -> list[str]:
+    """The names that a field may be given by, its own first."""
+    alias = config.model_fields[name].validation_alias
+    return [str(given) for given in alias.choices] if isinstance(alias, AliasChoices) else [name]
 
 
 def check_key(key: str, known: Mapping[str, str], whose: str = "there is") -> None:
