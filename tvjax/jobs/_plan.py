@@ -14,7 +14,7 @@ from tvjax.jobs.calibration import prepare
 from tvjax.jobs.configs import PlanConfig
 from tvjax.jobs.methods import reads_examples
 from tvjax.jobs.opened import Models
-from tvjax.jobs.parts import parameters, part_task_vector, sees, shapes_with_task
+from tvjax.jobs.parts import parameters, sees, shapes_with_task
 from tvjax.jobs.schema import Progress
 from tvjax.stages import Batch, PyTree
 from tvjax.transport.plan import Plan
@@ -69,7 +69,6 @@ def plan(config: PlanConfig, progress: Progress | None = None) -> Planned:
         views = [[_batch(sees(one).image_size, size) for size in sizes] for one in opened]
         if config.finetuned is not None:
             held.append(parameters(models[config.finetuned].checkpoint))
-            part_task_vector(ready.part, held[0], held[2], config.finetuned)
     pairs = list(zip(*views, strict=True)) if reads_examples(ready.moving) else []
     depth = "uniform" if ready.depth == "cka" else ready.depth  # which compares activations; sizes do not depend on it
     fitted = plan_fit(ready.moving, a, b, pairs, depth=depth, tokens=config.tokens)

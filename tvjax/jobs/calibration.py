@@ -11,7 +11,7 @@ from tvjax.jobs import inputs
 from tvjax.jobs.configs import PlanConfig, TransportConfig
 from tvjax.jobs.methods import check_pair, make_transport, read_depth, reads_examples
 from tvjax.jobs.opened import Models, Opened
-from tvjax.jobs.parts import Part, check_labels, find_part, has_head, head_labels
+from tvjax.jobs.parts import Part, check_labels, find_part, has_head, head_labels, parameters, part_task_vector
 from tvjax.stages import Batch
 from tvjax.transport import Transport
 
@@ -57,6 +57,7 @@ def prepare(config: TransportConfig | PlanConfig, models: Models) -> Prepared:
         names, tuned = (config.source, config.finetuned), models[config.finetuned]
         configs = (source.config, tuned.config)
         notes = check_configs(names, configs, "vision", config.allow_config_differences)
+        part_task_vector(part, parameters(source.checkpoint), parameters(tuned.checkpoint), config.finetuned)  # fits
     prompts = inputs.read_prompts(config.task, config.classes, config.templates)
     named = next((model for model in (target, source) if head_labels(model)), target)
     labelled = prompts if config.classes else of_head(named, prompts)
