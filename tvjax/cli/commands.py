@@ -46,7 +46,6 @@ def command(config: type[Config]) -> Callable[[Callable[..., None]], Callable[..
         parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (*fields, *own)]
         called.__dict__["__signature__"] = inspect.Signature(parameters)
         called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        called.__dict__["config"] = config
         return called
 
     return decorate

@@ -7,9 +7,8 @@ The schema is the config of the command's job (`tvjax.jobs`): a key is the name 
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,8 @@ import typer
 import yaml
 from typer.main import get_command
 
+from tvjax.jobs.recipes import COMMAND, Dumper, dump, load, read_yaml, short
 from tvjax.jobs.schema import check_key
-
-LARGEST = 2**20  # bytes of a recipe
-COMMAND = "command"  # the key that says which command a recipe is for
 
 
 def read(app: typer.Typer, arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -48,16 +45,18 @@ def read(app: typer.Typer, arguments: Sequence[str]) -> tuple[list[str], dict[st
         file = Path(rest.pop(at))
     else:
         file = Path(word.removeprefix("--config="))
-    recipe = _load(file)
+    recipe = load(file)
     overrides = [word for word in rest if re.fullmatch(r"[A-Za-z_][\w.-]*=.*", word, re.DOTALL)]
     rest = [word for word in rest if word not in overrides]
+    overridden = set()
     for override in overrides:
         key, _, text = override.partition("=")
         _put(recipe, key, _parse(text, override))
+        overridden.add(key.partition(".")[0].replace("-", "_"))
     commands = getattr(get_command(app), "commands")  # noqa: B009 - typed as any command
     named = recipe.pop(COMMAND, None)
     if not isinstance(named, str | None):
-        raise ValueError(f"{str(file)!r}: the command is {_short(named)}, expected one of {sorted(commands)}")
+        raise ValueError(f"{str(file)!r}: the command is {short(named)}, expected one of {sorted(commands)}")
     called = next((word for word in rest if word in commands), None)
     planned = (named, called) == ("transport", "plan")  # a plan takes what it plans
     if named is not None and called is not None and named != called and not planned:
@@ -73,7 +72,7 @@ def read(app: typer.Typer, arguments: Sequence[str]) -> tuple[list[str], dict[st
     for key, value in recipe.items():
         plain = str(key).replace("-", "_")
         check_key(plain, names, f"{str(file)!r}: tvjax {name} has")
-        if names[plain] in values:
+        if names[plain] in values and plain not in overridden:
             raise ValueError(f"{str(file)!r}: {plain} is {names[plain]} by another name, which is given too")
         if value is not None:  # else the default
             try:
@@ -90,7 +89,7 @@ def resolved(context: typer.Context) -> str:
     if values.get("options"):
         values["options"] = parse_options(values["options"])
     content = {COMMAND: context.info_name, **values}
-    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(content, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def write(context: typer.Context, output: Path) -> None:
@@ -127,29 +126,23 @@ def _words(key: str, parameter: Any, value: Any) -> Any:
     many = getattr(parameter, "multiple", False) or parameter.nargs != 1
     if isinstance(value, dict):
         if key != "options":
-            raise ValueError(f"found the keys {_short(list(value))}, expected {'values' if many else 'a value'}")
-        return [f"{name}={_dump(item)}" for name, item in value.items()]
+            raise ValueError(f"found the keys {short(list(value))}, expected {'values' if many else 'a value'}")
+        return [f"{name}={dump(item)}" for name, item in value.items()]
     if isinstance(value, list):
         if not many:
-            raise ValueError(f"found the list {_short(value)}, expected one value")
+            raise ValueError(f"found the list {short(value)}, expected one value")
         return [_word(item) for item in value]
     if getattr(parameter, "is_flag", False):
         if not isinstance(value, bool):
-            raise ValueError(f"found {_short(value)}, expected true or false")
+            raise ValueError(f"found {short(value)}, expected true or false")
         return value
     return [_word(value)] if many else _word(value)
 
 
 def _word(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"found {_short(value)}, expected a number or text; quote a word such as 'yes' or 'null'")
+        raise ValueError(f"found {short(value)}, expected a number or text; quote a word such as 'yes' or 'null'")
     return str(value)
-
-
-def _short(value: Any) -> str:
-    """A value in a message, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _names(command: Any) -> dict[str, str]:
@@ -161,75 +154,11 @@ def _names(command: Any) -> dict[str, str]:
     return {key: name for key, name in names.items() if name not in ("help", "install_completion", "show_completion")}
 
 
-def _load(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ValueError(f"there is no recipe {str(file)!r}")
-    if file.stat().st_size > LARGEST:
-        raise ValueError(f"{str(file)!r} has {file.stat().st_size:,} bytes, too many for a recipe")
-    try:
-        recipe = _read_yaml(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(file)!r} is no YAML: {error}") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{str(file)!r} holds a {type(recipe).__name__}, expected keys with values")
-    return recipe
-
-
 def _parse(text: str, override: str) -> Any:
     try:
-        return _read_yaml(text)
+        return read_yaml(text)
     except ValueError as error:
-        raise ValueError(f"the value of {_short(override)} is no YAML: {error}") from error
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain YAML: no tags and no aliases, no key twice; ``1e-3`` is a number, and a date is text."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
-            found = f"*{event.anchor}" if isinstance(event, yaml.AliasEvent) else event.tag
-            raise yaml.composer.ComposerError(None, None, f"{found}: aliases and tags are not read", event.start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen = set()
-        for key, _ in node.value:
-            name = self.construct_object(key, deep=True)
-            if isinstance(name, Hashable) and name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} stands twice", key.start_mark)
-            seen |= {name} if isinstance(name, Hashable) else set()  # the other kind is refused below
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-for _side in (_Loader, _Dumper):
-    _side.yaml_implicit_resolvers = {
-        letter: [(tag, rule) for tag, rule in rules if not tag.endswith((":timestamp", ":float", ":merge"))]
-        for letter, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    _side.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(rf"(?:{_FLOAT.pattern})$"), list("-+.0123456789"))
-
-
-def _read_yaml(text: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)  # noqa: S506 - a safe loader
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-
-
-def _dump(value: Any) -> str:
-    """A value on one line, as `_Loader` reads it again."""
-    return yaml.dump([value], Dumper=_Dumper, default_flow_style=True, width=math.inf, allow_unicode=True).strip()[1:-1]
+        raise ValueError(f"the value of {short(override)} is no YAML: {error}") from error
 
 
 def _put(recipe: dict[str, Any], key: str, value: Any) -> None:

@@ -18,6 +18,7 @@ from tvjax.jobs.configs import (
     PlanConfig,
     TransportConfig,
 )
+from tvjax.jobs.recipes import read_recipe
 
 if TYPE_CHECKING:
     from tvjax.jobs._apply import apply
@@ -57,5 +58,6 @@ __all__ = [
     "inspect",
     "merge",
     "plan",
+    "read_recipe",
     "transport",
 ]
