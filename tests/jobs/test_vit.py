@@ -132,3 +132,9 @@ def test_evaluation_names_labels_that_do_not_match(vits, images, tmp_path, capsy
     (tmp_path / "dog" / "1.png").write_bytes((images / "cat" / "0.png").read_bytes())
     assert run(["evaluate", vits["source"], "--data", str(tmp_path)]) == 2
     assert "['dog'], which are none of the classes ['polar bear', 'cat']" in capsys.readouterr().err
+
+
+def test_examples_are_not_chosen_by_embeddings_that_a_model_does_not_give(vits, images, tmp_path):
+    with pytest.raises(ValueError, match="gives no embeddings to choose examples by: take --select random"):
+        transport(vits, images, tmp_path / "edited", method="theseus", per_class=1, select="herding")
+    assert not (tmp_path / "edited").exists()

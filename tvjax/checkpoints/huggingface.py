@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import huggingface_hub
 import jax
@@ -183,18 +183,47 @@ def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None)
     Raises:
       ValueError: naming what is wrong and the way out.
     """
+    with open_described(describe(source, revision)) as opened:
+        yield opened
+
+
+class Described(NamedTuple):
+    """What the ``config.json`` of a Hugging Face folder says; made by `describe`. The fields are those of `Checkpoint`."""
+
+    name: str
+    revision: str
+    folder: Path
+    settings: Settings
+    family: Family
+    config: Any
+
+
+def describe(source: str | os.PathLike[str], revision: str | None = None) -> Described:
+    """Reads the config of a model in a Hugging Face folder or on the hub, and nothing else.
+
+    Raises:
+      ValueError: naming what is wrong and the way out.
+    """
     folder, revision = fetch(source, revision)
     settings = read_json(folder / "config.json")
     try:
         family = family_of_settings(settings)
         config = family.config.from_dict(settings)
-        shapes = shapes_of(config)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    with open_tensors(*weight_files(folder)) as tensors:
-        sources = find_sources(family.keys, shapes, tensors.headers, str(folder))
-        name = hub_name(source, revision)
-        yield Checkpoint(name, revision or "", folder, settings, family, config, tensors, sources, shapes)
+    return Described(hub_name(source, revision), revision or "", folder, settings, family, config)
+
+
+@contextlib.contextmanager
+def open_described(model: Described) -> Iterator[Checkpoint]:
+    """Opens the tensors of a model whose config has been read, as `open_checkpoint` does."""
+    try:
+        shapes = shapes_of(model.config)
+    except ValueError as error:
+        raise ValueError(f"{model.folder / 'config.json'}: {error}") from error
+    with open_tensors(*weight_files(model.folder)) as tensors:
+        sources = find_sources(model.family.keys, shapes, tensors.headers, str(model.folder))
+        yield Checkpoint(*model, tensors, sources, shapes)
 
 
 def from_pretrained(

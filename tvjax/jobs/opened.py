@@ -8,33 +8,40 @@ from typing import Any
 
 import numpy as np
 
-from tvjax.checkpoints.huggingface import Checkpoint, Pretrained, open_checkpoint, read_model
+from tvjax.checkpoints.huggingface import Checkpoint, Described, Pretrained, describe, open_described, read_model
 from tvjax.checkpoints.processors import Processor, read_processor
 from tvjax.data.images import Images
 from tvjax.data.loader import Loader
 from tvjax.evaluate.zero_shot import embed_images
+from tvjax.models.clip.config import CLIPConfig
 from tvjax.models.clip.modeling import vision_model
 
 
 class Opened:
-    """A model by its name: config and headers are read at once, weights and processors when they are first asked for.
+    """A model by its name: its config is read at once, headers, weights and processors when they are first asked for.
 
     Attributes:
-      checkpoint: its folder, whose tensors can be read one by one.
+      described: its folder and config.
     """
 
-    def __init__(self, checkpoint: Checkpoint):
-        self.checkpoint = checkpoint
+    def __init__(self, described: Described, stack: contextlib.ExitStack):
+        """A model whose files are closed with the stack."""
+        self.described, self._stack = described, stack
 
     @property
     def name(self) -> str:
         """The folder or hub id."""
-        return self.checkpoint.name
+        return self.described.name
 
     @property
     def config(self) -> Any:
         """The config of its family."""
-        return self.checkpoint.config
+        return self.described.config
+
+    @functools.cached_property
+    def checkpoint(self) -> Checkpoint:
+        """Its tensors, to be read one by one."""
+        return self._stack.enter_context(open_described(self.described))
 
     @functools.cached_property
     def pretrained(self) -> Pretrained:
@@ -44,14 +51,27 @@ class Opened:
     @functools.cached_property
     def processor(self) -> Processor:
         """What turns images and texts into its inputs."""
-        return read_processor(self.checkpoint.folder, getattr(self.config, "text", None))
+        return read_processor(self.described.folder, getattr(self.config, "text", None))
+
+    def with_config(self, config: Any) -> Opened:
+        """The model with another config, to be given other weights."""
+        return Opened(self.described._replace(config=config), self._stack)
 
     def release(self) -> None:
         """Drops the weights, which are read again where they are asked for again."""
         self.__dict__.pop("pretrained", None)
 
     def embed(self, images: Images, batch_size: int) -> np.ndarray:
-        """Unit embeddings of images by the vision tower of a CLIP."""
+        """Unit embeddings of images by the vision tower of a CLIP.
+
+        Raises:
+          ValueError: for another model, before its weights are read.
+        """
+        if not isinstance(self.config, CLIPConfig):
+            raise ValueError(
+                f"{self.name!r} is a {type(self.config).__name__}, which gives no embeddings to choose examples by: "
+                "take --select random"
+            )
         model, pixels = self.pretrained.model, self.processor.pixels
         return embed_images(vision_model(model), Loader(images, pixels, batch_size))
 
@@ -65,5 +85,5 @@ class Models(contextlib.ExitStack):
 
     def __getitem__(self, name: str) -> Opened:
         if name not in self._opened:
-            self._opened[name] = Opened(self.enter_context(open_checkpoint(name)))
+            self._opened[name] = Opened(describe(name), self)
         return self._opened[name]

@@ -126,7 +126,7 @@ def head_labels(opened: Opened) -> tuple[str, ...] | None:
     config = opened.config
     if isinstance(config, CLIPConfig):
         return None
-    names = opened.checkpoint.settings.get("id2label") or {}
+    names = opened.described.settings.get("id2label") or {}
     labels = tuple(str(names[key]) for key in sorted(names, key=int))
     return () if all(label == f"LABEL_{number}" for number, label in enumerate(labels)) else labels
 
