@@ -65,7 +65,7 @@ def test_the_plan_is_what_the_transport_does(vits, images, tmp_path):
 
 def test_the_labels_are_those_of_the_head_and_not_the_order_of_folders(vits, images):
     found = jobs.evaluate(jobs.EvaluateConfig(models=vits["source"], data=str(images)))
-    assert isinstance(found, Evaluated) and found.classes == ("polar bear", "cat")
+    assert isinstance(found, Evaluated) and found.classes == ("polar bear", "cat") and found.templates == ()
     with Models() as models:
         opened = models[vits["source"]]
         pixels = opened.processor.pixels(list(open_images(str(images))))
@@ -77,6 +77,14 @@ def test_the_labels_are_those_of_the_head_and_not_the_order_of_folders(vits, ima
 def test_a_head_without_names_takes_the_order_of_folders(vits, images):
     found = jobs.evaluate(jobs.EvaluateConfig(models=[vits["numbered"]], data=str(images)))
     assert found.classes == ("cat", "polar bear")
+
+
+def test_a_clip_and_a_vit_are_compared_on_the_classes_of_the_head(vits, images, tmp_path):
+    names = [str(model_folder("A")), vits["source"]]
+    found = jobs.evaluate(jobs.EvaluateConfig(models=names, data=str(images)))
+    assert found.classes == ("polar bear", "cat") and found.templates == ("a photo of a {}.",)
+    alone = jobs.evaluate(jobs.EvaluateConfig(models=names[0], data=str(images)))
+    assert alone.classes == ("cat", "polar bear") and alone.models[0]["correct"] == found.models[0]["correct"]
 
 
 def test_composition_learns_by_the_head(vits, images, tmp_path):

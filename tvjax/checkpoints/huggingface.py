@@ -188,7 +188,7 @@ def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None)
 
 
 class Described(NamedTuple):
-    """What the ``config.json`` of a Hugging Face folder says; made by `describe`. The fields are those of `Checkpoint`."""
+    """What the ``config.json`` of a folder says; made by `describe`. The fields are those of `Checkpoint`."""
 
     name: str
     revision: str

@@ -39,7 +39,7 @@ def evaluate(
 def _tables(found: Evaluated, by_class: bool) -> list[Any]:
     from tvjax.report import tables
 
-    title = f"Zero-shot accuracy on {found.images['source']}, %"
+    title = f"{'Zero-shot accuracy' if found.templates else 'Accuracy'} on {found.images['source']}, %"
     shown: list[Any] = [tables.evaluation_table(found.models, title, found.reference)]
     if found.pairs:
         shown.append(tables.pairs_table(found.pairs, "Differences on the same images, points (p: McNemar)"))

@@ -32,7 +32,7 @@ class Evaluated(NamedTuple):
     Attributes:
       images: the examples.
       classes: their names.
-      templates: the prompts.
+      templates: the prompts; none where every model has a head of its own.
       models: accuracy of each model, in whole and by class.
       reference: accuracy of the reference.
       pairs: each two models on the same examples.
@@ -94,7 +94,8 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evalua
                 one.release()
             if progress is not None:
                 progress(number + 1, len(names), name)
-    return _results(config, found, looked_at, prompts.templates, seen, (grid, curve))
+        zero_shot = any(head_labels(one) is None for one in opened.values())
+    return _results(config, found, looked_at, prompts.templates if zero_shot else (), seen, (grid, curve))
 
 
 def read_scales(text: str) -> tuple[float, ...]:
