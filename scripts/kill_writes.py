@@ -26,7 +26,7 @@ import numpy as np
 
 from tvjax import tree
 from tvjax.checkpoints import Pretrained, fingerprint, map_tree, save_pretrained, save_tree, streaming
-from tvjax.checkpoints.huggingface import open_checkpoint
+from tvjax.checkpoints.folder import open_checkpoint
 from tvjax.checkpoints.memory import Scratch
 from tvjax.models.clip import CLIPConfig, CLIPVisionConfig, clip
 from tvjax.models.transformer import parameter_shapes

@@ -21,6 +21,8 @@ CONFIG = CLIPConfig(
     CLIPTextConfig(16, 8, 16, 1, 2, max_position_embeddings=6, eos_token_id=15, projection_dim=4),
 )
 
+QUANTISED = '{"quantization_config": {"quant_method": "gptq"}}'
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -133,16 +135,17 @@ def test_models_are_compared_in_the_layout_of_their_leaves(folder, tmp_path):
 def test_a_task_vector_beside_the_model_that_it_was_made_for(folder, tmp_path):
     vector, model = inspection.contents(folder / "a.safetensors"), inspection.contents(folder / "model")
     params = tree.flatten(from_pretrained(folder / "model").params)
-    for path, own in inspection.base_sums(vector, model).items():
+    sums, made_for = inspection.base_sums(vector, model)
+    for path, own in sums.items():
         np.testing.assert_allclose(own.norm, tree.norm(params[path]), rtol=1e-5)
-    assert inspection.is_base(vector, model) is True
+    assert made_for is True
     base = from_pretrained(folder / "model")
     changed = apply(base.params, {"text": {"final_norm": {"bias": np.ones(8, np.float32)}}})
     save_pretrained(base.with_params(changed), tmp_path / "other")
-    assert inspection.is_base(vector, inspection.contents(tmp_path / "other")) is False
+    assert inspection.base_sums(vector, inspection.contents(tmp_path / "other"))[1] is False
     save_tree(tmp_path / "nameless.safetensors", {"vision": {"pre_norm": {"bias": np.ones(8, np.float32)}}})
     nameless = inspection.contents(tmp_path / "nameless.safetensors")
-    assert nameless.kind == "tensors" and inspection.is_base(nameless, model) is None
+    assert nameless.kind == "tensors" and inspection.base_sums(nameless, model)[1] is None
 
 
 def test_layers_are_sorted_as_numbers(tmp_path):
@@ -168,7 +171,7 @@ def things(folder, tmp_path):
     save_coefficients(tmp_path / "coefficients.safetensors", init_coefficients([{"w": jnp.ones(2)}]))
     (tmp_path / "cut.safetensors").write_bytes((folder / "a.safetensors").read_bytes()[:100])
     (tmp_path / "text.safetensors").write_text("hello")
-    for name, config in (("broken", "{"), ("list", "[]"), ("number", '{"model_type": 3}'), ("other", "{}")):
+    for name, config in (("broken", "{"), ("list", "[]"), ("number", '{"model_type": 3}'), ("int4", QUANTISED)):
         shutil.copytree(folder / "model", tmp_path / name)
         (tmp_path / name / "config.json").write_text(config)
     (tmp_path / "no_config").mkdir()
@@ -192,7 +195,7 @@ def things(folder, tmp_path):
         ("broken", "config.json"),
         ("list", "holds a list, expected an object"),
         ("number", "model_type 3 is not supported"),
-        ("other", "model_type None is not supported"),
+        ("int4", r"the weights are quantised \(gptq\)"),
         ("no_config", "has no config.json"),
         ("unfitting", "do not fit its config.json"),
     ],

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from tvjax.checkpoints.cards import is_hub_id
-from tvjax.checkpoints.huggingface import Checkpoint, Pretrained, open_checkpoint, read_leaf, shapes_of
+from tvjax.checkpoints.folder import Checkpoint, open_checkpoint
+from tvjax.checkpoints.huggingface import Pretrained, read_leaf
+from tvjax.models.families import shapes_of
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 _CACHED = re.compile(r"models--([^/]+)--([^/]+)/snapshots/[0-9a-f]{40}$")  # a hub repository on a disk

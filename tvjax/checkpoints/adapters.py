@@ -20,12 +20,13 @@ import numpy as np
 from tvjax import tree
 from tvjax.checkpoints.adapter_base import check_base
 from tvjax.checkpoints.adapter_config import check_settings, initialisation, model_class, rank_and_scale
-from tvjax.checkpoints.huggingface import Checkpoint, Pretrained, fetch, read_leaf, shapes_of
+from tvjax.checkpoints.folder import Checkpoint, fetch
+from tvjax.checkpoints.huggingface import Pretrained, read_leaf
 from tvjax.checkpoints.json_files import read_json
 from tvjax.checkpoints.memory import to_jax
 from tvjax.checkpoints.safetensors import Fingerprint, Tensors, open_tensors
 from tvjax.merge.adapters import Adapter
-from tvjax.models.families import family_of_config
+from tvjax.models.families import GENERIC, family_of_config, shapes_of
 from tvjax.models.key_table import FLOATS, KeyTable, keys_of, module_key
 
 CONFIG = "adapter_config.json"
@@ -41,11 +42,13 @@ class Factors(NamedTuple):
       a: key of ``[r, in]``.
       b: key of ``[out, r]``.
       scale: ``alpha / r``, or ``alpha / sqrt(r)``.
+      outputs_first: whether the weight lies ``[out, in]``, as in a model that is read as its file has it.
     """
 
     a: str
     b: str
     scale: float
+    outputs_first: bool = False
 
 
 class AdapterFile(NamedTuple):
@@ -72,25 +75,29 @@ class AdapterFile(NamedTuple):
     def read(self, path: str, kernel: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, float]:
         """The factors ``[in, r]`` and ``[r, out]`` of the change of a kernel, and the scale of their product.
 
+        Of a weight that lies ``[out, in]`` they are ``[out, r]`` and ``[r, in]``.
+
         Args:
           path: of the kernel.
-          kernel: of the base ``[in, out]``; read only where an initialisation was taken out of it.
+          kernel: of the base; read only where an initialisation was taken out of it.
 
         Raises:
           ValueError: where values are not finite.
         """
         factors = self.factors[path]
         a, b = self.tensors.read(factors.a).T, self.tensors.read(factors.b).T
-        if not self.initial or kernel is None:
-            return a, b, factors.scale
-        a_0, b_0 = _initial_factors(self.initial, np.asarray(kernel, np.float32), a.shape[1], factors.scale)
-        trained = np.float32(factors.scale) * a.astype(np.float32)
-        return np.concatenate([trained, -a_0], axis=1), np.concatenate([b.astype(np.float32), b_0]), 1.0
+        scale = factors.scale
+        if self.initial and kernel is not None:
+            kernel = np.asarray(kernel.T if factors.outputs_first else kernel, np.float32)
+            a_0, b_0 = _initial_factors(self.initial, kernel, a.shape[1], scale)
+            a = np.concatenate([np.float32(scale) * a.astype(np.float32), -a_0], axis=1)
+            b, scale = np.concatenate([b.astype(np.float32), b_0]), 1.0
+        return (b.T, a.T, scale) if factors.outputs_first else (a, b, scale)
 
     def fingerprint(self) -> str:
         """The identity of the factors and scales."""
         found = Fingerprint()
-        for path, (a, b, scale) in sorted(self.factors.items()):
+        for path, (a, b, scale, _) in sorted(self.factors.items()):
             found.add(f"{path} a {scale!r} {self.initial}".rstrip(), self.tensors.read(a))
             found.add(f"{path} b", self.tensors.read(b))
         return found.hexdigest()
@@ -176,14 +183,20 @@ def _find_factors(
             problems.append(f"{key}: no factor of a linear layer")
         else:
             pairs.setdefault(match[1], {})[match[2]] = key
-    shapes = shapes_of(base.config)
-    kernels = {path: shape for path, shape in shapes.items() if path.endswith("/kernel") and len(shape) == 2}
+    family = family_of_config(base.config)
+    outputs_first = family is GENERIC and not settings.get("fan_in_fan_out")  # True for Conv1D, which lies [in, out]
+    name = "/weight" if family is GENERIC else "/kernel"
+    kernels = {
+        path: shape[::-1] if outputs_first else shape
+        for path, shape in shapes_of(base.config).items()
+        if path.endswith(name) and len(shape) == 2
+    }
     sizes = {
         module: tuple(tensors.headers[pair[name]].shape[axis] if name in pair else None for name, axis in _OUTER)
         for module, pair in pairs.items()
         if all(len(tensors.headers[key].shape) == 2 for key in pair.values())
     }
-    path_of = _find_kernels(folder, family_of_config(base.config).keys, kernels, sizes, model_class(settings))
+    path_of = _find_kernels(folder, family.keys, kernels, sizes, model_class(settings))
     factors: dict[str, Factors] = {}
     for module, pair in pairs.items():
         path = path_of.get(module)
@@ -197,7 +210,7 @@ def _find_factors(
             continue
         a, b = tensors.headers[pair["A"]], tensors.headers[pair["B"]]
         rank, scale = rank_and_scale(settings, module)
-        inputs, outputs = shapes[path]
+        inputs, outputs = kernels[path]
         if (a.shape, b.shape) != ((rank, inputs), (outputs, rank)):
             problems.append(
                 f"{module}: lora_A {a.shape} and lora_B {b.shape}, expected {(rank, inputs)} and {(outputs, rank)}"
@@ -205,7 +218,7 @@ def _find_factors(
         elif {a.dtype, b.dtype} - set(FLOATS):
             problems.append(f"{module}: is {a.dtype} and {b.dtype}, expected one of {', '.join(FLOATS)}")
         else:
-            factors[path] = Factors(pair["A"], pair["B"], scale)
+            factors[path] = Factors(pair["A"], pair["B"], scale, outputs_first)
     if not pairs and not problems:
         problems.append("it holds no factors")
     if problems:

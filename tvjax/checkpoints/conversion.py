@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -18,22 +18,21 @@ from jax.typing import DTypeLike
 
 from tvjax import tree
 from tvjax.checkpoints.cards import model_card
+from tvjax.checkpoints.folder import open_checkpoint
 from tvjax.checkpoints.huggingface import (
     MAX_SHARD_SIZE,
     Pretrained,
     check_new,
-    fetch,
     from_pretrained,
-    read_json,
     save_pretrained,
-    shapes_of,
+    write_checkpoint,
 )
-from tvjax.checkpoints.memory import contiguous, to_jax
+from tvjax.checkpoints.memory import Scratch, contiguous, to_jax
 from tvjax.checkpoints.orbax import PARAMS, load_orbax, save_orbax
-from tvjax.checkpoints.safetensors import cast, check_finite, fingerprint, tensor_header
+from tvjax.checkpoints.safetensors import Fingerprint, cast, check_finite, fingerprint, tensor_header
 from tvjax.checkpoints.torch_files import load_tensors
 from tvjax.models.clip.config import CLIPConfig
-from tvjax.models.families import family_of_config, family_of_settings
+from tvjax.models.families import shapes_of
 from tvjax.models.key_table import KeyTable, Row, find_sources
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
@@ -68,6 +67,22 @@ OPEN_CLIP = KeyTable(
 # fmt: on
 
 
+class Converted(NamedTuple):
+    """What `convert` wrote.
+
+    Attributes:
+      parameters: number of their entries.
+      dtypes: of the parameters.
+      fingerprint: of the model as it was written.
+      left: why tensors were not written, by key: no parameters, which an Orbax directory does not hold.
+    """
+
+    parameters: int
+    dtypes: tuple[str, ...]
+    fingerprint: str
+    left: Mapping[str, str]
+
+
 def convert(
     source: str | os.PathLike[str],
     folder: str | os.PathLike[str],
@@ -78,8 +93,10 @@ def convert(
     like: str | os.PathLike[str] | None = None,
     allow_pickle: bool = False,
     revision: str | None = None,
-) -> Pretrained:
+) -> Converted:
     """Writes a model as another kind of checkpoint, or in another dtype.
+
+    From one Hugging Face folder to another it goes tensor by tensor: a few of them are in memory at once.
 
     Args:
       source: a Hugging Face folder or hub id; a folder of `save_orbax`; or the file of a state dict.
@@ -92,7 +109,7 @@ def convert(
       revision: branch, tag or commit of a hub repository.
 
     Returns:
-      The model as it was written.
+      What was written.
 
     Raises:
       ValueError: a source that is no model, or a folder that is taken; before anything is written.
@@ -104,6 +121,9 @@ def convert(
     is_state_dict = Path(source).suffix in PICKLES and not Path(source).is_dir()
     if (is_orbax or is_state_dict) and revision is not None:
         raise ValueError(f"{os.fspath(source)!r} has no revision {revision!r}: leave the revision out")
+    if not is_orbax and not is_state_dict and to == "huggingface":
+        return _rewrite(source, folder, dtype, max_shard_size, revision)
+    left: Mapping[str, str] = {}
     if is_state_dict:
         if like is None:
             raise ValueError(
@@ -111,27 +131,64 @@ def convert(
                 "folder or hub id of the same shape (like), such as openai/clip-vit-base-patch32"
             )
         model = load_state_dict(source, like, allow_pickle=allow_pickle)
+    elif is_orbax:
+        model = load_orbax(source)
     else:
-        model = load_orbax(source) if is_orbax else from_pretrained(source, revision)
+        with open_checkpoint(source, revision) as opened:
+            model, left = from_pretrained(opened), opened.others
     if dtype is not None:
         leaves = {path: cast(np.asarray(leaf), dtype) for path, leaf in tree.flatten(model.params).items()}
         for path, leaf in leaves.items():
             check_finite(path, leaf)
         model = model.with_params(tree.nest({path: to_jax(leaf) for path, leaf in leaves.items()}))
+    arrays = jax.tree.leaves(model.params)
+    dtypes = tuple(sorted({leaf.dtype.name for leaf in arrays}))
+    found = Converted(sum(leaf.size for leaf in arrays), dtypes, fingerprint(model.params), left)
     if to == "orbax":
         save_orbax(model, folder)
     else:
-        results = {
-            "fingerprint": fingerprint(model.params),
-            "parameters": sum(leaf.size for leaf in jax.tree.leaves(model.params)),
-        }
-        settings = {"dtype": None if dtype is None else np.dtype(dtype).name, "source": model.name}
-        base = {"base_model": model.name, "base_revision": model.revision}
-        card = model_card(
-            Path(folder).name, "Converted from another checkpoint.", base, settings=settings, results=results
-        )
+        card = _card(folder, model.name, model.revision, dtype, found)
         save_pretrained(model, folder, max_shard_size=max_shard_size, card=card)
-    return model
+    return found
+
+
+def _rewrite(
+    source: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    dtype: DTypeLike | None,
+    max_shard_size: int | str,
+    revision: str | None,
+) -> Converted:
+    """A Hugging Face folder as another one, tensor by tensor."""
+    written, scratch = Fingerprint(), Scratch()
+    parameters = 0
+    dtypes: set[str] = set()
+    with open_checkpoint(source, revision) as opened:
+
+        def found() -> Converted:
+            return Converted(parameters, tuple(sorted(dtypes)), written.hexdigest(), {})
+
+        def card() -> str:
+            return _card(folder, opened.name, opened.revision, dtype, found())
+
+        with write_checkpoint(opened, folder, dtype=dtype, max_shard_size=max_shard_size, card=card) as write:
+            for path in sorted(opened.sources):
+                leaf = cast(opened.read(path, scratch), dtype)
+                written.add(path, leaf)
+                write(path, leaf)
+                parameters += leaf.size
+                dtypes.add(leaf.dtype.name)
+    return found()
+
+
+def _card(folder: str | os.PathLike[str], name: str, revision: str, dtype: DTypeLike | None, found: Converted) -> str:
+    return model_card(
+        Path(folder).name,
+        "Converted from another checkpoint.",
+        {"base_model": name, "base_revision": revision},
+        settings={"dtype": None if dtype is None else np.dtype(dtype).name, "source": name},
+        results={"fingerprint": found.fingerprint, "parameters": found.parameters},
+    )
 
 
 def load_state_dict(
@@ -157,13 +214,8 @@ def load_state_dict(
         )
     if not Path(file).is_file():
         raise ValueError(f"there is no file {os.fspath(file)!r}")
-    folder, _ = fetch(like)
-    settings = read_json(folder / "config.json")
-    try:
-        config = family_of_settings(settings).config.from_dict(settings)
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    family = family_of_config(config)
+    with open_checkpoint(like) as model:
+        config, family = model.config, model.family
     tensors = load_tensors(file)
     table = family.keys
     if isinstance(config, CLIPConfig) and any(".resblocks." in key for key in tensors):
@@ -174,7 +226,9 @@ def load_state_dict(
     for path, found in sources.items():
         check_finite(found.key, tensors[found.key])
         leaves[path] = to_jax(contiguous(found.to_ours(tensors[found.key])))
-    return Pretrained(family.build(config, tree.nest(leaves)), config, os.fspath(file), "", folder, settings)
+    return Pretrained(
+        family.build(config, tree.nest(leaves)), config, os.fspath(file), "", model.folder, model.settings
+    )
 
 
 def _split_attention(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -7,59 +7,47 @@ import dataclasses
 import functools
 import math
 import os
-import shutil
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import huggingface_hub
-import jax
 import jax.numpy as jnp
 import numpy as np
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jax.typing import DTypeLike
 
 from tvjax import tree
 from tvjax.checkpoints.atomic import new_folder, replacing
+from tvjax.checkpoints.folder import (
+    INDEX,
+    WEIGHTS,
+    Checkpoint,
+    Name,
+    copy_files,
+    has_weights,
+    open_checkpoint,
+    weight_files,
+)
 from tvjax.checkpoints.json_files import read_json, write_json
-from tvjax.checkpoints.memory import Scratch, contiguous, to_jax
+from tvjax.checkpoints.memory import Scratch
 from tvjax.checkpoints.safetensors import (
-    Tensors,
     cast,
     cast_header,
     fingerprint,
     numpy_dtype,
-    open_tensors,
     save_tensors,
     tensor_bytes,
     tensor_header,
     write_tensors,
 )
 from tvjax.models.differences import function_values, to_text
-from tvjax.models.families import Family, family_of_config, family_of_settings
-from tvjax.models.key_table import Source, Tensor, find_sources, to_checkpoint
+from tvjax.models.families import GENERIC, family_of_config, shapes_of
+from tvjax.models.key_table import Tensor, to_checkpoint
 from tvjax.models.settings import Settings
-from tvjax.models.transformer import parameter_shapes
 from tvjax.stages import Model, PyTree
 
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _CARD = "README.md"
 MAX_SHARD_SIZE = "5GB"
-_THREADS = 2  # read and transpose at once; more would only wait for the memory
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_PROCESSOR_FILES = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +62,7 @@ class Pretrained:
       folder: the local folder that it was read from; None for a model that was made here.
       settings: the content of that folder's ``config.json``.
 
+    >>> import jax
     >>> from tvjax.models.vit import config, modeling
     >>> shape = config.ViTConfig(8, 16, 1, 2, image_size=8, patch_size=4)
     >>> made_here = Pretrained(modeling.vit(shape, modeling.init(shape, jax.random.key(0))), shape)
@@ -116,53 +105,6 @@ class Pretrained:
         return fingerprint(self.params)  # reads every weight
 
 
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """A Hugging Face folder whose parameters are read one by one; made by `open_checkpoint`.
-
-    Attributes:
-      name: the folder or hub id that was asked for.
-      revision: the commit of the hub repository.
-      folder: the local folder.
-      settings: the content of its ``config.json``.
-      family: of the model.
-      config: of the model.
-      tensors: those of its files.
-      sources: where to read each parameter, by path.
-      shapes: of the parameters, by path.
-    """
-
-    name: str
-    revision: str
-    folder: Path
-    settings: Settings
-    family: Family
-    config: Any
-    tensors: Tensors
-    sources: Mapping[str, Source]
-    shapes: Mapping[str, tuple[int, ...]]
-
-    def read(self, path: str, scratch: Scratch, keep: bool = False) -> np.ndarray:
-        """One parameter, in its own dtype and our layout, contiguous.
-
-        Args:
-          path: of the parameter.
-          scratch: memory to read into.
-          keep: whether the array gets memory of its own; else it lies in the scratch, until the next is read.
-
-        Raises:
-          ValueError: where values are not finite.
-        """
-        source = self.sources[path]
-        header = self.tensors.headers[source.key]
-        size = tensor_bytes(source.key, header)
-        moves = not source.to_ours(np.empty(header.shape, np.bool_)).flags.c_contiguous
-        raw = self.tensors.read(source.key, None if keep and not moves else scratch.take("raw", size))
-        if not moves:
-            return source.to_ours(raw)
-        return contiguous(source.to_ours(raw), None if keep else scratch.take("ours", size))
-
-
 def read_leaf(model: Pretrained | Checkpoint, path: str) -> np.ndarray:
     """One parameter of a model that is in memory or on disk, in its own dtype and our layout."""
     if isinstance(model, Checkpoint):
@@ -170,74 +112,17 @@ def read_leaf(model: Pretrained | Checkpoint, path: str) -> np.ndarray:
     return np.asarray(tree.get(model.params, path))
 
 
-@contextlib.contextmanager
-def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None) -> Iterator[Checkpoint]:
-    """Opens a model in a Hugging Face folder or on the hub, to read its parameters one by one.
-
-    Config, keys, shapes and dtypes are checked; no weight is read.
-
-    Args:
-      source: a folder or a hub id.
-      revision: branch, tag or commit of the hub repository.
-
-    Raises:
-      ValueError: naming what is wrong and the way out.
-    """
-    with open_described(describe(source, revision)) as opened:
-        yield opened
-
-
-class Described(NamedTuple):
-    """What the ``config.json`` of a folder says; made by `describe`. The fields are those of `Checkpoint`."""
-
-    name: str
-    revision: str
-    folder: Path
-    settings: Settings
-    family: Family
-    config: Any
-
-
-def describe(source: str | os.PathLike[str], revision: str | None = None) -> Described:
-    """Reads the config of a model in a Hugging Face folder or on the hub, and nothing else.
-
-    Raises:
-      ValueError: naming what is wrong and the way out.
-    """
-    folder, revision = fetch(source, revision)
-    settings = read_json(folder / "config.json")
-    try:
-        family = family_of_settings(settings)
-        config = family.config.from_dict(settings)
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    return Described(hub_name(source, revision), revision or "", folder, settings, family, config)
-
-
-@contextlib.contextmanager
-def open_described(model: Described) -> Iterator[Checkpoint]:
-    """Opens the tensors of a model whose config has been read, as `open_checkpoint` does."""
-    try:
-        shapes = shapes_of(model.config)
-    except ValueError as error:
-        raise ValueError(f"{model.folder / 'config.json'}: {error}") from error
-    with open_tensors(*weight_files(model.folder)) as tensors:
-        sources = find_sources(model.family.keys, shapes, tensors.headers, str(model.folder))
-        yield Checkpoint(*model, tensors, sources, shapes)
-
-
-def from_pretrained(
-    source: str | os.PathLike[str], revision: str | None = None, dtype: DTypeLike = jnp.float32
-) -> Pretrained:
+def from_pretrained(source: Name, revision: str | None = None, dtype: DTypeLike = jnp.float32) -> Pretrained:
     """Reads a model from a Hugging Face folder or from the hub.
 
     Config, keys, shapes and dtypes are checked before any weight is read. The parameters keep the dtypes of the file.
     Only safetensors are read, in one file or several with an index; no pickle is opened. The weights are in memory
-    once: each tensor is read and transposed into the memory that it stays in.
+    once: each tensor is read and transposed into the memory that it stays in. A model for which there is no modelling
+    code has its tensors as parameters, and cannot be run.
 
     Args:
       source: a folder with ``config.json`` and safetensors, or a hub id (``openai/clip-vit-base-patch32``, or with
-        a revision ``openai/clip-vit-base-patch32@main``).
+        a revision ``openai/clip-vit-base-patch32@main``), or a model that is open.
       revision: branch, tag or commit of the hub repository.
       dtype: dtype that activations are computed in.
 
@@ -248,29 +133,9 @@ def from_pretrained(
       ValueError: naming what is wrong and the way out.
     """
     with open_checkpoint(source, revision) as opened:
-        return read_model(opened, dtype)
-
-
-def read_model(opened: Checkpoint, dtype: DTypeLike = jnp.float32) -> Pretrained:
-    """The model of an opened folder, as `from_pretrained` gives it.
-
-    Args:
-      opened: the folder.
-      dtype: dtype that activations are computed in.
-    """
-    local = threading.local()  # memory that each thread reads into before it transposes
-
-    def load(path: str) -> jax.Array:
-        return to_jax(opened.read(path, local.__dict__.setdefault("scratch", Scratch()), keep=True))
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        try:
-            params = tree.nest(dict(zip(opened.sources, pool.map(load, opened.sources), strict=True)))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # nothing more is read
-            raise
+        model = opened.family.build(opened.config, opened.params(), dtype)
     return Pretrained(
-        opened.family.build(opened.config, params, dtype),
+        model,
         opened.config,
         opened.name,
         opened.revision,
@@ -287,7 +152,7 @@ def save_pretrained(
     max_shard_size: int | str = MAX_SHARD_SIZE,
     card: str | None = None,
 ) -> None:
-    """Writes a model as a Hugging Face folder, with the processors of the folder that it was read from.
+    """Writes a model as a Hugging Face folder, with the other files of the folder that it was read from.
 
     A new folder appears when it is complete. In a folder that holds this model already, with the same
     ``config.json``, the weights are replaced by one rename. A killed run leaves the old or the new model.
@@ -308,6 +173,10 @@ def save_pretrained(
     tensors = to_checkpoint(family.keys, pretrained.params)
     headers = {key: tensor_header(key, tensor, dtype) for key, tensor in tensors.items()}
     settings = settings_with_dtype(pretrained.settings or pretrained.config.to_dict(), headers.values())
+    if family is GENERIC and pretrained.folder is not None and has_weights(pretrained.folder):
+        with open_checkpoint(pretrained.folder) as like:
+            tensors |= {key: like.tensors.map(key) for key in like.others}
+            headers |= {key: like.tensors.headers[key] for key in like.others}
     file_of = plan_shards(headers, max_shard_size)
     if folder.is_dir() and any(folder.iterdir()):
         if len(set(file_of.values())) > 1:
@@ -316,7 +185,7 @@ def save_pretrained(
                 "greater max_shard_size"
             )
         _replace_model(folder, settings, tensors, dtype)
-        copy_processors(pretrained.folder, folder)
+        copy_files(pretrained.folder, folder)
         if card is not None:
             _write_text(folder / _CARD, card)
         return
@@ -338,7 +207,7 @@ def write_checkpoint(
 ) -> Iterator[Callable[[str, np.ndarray], None]]:
     """Opens a new Hugging Face folder like another one, to be written parameter by parameter.
 
-    Keys and settings are those of the other folder; so are its processors, and tensors that are no parameters.
+    Keys and settings are those of the other folder; so are its other files, and tensors that are no parameters.
 
     Args:
       like: the other folder.
@@ -350,19 +219,19 @@ def write_checkpoint(
     Returns:
       A function of a path and its array, in our layout.
     """
-    tensors = like.tensors
-    keys = {source.key for source in like.sources.values()}
+    sources, tensors = like.sources, like.tensors
     headers = {
-        key: cast_header(key, header, dtype) if key in keys else header for key, header in tensors.headers.items()
+        key: header if key in like.others else cast_header(key, header, dtype)
+        for key, header in tensors.headers.items()
     }
     if max_shard_size is None:
         file_of = {key: Path(path).name for key, path in tensors.file_of.items()}
     else:
         file_of = plan_shards(headers, max_shard_size)
-    settings = settings_with_dtype(like.settings, [headers[key] for key in keys])
+    settings = settings_with_dtype(like.settings, [headers[source.key] for source in sources.values()])
     with _new_model(folder, headers, file_of, settings, like.folder) as (write, temporary):
-        yield lambda path, array: write(like.sources[path].key, like.sources[path].to_theirs(array))
-        for key in sorted(headers.keys() - keys):
+        yield lambda path, array: write(sources[path].key, sources[path].to_theirs(array))
+        for key in sorted(like.others):
             write(key, tensors.read(key))
         if card is not None:
             _write_text(temporary / _CARD, card())
@@ -374,7 +243,7 @@ def _new_model(
     headers: Mapping[str, Tensor],
     file_of: Mapping[str, str],
     settings: Settings,
-    processors: Path | None,
+    files: Path | None,
 ) -> Iterator[tuple[Callable[[str, np.ndarray], None], Path]]:
     """Opens a new folder; gives a function that writes a tensor under its key, and the folder as long as it is none."""
     check_new(folder)
@@ -384,13 +253,13 @@ def _new_model(
             part = {key: header for key, header in headers.items() if file_of[key] == name}
             writers[name] = stack.enter_context(write_tensors(temporary / name, part, {"format": "pt"}))
         yield lambda key, array: writers[file_of[key]].write(key, array), temporary
-        if set(file_of.values()) != {_WEIGHTS}:
+        if set(file_of.values()) != {WEIGHTS}:
             total = sum(tensor_bytes(key, header) for key, header in headers.items())
             count = sum(math.prod(header.shape) for header in headers.values())
             about = {"total_size": total, "total_parameters": count}
-            write_json(temporary / _INDEX, {"metadata": about, "weight_map": dict(file_of)})
+            write_json(temporary / INDEX, {"metadata": about, "weight_map": dict(file_of)})
         write_json(temporary / "config.json", settings)
-        copy_processors(processors, temporary)
+        copy_files(files, temporary)
 
 
 def plan_shards(headers: Mapping[str, Tensor], max_shard_size: int | str) -> dict[str, str]:
@@ -416,7 +285,7 @@ def plan_shards(headers: Mapping[str, Tensor], max_shard_size: int | str) -> dic
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_size,
     )
-    return plan.tensor_to_filename or dict.fromkeys(sizes, _WEIGHTS)
+    return plan.tensor_to_filename or dict.fromkeys(sizes, WEIGHTS)
 
 
 def check_new(folder: str | os.PathLike[str]) -> None:
@@ -427,85 +296,6 @@ def check_new(folder: str | os.PathLike[str]) -> None:
     standing = next(above for above in folder.absolute().parents if above.exists())
     if not standing.is_dir():
         raise ValueError(f"the output {str(folder)!r} cannot be: {str(standing)!r} is no folder")
-
-
-def fetch(source: str | os.PathLike[str], revision: str | None = None) -> tuple[Path, str | None]:
-    """The local folder of a source, downloaded where it is a hub id; of that, only safetensors, JSON and text files.
-
-    Args:
-      source: a folder or a hub id; ``owner/name@revision`` names the revision too.
-      revision: branch, tag or commit of the hub repository.
-
-    Returns:
-      The folder, and the commit where the source is a hub id.
-
-    Raises:
-      ValueError: for what is neither a folder nor can be downloaded.
-    """
-    folder = Path(source)
-    name, at, named = os.fspath(source).partition("@")
-    if at and not folder.is_dir():
-        if revision is not None:
-            raise ValueError(
-                f"{os.fspath(source)!r} names a revision, and {revision!r} is another: give one of the two"
-            )
-        folder, revision = Path(name), named
-    if folder.is_dir():
-        if revision is not None:
-            raise ValueError(f"{folder} is a local folder, which has no revision {revision!r}: leave the revision out")
-        return folder, None
-    try:
-        snapshot = huggingface_hub.snapshot_download(
-            os.fspath(folder),
-            revision=revision,
-            allow_patterns=["model.safetensors", "model-*.safetensors", "adapter_model.safetensors", "*.json", "*.txt"],
-            ignore_patterns=["*/*"],
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{os.fspath(source)!r} is no folder, and no hub id that can be downloaded: {reason}"
-        ) from error
-    return Path(snapshot), Path(snapshot).name
-
-
-def hub_name(source: str | os.PathLike[str], revision: str | None) -> str:
-    """The name of a model: its folder, or its hub id without the revision.
-
-    >>> hub_name("openai/clip-vit-base-patch32@main", "3d74acf"), hub_name("a@b/clip", None)
-    ('openai/clip-vit-base-patch32', 'a@b/clip')
-    """
-    return os.fspath(source) if revision is None else os.fspath(source).partition("@")[0]
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a Hugging Face folder: the single one, or those that its index names.
-
-    Raises:
-      ValueError: where there are none, or the index names one that is absent.
-    """
-    if (folder / _WEIGHTS).is_file():
-        return [folder / _WEIGHTS]
-    if not (folder / _INDEX).is_file():
-        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-        raise ValueError(
-            f"{folder} has neither {_WEIGHTS} nor {_INDEX}"
-            + (f", only {', '.join(pickles)}: pickles can run code and are never opened" if pickles else "")
-            + ". Load the model with transformers where you trust it, and save it with save_pretrained"
-        )
-    shard_of = read_json(folder / _INDEX).get("weight_map")
-    if not isinstance(shard_of, dict) or not all(isinstance(name, str) for name in shard_of.values()):
-        raise ValueError(f"{folder / _INDEX} has no weight_map from keys to files: download it again")
-    names = sorted(set(shard_of.values()))
-    absent = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
-    if absent:
-        raise ValueError(f"{folder / _INDEX} names {', '.join(absent)}, which the folder lacks: download them again")
-    return [folder / name for name in names]
-
-
-def shapes_of(config: Any) -> dict[str, tuple[int, ...]]:
-    """The shapes of the parameters of a config's model, by path."""
-    return parameter_shapes(family_of_config(config).build(config, {}).stages)
 
 
 def check_params(config: Any, params: PyTree) -> None:
@@ -544,27 +334,18 @@ def _without_dtypes(settings: Settings) -> dict[str, Any]:
 
 
 def _replace_model(folder: Path, settings: Settings, tensors: Mapping[str, Any], dtype: DTypeLike | None) -> None:
-    has_weights = (folder / _WEIGHTS).is_file() or (folder / _INDEX).is_file()
     same = (folder / "config.json").is_file() and read_json(folder / "config.json") == settings
-    if has_weights and not same:
+    if has_weights(folder) and not same:
         raise ValueError(
             f"{folder} holds another model (its config.json differs), which one rename cannot replace: give "
             "a new folder, or remove the old one"
         )
     if not same:
         write_json(folder / "config.json", settings)
-    shards = weight_files(folder) if (folder / _INDEX).is_file() and not (folder / _WEIGHTS).is_file() else []
-    save_tensors(folder / _WEIGHTS, tensors, {"format": "pt"}, dtype)
-    for stale in ([folder / _INDEX, *shards]) if shards else ():
+    shards = weight_files(folder) if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file() else []
+    save_tensors(folder / WEIGHTS, tensors, {"format": "pt"}, dtype)
+    for stale in ([folder / INDEX, *shards]) if shards else ():
         stale.unlink()
-
-
-def copy_processors(source: Path | None, target: Path) -> None:
-    """Copies the files of tokenizer and image processor that a folder has."""
-    for name in _PROCESSOR_FILES:
-        if source and (source / name).is_file() and not (target / name).exists():
-            with replacing(target / name) as temporary:
-                shutil.copyfile(source / name, temporary)
 
 
 def _write_text(path: Path, content: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 
 import jax
@@ -29,6 +30,10 @@ class Scratch:
             self._pieces.pop(name, None)
             self._pieces[name] = aligned_memory(size)
         return self._pieces[name][:size]
+
+    def wide(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """A float32 array in the memory of that name."""
+        return self.take(name, 4 * math.prod(shape)).view(np.float32).reshape(shape)
 
     @property
     def size(self) -> int:

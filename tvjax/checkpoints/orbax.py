@@ -7,6 +7,7 @@ training run wrote is read too, given the config and where in its state the para
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Mapping
@@ -19,17 +20,18 @@ from jax.typing import DTypeLike
 
 from tvjax import tree
 from tvjax.checkpoints.atomic import new_folder
+from tvjax.checkpoints.folder import copy_files
 from tvjax.checkpoints.huggingface import (
     Pretrained,
     check_new,
     check_params,
-    copy_processors,
     settings_with_dtype,
 )
 from tvjax.checkpoints.json_files import read_json, write_json
 from tvjax.checkpoints.safetensors import tensor_header
 from tvjax.finite import check_finite
 from tvjax.models.families import family_of_config, family_of_settings
+from tvjax.models.generic import GenericConfig
 from tvjax.stages import PyTree
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ def save_orbax(pretrained: Pretrained, folder: str | os.PathLike[str]) -> None:
     settings = settings_with_dtype(pretrained.settings or pretrained.config.to_dict(), headers)
     with new_folder(folder) as temporary:
         write_json(temporary / "config.json", settings)
-        copy_processors(pretrained.folder, temporary)
+        copy_files(pretrained.folder, temporary)
         with _checkpointer() as checkpointer:
             checkpointer.save(temporary.absolute() / PARAMS, jax.tree.map(jnp.asarray, pretrained.params))
 
@@ -113,6 +115,8 @@ def load_orbax(
     where, subtree = _item(where, subtree)
     stored, is_nnx = _without_random_state(tree.get(_stored(where), subtree))
     leaves = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in _leaves(stored, is_nnx).items()}
+    if isinstance(config, GenericConfig):  # its shapes are those of the file
+        config = dataclasses.replace(config, shapes={path: leaf.shape for path, leaf in leaves.items()})
     check_params(config, tree.nest(leaves))
     wanted = tree.flatten(abstract) if abstract is not None else {}
     if abstract is not None:

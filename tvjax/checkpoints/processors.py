@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from tvjax.checkpoints.huggingface import fetch
+from tvjax.checkpoints.folder import Name, open_checkpoint
 from tvjax.checkpoints.json_files import read_json
 from tvjax.models.clip.config import LEGACY_END_TOKEN
-from tvjax.models.families import FAMILIES, family_of_settings
 
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 _TOKEN_FILES = ("tokenizer.json", "vocab.json")
@@ -98,11 +96,11 @@ class Processor:
             )
 
 
-def load_processor(source: str | os.PathLike[str], revision: str | None = None) -> Processor:
+def load_processor(source: Name, revision: str | None = None) -> Processor:
     """The tokenizer and the image processor of a Hugging Face folder or hub id, those that it has.
 
     Args:
-      source: a folder or a hub id.
+      source: a folder or a hub id, or a model that is open.
       revision: branch, tag or commit of the hub repository.
 
     Returns:
@@ -111,16 +109,16 @@ def load_processor(source: str | os.PathLike[str], revision: str | None = None) 
     Raises:
       ValueError: a file of the processors, or the config, that is damaged.
     """
-    folder, _ = fetch(source, revision)
-    return read_processor(folder, _text_config(folder / "config.json"))
+    with open_checkpoint(source, revision) as opened:
+        return opened.processor
 
 
-def read_processor(folder: Path, text: Any) -> Processor:
-    """The processors of a folder, as `load_processor` gives them.
+def read_processor(folder: Path, text: Any = None) -> Processor:
+    """The processor of a folder.
 
     Args:
-      folder: the folder.
-      text: config of the text tower that the tokenizer belongs to; None where there is none.
+      folder: of the files.
+      text: config of the text tower that the tokens are for; None where it is not known.
     """
     for name in (*_IMAGE_FILES, *_TOKEN_FILES, "tokenizer_config.json"):
         if (folder / name).is_file() and not read_json(folder / name):
@@ -135,17 +133,6 @@ def read_processor(folder: Path, text: Any) -> Processor:
     if text is None:
         return Processor(image_processor, tokenizer)
     return Processor(image_processor, tokenizer, text.max_position_embeddings, text.vocab_size, text.eos_token_id)
-
-
-def _text_config(file: Path) -> Any:
-    """The config of the text tower that a ``config.json`` describes; None where it describes none that tvjax knows."""
-    settings = read_json(file) if file.is_file() else {}
-    if settings.get("model_type") not in FAMILIES:
-        return None
-    try:
-        return getattr(family_of_settings(settings).config.from_dict(settings), "text", None)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
 
 
 def _import_transformers() -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tvjax.checkpoints.huggingface import Checkpoint, Pretrained
+from tvjax.checkpoints.folder import Checkpoint
+from tvjax.checkpoints.huggingface import Pretrained
 from tvjax.models.differences import differences, from_text, function_values, to_text
 
 

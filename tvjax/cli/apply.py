@@ -15,6 +15,7 @@ from tvjax.jobs.configs import ApplyConfig
 def apply(config: ApplyConfig, context: typer.Context, quiet: Quiet = False, json: Json = False) -> None:
     """Add task vectors to the model that they were made for, tensor by tensor, and save it."""
     from tvjax import jobs
+    from tvjax.jobs import inputs
 
     with progress("apply", quiet or json) as report:
         found = jobs.apply(config, report)
@@ -22,6 +23,7 @@ def apply(config: ApplyConfig, context: typer.Context, quiet: Quiet = False, jso
     given = {name: getattr(config, name) for name in ("output", "model", "task_vectors", "scale")}
     show(
         {**given, **found._asdict()},
+        *(f"note: {note}" for note in inputs.left(found.left)),
         f"{config.output}: {config.model} with {len(config.task_vectors)} task vectors, scale {config.scale:g}; "
         f"{len(found.changed)} leaves changed, {len(found.copied)} copied, {found.parameters} parameters",
         as_json=json,

@@ -14,12 +14,14 @@ from tvjax.jobs.configs import ConvertConfig
 def convert(config: ConvertConfig, context: typer.Context, quiet: Quiet = False, json: Json = False) -> None:
     """Write a model as a Hugging Face folder or an Orbax directory, or in another dtype."""
     from tvjax import jobs
+    from tvjax.jobs import inputs
 
     found = jobs.convert(config)
     recipes.write(context, config.output)
     show(
-        found._asdict(),
-        f"{found.output}: {found.source} as {found.to}, {found.parameters} parameters, {', '.join(found.dtypes)}",
+        {"output": config.output, "source": config.source, "to": config.to, **found._asdict()},
+        *(f"note: {note}" for note in inputs.left(found.left)),
+        f"{config.output}: {config.source} as {config.to}, {found.parameters} parameters, {', '.join(found.dtypes)}",
         as_json=json,
         quiet=quiet,
     )

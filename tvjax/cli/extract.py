@@ -13,21 +13,16 @@ from tvjax.jobs.configs import ExtractConfig
 
 @command(ExtractConfig)
 def extract(config: ExtractConfig, context: typer.Context, quiet: Quiet = False, json: Json = False) -> None:
-    """Write a task vector, fine-tuned minus pre-trained parameters: by default of the vision tower."""
+    """Write a task vector, fine-tuned minus pre-trained parameters, of any model in safetensors."""
     from tvjax import jobs
+    from tvjax.jobs import inputs
 
     with progress("extract", quiet or json) as report:
         found = jobs.extract(config, report)
     recipes.write(context, config.output)
-    notes = [f"note: {note}" for note in found.notes]
-    if found.changed_outside:
-        first, number = found.changed_outside[0], len(found.changed_outside)
-        notes.append(
-            f"note: fine-tuning changed {number} leaves outside {config.part!r} too ({first}, ...), which stay"
-        )
     show(
         {"output": config.output, **found._asdict()},
-        *notes,
+        *(f"note: {note}" for note in (*found.notes, *inputs.left(found.left))),
         f"{config.output}: {found.leaves} leaves, {found.parameters} parameters, norm {found.norm:.4g}, of "
         f"{config.pretrained}",
         as_json=json,

@@ -22,7 +22,7 @@ from tvjax.jobs import inputs
 from tvjax.jobs.calibration import of_head
 from tvjax.jobs.configs import ComposeConfig
 from tvjax.jobs.opened import Models, Opened
-from tvjax.jobs.parts import check_labels, has_head, with_task
+from tvjax.jobs.parts import check_labels, has_head, sees, with_task
 from tvjax.jobs.schema import Progress
 from tvjax.report.plots import plot_coefficients
 from tvjax.stages import Model, PyTree
@@ -132,6 +132,7 @@ def _read(config: ComposeConfig, opened: Opened) -> _Data:
     Raises:
       ValueError: examples without the labels or names that are needed, or of other classes than the model's own head.
     """
+    sees(opened)
     if not has_head(opened):
         raise ValueError(f"{config.model!r} has no text tower to make a zero-shot head from: give a full CLIP")
     prompts = inputs.read_prompts(config.task, config.classes, config.templates)

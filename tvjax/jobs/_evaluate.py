@@ -152,7 +152,8 @@ def with_text(tower: Opened, base: Opened) -> Opened:
         ) from error
     vision = dataclasses.replace(loaded.config.vision, projection_dim=full.config.vision.projection_dim)
     config = dataclasses.replace(full.config, vision=vision)
-    made = base.with_config(config)
+    made = Opened(base.checkpoint)
+    made.config = config
     made.pretrained = dataclasses.replace(whole, model=clip(config, whole.params), config=config, settings=None)
     images = tower.processor.image_processor or base.processor.image_processor
     made.processor = dataclasses.replace(base.processor, image_processor=images)

@@ -90,8 +90,7 @@ def _inspected(config: InspectConfig, found: Contents, progress: Progress) -> In
         norms = found.kind == inspection.TASK_VECTOR or plot is not None
     if not norms:
         return Inspected(found, stages, learned, None, None, None)
-    references = None if base is None else inspection.base_sums(found, base)
-    made_for = None if base is None else inspection.is_base(found, base)
+    references, made_for = (None, None) if base is None else inspection.base_sums(found, base)
     sums = inspection.measure(found, progress)
     if plot is not None:
         _plot_norms(found, sums, references, plot)

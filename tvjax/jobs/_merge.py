@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tvjax import arithmetic, tree
 from tvjax import merge as methods
-from tvjax.checkpoints import map_tree, model_card, save_pretrained, save_tree
-from tvjax.checkpoints.huggingface import Pretrained, check_new
+from tvjax.checkpoints import map_tree, save_tree, streaming
+from tvjax.checkpoints.folder import open_checkpoint
+from tvjax.checkpoints.huggingface import check_new
 from tvjax.checkpoints.provenance import check_same_base
 from tvjax.jobs import inputs
 from tvjax.jobs.configs import MergeConfig
 from tvjax.jobs.merges import find_merge
-from tvjax.jobs.opened import Models
 from tvjax.jobs.schema import Progress
 from tvjax.merge import MergedLeaf
 from tvjax.stages import PyTree
@@ -59,24 +60,31 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> Merged:
     function = find_merge(config.method, config.options, config.seed)
     _check_output(config)
     files = [str(file) for file in config.task_vectors]
-    loaded = [map_tree(file) for file in config.task_vectors]
-    made = dict(zip(files, (about for _, about in loaded), strict=True))
-    metadata = check_same_base(files, list(made.values()), config.any_base)
-    base = None
-    if config.model is not None and config.output.suffix != ".safetensors":
-        with Models() as models:
-            base = models[config.model].pretrained
-        inputs.check_base(metadata, base, config.task_vectors, config.any_base)
-    taus, partly = methods.cover([tau for tau, _ in loaded])
-    tau, rows = _merged(function, taus, partly, progress)
-    if base is None:
-        save_tree(config.output, arithmetic.scale(tau, config.scale), metadata, config.dtype)
-    else:
-        _save_model(config, base, tau, made)
+    loaded, made = zip(*map(map_tree, config.task_vectors), strict=True)
+    metadata = check_same_base(files, made, config.any_base)
+    origin = streaming.Origin(files, made, config.any_base)
+    notes = []
+    with contextlib.ExitStack() as stack:
+        base = None
+        if config.model is not None and config.output.suffix != ".safetensors":
+            base = stack.enter_context(open_checkpoint(config.model))
+            origin.check(base, loaded)
+        taus, partly = methods.cover(loaded)
+        tau, rows = _merged(function, taus, partly, progress)
+        if base is None:
+            save_tree(config.output, arithmetic.scale(tau, config.scale), metadata, config.dtype)
+        else:
+            action = (
+                f"{len(made)} task vectors, merged by {config.method}, were added to the weights of the base model."
+            )
+            settings = {"method": config.method, **config.options}
+            applied = streaming.apply_trees(
+                base, [tau], config.output, origin, scale=config.scale, action=action, settings=settings
+            )
+            notes += inputs.left(applied.left)
     about = {"method": config.method, "scale": config.scale, "task_vectors": files}
     report = report_name(config.output)
     inputs.write_json(report, {**about, "leaves": [row._asdict() for row in rows]})
-    notes = []
     if partly:
         notes.append(
             f"{len(partly)} leaves ({next(iter(partly))}, ...) are not covered by every task vector, and count as "
@@ -130,15 +138,3 @@ def _merged(
             progress(len(rows), leaves, row.path)
 
     return function(taus, report=report), rows
-
-
-def _save_model(config: MergeConfig, base: Pretrained, tau: PyTree, made: Mapping[str, Mapping[str, str]]) -> None:
-    """Writes the model with the merged task vector added."""
-    card = model_card(
-        config.output.name,
-        f"{len(made)} task vectors, merged by {config.method}, were added to the weights of the base model.",
-        base.identity(),
-        inputs=made,
-        settings={"method": config.method, "scale": config.scale, **config.options},
-    )
-    save_pretrained(base.with_params(arithmetic.apply(base.params, tau, config.scale)), config.output, card=card)

@@ -226,11 +226,12 @@ class ExtractConfig(Config):
     output: Annotated[File, FILE]
     """Where the task vector goes (.safetensors)."""
     finetuned: Annotated[str | None, MODEL] = None
-    """The fine-tuned model; its vision tower suffices."""
+    """The fine-tuned model; the part that is taken suffices."""
     adapter: Annotated[str | None, FOLDER] = None
     """A LoRA adapter of PEFT instead: folder or hub id."""
-    part: Annotated[str, Typed("PATH"), Field(validation_alias=AliasChoices("part", "subtree"))] = "vision"
-    """The part of the model to take: vision, text; '' for all of it."""
+    part: Annotated[str | None, Typed("PATH"), Field(validation_alias=AliasChoices("part", "subtree"))] = None
+    """The part of the model to take, such as text; '' for all of it. Default: vision of a CLIP or a ViT, all of another
+    model."""
     dtype: DType = "float32"
     """Of the task vector."""
     allow_config_differences: AllowConfigDifferences = False

@@ -129,6 +129,22 @@ def notes_of(*images: Images | None) -> list[str]:
     return list(dict.fromkeys(f"{found.name}: {note}" for found in images if found is not None for note in found.notes))
 
 
+def left(reasons: Mapping[str, str]) -> list[str]:
+    """What to say of tensors that take no part, by reason.
+
+    >>> left({"ids": "I64, no parameter", "mask": "I64, no parameter"})
+    ['2 tensors take no part (I64, no parameter): ids, mask']
+    """
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(name)
+    return [
+        f"{len(names)} tensor{'s take' if len(names) > 1 else ' takes'} no part ({reason}): {', '.join(names[:3])}"
+        + (", ..." if len(names) > 3 else "")
+        for reason, names in by_reason.items()
+    ]
+
+
 def read_lines(file: Path, what: str) -> tuple[str, ...]:
     """The lines of a text file that are not blank."""
     if not file.is_file():

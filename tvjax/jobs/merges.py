@@ -32,7 +32,10 @@ def find_merge(name: str, options: Mapping[str, Any], seed: int) -> Callable[...
     """
     if name not in MERGES:
         if name in WITH_DATA:
-            raise ValueError(f"{name} needs data of every task: call tvjax.merge.{name} from Python")
+            raise ValueError(
+                f"{name} needs data of every task, and a model that can be run (CLIP, ViT, or your own function): call "
+                f"tvjax.merge.{name} from Python"
+            )
         raise ValueError(f"there is no merge {name!r}: choose among {', '.join(MERGES)}")
     function = getattr(methods, name)
     check_options(name, function, options, GIVEN)

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from tvjax.checkpoints.huggingface import Checkpoint, Described, Pretrained, describe, open_described, read_model
-from tvjax.checkpoints.processors import Processor, read_processor
+from tvjax.checkpoints.folder import Checkpoint, open_checkpoint
+from tvjax.checkpoints.huggingface import Pretrained, from_pretrained
+from tvjax.checkpoints.processors import Processor
 from tvjax.data.images import Images
 from tvjax.data.loader import Loader
 from tvjax.evaluate.zero_shot import embed_images
@@ -18,44 +19,34 @@ from tvjax.models.clip.modeling import vision_model
 
 
 class Opened:
-    """A model by its name: its config is read at once, headers, weights and processors when they are first asked for.
+    """A model by its name; what is asked of it is read when it is first asked for, and kept.
 
     Attributes:
-      described: its folder and config.
+      checkpoint: its folder, config and tensors.
     """
 
-    def __init__(self, described: Described, stack: contextlib.ExitStack):
-        """A model whose files are closed with the stack."""
-        self.described, self._stack = described, stack
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint = checkpoint
 
     @property
     def name(self) -> str:
         """The folder or hub id."""
-        return self.described.name
-
-    @property
-    def config(self) -> Any:
-        """The config of its family."""
-        return self.described.config
+        return self.checkpoint.name
 
     @functools.cached_property
-    def checkpoint(self) -> Checkpoint:
-        """Its tensors, to be read one by one."""
-        return self._stack.enter_context(open_described(self.described))
+    def config(self) -> Any:
+        """The config of its family."""
+        return self.checkpoint.config
 
     @functools.cached_property
     def pretrained(self) -> Pretrained:
         """The model with its weights."""
-        return read_model(self.checkpoint)
+        return from_pretrained(self.checkpoint)
 
     @functools.cached_property
     def processor(self) -> Processor:
         """What turns images and texts into its inputs."""
-        return read_processor(self.described.folder, getattr(self.config, "text", None))
-
-    def with_config(self, config: Any) -> Opened:
-        """The model with another config, to be given other weights."""
-        return Opened(self.described._replace(config=config), self._stack)
+        return self.checkpoint.processor
 
     def release(self) -> None:
         """Drops the weights, which are read again where they are asked for again."""
@@ -85,5 +76,5 @@ class Models(contextlib.ExitStack):
 
     def __getitem__(self, name: str) -> Opened:
         if name not in self._opened:
-            self._opened[name] = Opened(describe(name), self)
+            self._opened[name] = Opened(self.enter_context(open_checkpoint(name)))
         return self._opened[name]

@@ -12,13 +12,16 @@ from jaxtyping import Array, Float, Int
 
 from tvjax import tree
 from tvjax.arithmetic import task_vector
-from tvjax.checkpoints.huggingface import Checkpoint, Pretrained
+from tvjax.checkpoints.folder import Checkpoint
+from tvjax.checkpoints.huggingface import Pretrained
 from tvjax.checkpoints.safetensors import numpy_dtype
 from tvjax.data.images import spelled
 from tvjax.evaluate.zero_shot import zero_shot_loss, zero_shot_model
 from tvjax.jobs.opened import Opened
 from tvjax.models.clip.config import CLIPConfig
 from tvjax.models.clip.modeling import vision_model
+from tvjax.models.families import GENERIC
+from tvjax.models.generic import no_code
 from tvjax.stages import Model, PyTree, owner_paths
 
 
@@ -37,8 +40,10 @@ def sees(opened: Opened) -> Any:
     """The config of what sees the images: of the vision tower of a CLIP, of a ViT.
 
     Raises:
-      ValueError: for a text tower alone.
+      ValueError: for a text tower alone, or a model without modelling code.
     """
+    if opened.checkpoint.family is GENERIC:
+        raise ValueError(f"{opened.name!r}: {no_code(opened.checkpoint.settings.get('model_type'))}")
     config = opened.config
     if isinstance(config, CLIPConfig) and config.vision is None:
         raise ValueError(f"{opened.name!r} is a CLIPConfig without a CLIP vision tower: give a CLIP, or a ViT")
@@ -126,7 +131,7 @@ def head_labels(opened: Opened) -> tuple[str, ...] | None:
     config = opened.config
     if isinstance(config, CLIPConfig):
         return None
-    names = opened.described.settings.get("id2label") or {}
+    names = opened.checkpoint.settings.get("id2label") or {}
     labels = tuple(str(names[key]) for key in sorted(names, key=int))
     return () if all(label == f"LABEL_{number}" for number, label in enumerate(labels)) else labels
 

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from tvjax.models.generic import GenericConfig
 from tvjax.models.transformer import ACTIVATIONS
 
 _IN_THE_SHAPES = (
@@ -26,7 +27,7 @@ def function_values(config: Any, part: str = "") -> dict[str, Any]:
     """What a config says of the function that its model computes and the weights' shapes do not, by name of the field.
 
     Args:
-      config: a dataclass, of a family's model.
+      config: of a family's model.
       part: the tower to look at, such as ``vision``; "" for all, and so is it where a model has no towers.
 
     >>> from tvjax.models.clip.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
@@ -35,6 +36,9 @@ def function_values(config: Any, part: str = "") -> dict[str, Any]:
     >>> values["vision.hidden_act"], values["vision.num_attention_heads"], values["text.eos_token_id"]
     ('gelu', 12, 49407)
     """
+    if isinstance(config, GenericConfig):
+        values = config.function_values()
+        return {name: value for name, value in values.items() if name.rpartition(".")[2] not in _IN_THE_SHAPES}
     values = {field.name: _value(config, field.name) for field in dataclasses.fields(config)}
     towers = [name for name, value in values.items() if dataclasses.is_dataclass(value)]
     found: dict[str, Any] = {}

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from tvjax.models import generic
 from tvjax.models.clip import config as clip_config
 from tvjax.models.clip import modeling as clip_modeling
 from tvjax.models.clip import params as clip_params
 from tvjax.models.key_table import KeyTable
 from tvjax.models.settings import Settings
+from tvjax.models.transformer import parameter_shapes
 from tvjax.models.vit import config as vit_config
 from tvjax.models.vit import modeling as vit_modeling
 from tvjax.models.vit import params as vit_params
@@ -24,32 +26,35 @@ class Family(NamedTuple):
       init: ``(config, key) -> params``.
       build: ``(config, params, dtype) -> Model``.
       keys: its key table.
+      part: the part that a task vector covers where nobody says it, "" for all.
     """
 
     config: type[Any]
     init: Callable[[Any, Any], PyTree]
     build: Callable[..., Model]
     keys: KeyTable
+    part: str = ""
 
 
-CLIP = Family(clip_config.CLIPConfig, clip_modeling.init, clip_modeling.clip, clip_params.KEYS)
-VIT = Family(vit_config.ViTConfig, vit_modeling.init, vit_modeling.vit, vit_params.KEYS)
+CLIP = Family(clip_config.CLIPConfig, clip_modeling.init, clip_modeling.clip, clip_params.KEYS, "vision")
+VIT = Family(vit_config.ViTConfig, vit_modeling.init, vit_modeling.vit, vit_params.KEYS, "vision")
+GENERIC = Family(generic.GenericConfig, generic.init, generic.build, generic.KEYS)
 FAMILIES = {"clip": CLIP, "clip_vision_model": CLIP, "clip_text_model": CLIP, "vit": VIT}
 
 
 def family_of_settings(settings: Settings) -> Family:
-    """The family that a ``config.json`` names.
+    """The family that a ``config.json`` names; the generic one where there is no modelling code for it.
 
     Raises:
-      ValueError: for a ``model_type`` that is missing or not supported.
+      ValueError: for a ``model_type`` that is no name.
 
     >>> family_of_settings({"model_type": "clip"}).config.__name__
     'CLIPConfig'
     """
     model_type = settings.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ValueError(f"model_type {model_type!r} is not supported, only {sorted(FAMILIES)}")
-    return FAMILIES[model_type]
+    if model_type is not None and not isinstance(model_type, str):
+        raise ValueError(f"model_type {model_type!r} is not supported: expected a name, such as {sorted(FAMILIES)}")
+    return FAMILIES.get(model_type, GENERIC) if model_type else GENERIC
 
 
 def family_of_config(config: Any) -> Family:
@@ -61,8 +66,16 @@ def family_of_config(config: Any) -> Family:
     >>> family_of_config(vit_config.ViTConfig()).build.__name__
     'vit'
     """
-    for family in FAMILIES.values():
+    known = (*FAMILIES.values(), GENERIC)
+    for family in known:
         if isinstance(config, family.config):
             return family
-    names = sorted({family.config.__name__ for family in FAMILIES.values()})
+    names = sorted({family.config.__name__ for family in known})
     raise ValueError(f"no family has configs of type {type(config).__name__}: expected one of {names}")
+
+
+def shapes_of(config: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters of a config's model, by path."""
+    if isinstance(config, generic.GenericConfig):
+        return dict(config.shapes)
+    return parameter_shapes(family_of_config(config).build(config, {}).stages)

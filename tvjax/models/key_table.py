@@ -58,6 +58,8 @@ KINDS: dict[str, tuple[Leaf, ...]] = {
 class Row(NamedTuple):
     """One layer: ``{i}`` stands for a number, ``{tower}`` for ``vision`` or ``text``, on both sides.
 
+    ``{path}`` stands for anything; its parts are joined by slashes here, and by dots in a checkpoint.
+
     Attributes:
       path: where it lies in our parameters.
       key: its name in a checkpoint.
@@ -104,7 +106,7 @@ class Source(NamedTuple):
 
 
 FLOATS = ("F32", "F16", "BF16")
-_PLACEHOLDERS = {"i": r"\d+", "tower": "vision|text"}
+_PLACEHOLDERS = {"i": r"\d+", "tower": "vision|text", "path": ".+"}
 
 
 def find_sources(
@@ -201,7 +203,8 @@ def _locate(table: KeyTable, path: str) -> tuple[str, Leaf]:
     for pattern, row, leaf in _leaves(table.rows):
         match = pattern.fullmatch(path)
         if match:
-            return row.key.format(**match.groupdict()) + leaf.theirs, leaf
+            names = {name: text.replace("/", ".") for name, text in match.groupdict().items()}
+            return row.key.format(**names) + leaf.theirs, leaf
     raise ValueError(f"no row of the key table names the parameter {path!r}: the model's parameters have other paths")
 
 

@@ -24,9 +24,10 @@ from tvjax import tree
 from tvjax.capture import SiteTable, sites
 from tvjax.checkpoints import coefficients as coefficient_files
 from tvjax.checkpoints import maps as map_files
-from tvjax.checkpoints.huggingface import open_checkpoint, weight_files
-from tvjax.checkpoints.safetensors import fingerprint, open_tensors
+from tvjax.checkpoints.folder import open_checkpoint
+from tvjax.checkpoints.safetensors import Fingerprint, open_tensors
 from tvjax.models.families import family_of_config
+from tvjax.models.generic import GenericConfig, no_code
 from tvjax.models.key_table import Layout
 from tvjax.stages import Model, PyTree, local_params
 
@@ -311,8 +312,12 @@ def compare(first: Contents, second: Contents, progress: Callable[[int, int, str
     return Comparison(sums, *only)
 
 
-def base_sums(vector: Contents, model: Contents) -> dict[str, Sums]:
-    """The sums of the parameters that a task vector covers, by path.
+def base_sums(vector: Contents, model: Contents) -> tuple[dict[str, Sums], bool | None]:
+    """The sums of the parameters that a task vector covers, and whether it was made for these very weights.
+
+    Returns:
+      Sums by path; and True or False where the file of the vector says for which weights, else None. Where it does all
+      parameters are read, each once.
 
     Raises:
       ValueError: `model` is none, lacks a leaf of the vector, or has one of another shape.
@@ -327,17 +332,16 @@ def base_sums(vector: Contents, model: Contents) -> dict[str, Sums]:
             f"{len(foreign)} of {len(vector.leaves)} leaves of {vector.name!r} do not fit {model.name!r}: {leaf.path} "
             f"is {list(leaf.shape)} here and {list(shapes[leaf.path]) if leaf.path in shapes else 'missing'} there"
         )
-    with model.reading() as read:
-        return {leaf.path: sums_of(read(leaf.path)) for leaf in vector.leaves}
-
-
-def is_base(vector: Contents, model: Contents) -> bool | None:
-    """Whether a task vector was made for these very weights; None where its file does not say. Reads all of them."""
     wanted = vector.about.get("base_fingerprint")
-    if wanted is None:
-        return None
+    covered = {leaf.path: Sums() for leaf in vector.leaves}
+    identity = Fingerprint()
     with model.reading() as read:
-        return bool(fingerprint(tree.nest({leaf.path: _Later(read, leaf.path) for leaf in model.leaves})) == wanted)
+        for path in sorted(covered if wanted is None else shapes):
+            array = read(path)
+            identity.add(path, np.asarray(array, order="C"))
+            if path in covered:
+                covered[path] = sums_of(array)
+    return covered, None if wanted is None else identity.hexdigest() == wanted
 
 
 def sums_of(array: np.ndarray) -> Sums:
@@ -456,6 +460,8 @@ def model_sites(found: Contents) -> tuple[StageSites, ...]:
     """
     if found.kind != MODEL:
         raise ValueError(f"{found.name!r} is a {found.kind}: only a model has sites")
+    if isinstance(found.config, GenericConfig):
+        raise ValueError(f"{found.name!r}: {no_code(found.about['model_type'])}")
     params = tree.nest({leaf.path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32) for leaf in found.leaves})
     return stage_sites(family_of_config(found.config).build(found.config, params), _two_examples(found.config))
 
@@ -474,14 +480,25 @@ def _two_examples(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
 
 def _model_contents(source: str) -> Contents:
     with open_checkpoint(source) as found:
-        headers = found.tensors.headers
-        leaves = [Leaf(path, s.key, found.shapes[path], headers[s.key].dtype) for path, s in found.sources.items()]
-    about = {"model_type": found.settings["model_type"], "config": dataclasses.asdict(found.config)}
+        sources, headers = found.sources, found.tensors.headers
+        leaves = [Leaf(path, s.key, found.shapes[path], headers[s.key].dtype) for path, s in sources.items()]
+    generic = isinstance(found.config, GenericConfig)
+    config = _settings(found.settings) if generic else dataclasses.asdict(found.config)
+    about = {"model_type": found.settings.get("model_type"), "config": config}
+    if found.others:
+        about["no parameters"] = [f"{key} ({why})" for key, why in found.others.items()]
+    if generic:
+        leaves.sort(key=lambda leaf: _natural(leaf.path))
     if found.revision:
         about["revision"] = found.revision
     layouts = {path: s.to_ours for path, s in found.sources.items()}
-    files = tuple(weight_files(found.folder))
-    return Contents(source, MODEL, about, tuple(leaves), files, found.config, layouts)
+    return Contents(source, MODEL, about, tuple(leaves), found.files, found.config, layouts)
+
+
+def _settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are single values, those of parts under their names."""
+    kept = {name: value for name, value in settings.items() if not isinstance(value, list) and value is not None}
+    return {name: _settings(value) if isinstance(value, Mapping) else value for name, value in kept.items()}
 
 
 def _file_contents(file: Path) -> Contents:
@@ -511,16 +528,6 @@ def _file_contents(file: Path) -> Contents:
         ) from error
     leaves = [Leaf(key, key, header.shape, header.dtype) for key, header in headers.items()]
     return Contents(str(file), kind, about, tuple(sorted(leaves, key=lambda leaf: _natural(leaf.path))), (file,))
-
-
-class _Later:
-    """A leaf that is read when NumPy asks for it."""
-
-    def __init__(self, read: Callable[[str], np.ndarray], path: str):
-        self.read, self.path = read, path
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self.read(self.path), dtype)
 
 
 def _pieces(array: np.ndarray) -> Iterator[np.ndarray]:
