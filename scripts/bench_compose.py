@@ -41,8 +41,8 @@ def vision_tower() -> Any:
     """CLIP ViT-B/32's vision tower with random weights and a classification loss over ten random classes."""
     import jax
 
-    from tvjax.evaluate.zero_shot import zero_shot
     from tvjax.models.clip import CLIPConfig, CLIPVisionConfig, clip, init
+    from tvjax.tasks.zero_shot import with_head
 
     vision = CLIPVisionConfig(
         hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224,
@@ -50,7 +50,7 @@ def vision_tower() -> Any:
     )  # fmt: skip
     config = CLIPConfig(vision=vision, text=None)
     classifier = jax.random.normal(jax.random.key(7), (vision.projection_dim, 10))
-    return zero_shot(clip(config, init(config, jax.random.key(0))), classifier, jax.numpy.float32(4.6))
+    return with_head(clip(config, init(config, jax.random.key(0))), classifier, jax.numpy.float32(4.6))
 
 
 def run_case(name: str) -> dict[str, Any]:

@@ -43,9 +43,9 @@ def vision_tower(size: str, seed: int, depth: int | None = None) -> Any:
     """A CLIP vision tower of real size with random weights and a classification loss over ten random classes."""
     import jax
 
-    from tvjax.evaluate.zero_shot import zero_shot
     from tvjax.models.clip.config import CLIPConfig, CLIPVisionConfig
     from tvjax.models.clip.modeling import clip, init
+    from tvjax.tasks.zero_shot import with_head
 
     shapes = {
         "B/16": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -57,7 +57,7 @@ def vision_tower(size: str, seed: int, depth: int | None = None) -> Any:
     config = CLIPConfig(vision=CLIPVisionConfig(**shape), text=None)
     model = clip(config, init(config, jax.random.key(seed)))
     classifier = jax.random.normal(jax.random.key(7), (shape["projection_dim"], 10))
-    return zero_shot(model, classifier, jax.numpy.float32(4.6))
+    return with_head(model, classifier, jax.numpy.float32(4.6))
 
 
 def images(count: int) -> Any:

@@ -30,10 +30,10 @@ from tvjax.data.batches import split
 from tvjax.data.embedded import FOLDER, MODELS, TASKS
 from tvjax.evaluate.accuracy import accuracy
 from tvjax.evaluate.fine_tune import fine_tune
-from tvjax.evaluate.zero_shot import normalise, zero_shot_model
 from tvjax.models.clip.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from tvjax.models.clip.modeling import clip, init, text_model, vision_model
 from tvjax.stages import Batch, PyTree
+from tvjax.tasks.zero_shot import normalise, zero_shot_model
 
 CAPTIONS = [template.format(name) for name in digits.CLASS_NAMES for template in digits.TEMPLATES]
 LENGTH = 12  # tokens of the longest caption, with its start and its end

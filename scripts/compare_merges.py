@@ -35,8 +35,7 @@ from tvjax.compose import ada_merging, weighted_sum
 from tvjax.data.batches import take
 from tvjax.data.embedded import TASKS
 from tvjax.demo.setup import QUICK, SOURCE, TARGETS, Embedded, Photographs, draw_examples, load, photographs, style_of
-from tvjax.evaluate.accuracy import class_scores
-from tvjax.evaluate.protocols import Task, addition
+from tvjax.evaluate.protocols import Benchmark, addition
 from tvjax.report.measurements import paired_difference
 from tvjax.stages import PyTree
 from tvjax.transport import bico, chain, fit, gradfix
@@ -67,8 +66,8 @@ BASELINE = "task arithmetic"
 BEFORE_TRANSPORT = ("task arithmetic", "TIES", "TSV-M", "Iso-C")
 
 
-def as_task(model: Embedded, images: Photographs) -> Task:
-    return Task(model.model, images.validation, images.test)
+def as_task(model: Embedded, images: Photographs) -> Benchmark:
+    return Benchmark(model.model, images.validation, images.test)
 
 
 def with_data(source: Embedded, images: dict[str, Photographs]) -> Callable[[str, Sequence[str]], Merge]:
@@ -82,7 +81,7 @@ def with_data(source: Embedded, images: dict[str, Photographs]) -> Callable[[str
 
     def adapted(taus: Sequence[PyTree], tasks: Sequence[str], blocks: str) -> PyTree:
         unlabelled = [(source.model, images[task].pool.inputs) for task in tasks]
-        found = ada_merging(source.model.params, taus, unlabelled, key=KEY, scores=class_scores, blocks=blocks)
+        found = ada_merging(source.model.params, taus, unlabelled, key=KEY, blocks=blocks)
         return jax.jit(weighted_sum)(taus, found.trainable)
 
     def get(name: str, tasks: Sequence[str]) -> Merge:

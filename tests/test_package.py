@@ -13,7 +13,7 @@ ROOT = Path(tvjax.__file__).parent
 # Each floor imports only from those before it.
 FLOORS = [
     "tree", "arithmetic", "layers", "capture", "stages", "walk", "align", "transport", "merge", "compose", "models",
-    "checkpoints", "data", "evaluate", "report", "jobs", "demo", "cli",
+    "checkpoints", "data", "tasks", "evaluate", "report", "jobs", "demo", "cli",
 ]  # fmt: skip
 
 
@@ -23,7 +23,7 @@ def test_every_public_name_exists_and_has_a_docstring():
 
 
 def test_the_core_imports_neither_flax_nor_what_only_commands_need():
-    heavy = "('flax', 'torch', 'transformers', 'matplotlib', 'sklearn', 'typer')"
+    heavy = "('flax', 'torch', 'transformers', 'matplotlib', 'typer')"
     code = f"import tvjax, sys; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

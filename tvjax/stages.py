@@ -191,6 +191,18 @@ def single_stage(
     return Model(params, (Stage("model", function, streams=streams or Stream(), fixed=fixed),), loss, loss_params)
 
 
+def tower(model: Model, name: str) -> Model:
+    """One tower of a model alone: the stages named ``name/...``, their parameters under ``name/`` as before.
+
+    Raises:
+      ValueError: for a model without such stages.
+    """
+    stages = tuple(stage for stage in model.stages if stage.name.startswith(f"{name}/"))
+    if not stages:
+        raise ValueError(f"the model has no {name} tower: its stages are {[stage.name for stage in model.stages]}")
+    return Model({name: tree.get(model.params, name)}, stages)
+
+
 def layer_groups(model: Model) -> dict[str, tuple[Stage, ...]]:
     """The stages of each group in order; a stage without a group stands alone under its name."""
     groups: dict[str, list[Stage]] = {}

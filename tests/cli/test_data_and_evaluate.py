@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tvjax.cli.main import run
-from tvjax.data import open_images
+from tvjax.data import open_examples
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def places(images, tmp_path_factory):
     import datasets
 
     folder = tmp_path_factory.mktemp("places")
-    found = open_images(str(images))
+    found = open_examples(str(images))
     np.savez(folder / "images.npz", images=np.stack(list(found)), labels=found.labels, class_names=found.class_names)
     features = datasets.Features({"photo": datasets.Image(), "kind": datasets.ClassLabel(names=["cat", "polar bear"])})
     rows = {"photo": [str(file) for file in found.keys], "kind": found.labels.tolist()}
@@ -220,3 +220,11 @@ def test_an_image_that_is_broken_is_named(models, images, tmp_path, capsys):
     (tmp_path / "dog" / "1.png").write_bytes(whole[: len(whole) // 2])
     assert run(["evaluate", models["same"], "--images", str(tmp_path)]) == 2
     assert "dog/1.png' cannot be read" in capsys.readouterr().err
+
+
+def test_texts_are_refused_where_images_are_looked_at(models, tmp_path, capfd):
+    (tmp_path / "texts.csv").write_text("text,label\none,cat\ntwo,dog\n")
+    for words in (["--images", f"{tmp_path}/texts.csv"], ["--task", "sst2"], ["--task", "rte", "--images", "nowhere"]):
+        assert run(["evaluate", models["same"], *words, "--quiet"]) == 2
+        said = capfd.readouterr().err
+        assert "is of texts, and this command takes images" in said.replace("\n", " "), said

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from tvjax.data.batches import examples, few_shot, herding, k_medoids, split, take
+from tvjax.data.batches import as_batch, few_shot, herding, k_medoids, split, take
 
 
 @pytest.fixture
@@ -13,18 +13,18 @@ def labelled():
 
 
 def test_split_keeps_order_and_remainder():
-    batch = examples({"pixels": np.arange(7.0)[:, None]}, np.arange(7))
+    batch = as_batch({"pixels": np.arange(7.0)[:, None]}, np.arange(7))
     parts = split(batch, 3)
     assert [part.inputs["pixels"].shape[0] for part in parts] == [3, 3, 1]
     np.testing.assert_array_equal(np.concatenate([part.labels for part in parts]), np.arange(7))
 
 
 def test_unlabelled_batches_stay_unlabelled():
-    assert [part.labels for part in split(examples(np.zeros((4, 2))), 2)] == [None, None]
+    assert [part.labels for part in split(as_batch(np.zeros((4, 2))), 2)] == [None, None]
 
 
 def test_take_selects_inputs_and_labels():
-    batch = take(examples({"a": np.arange(5) * 10}, np.arange(5)), [4, 1])
+    batch = take(as_batch({"a": np.arange(5) * 10}, np.arange(5)), [4, 1])
     assert batch.inputs["a"].tolist() == [40, 10] and batch.labels.tolist() == [4, 1]
 
 
@@ -41,12 +41,12 @@ def test_take_selects_inputs_and_labels():
 )
 def test_bad_examples_are_refused(inputs, labels, message):
     with pytest.raises(ValueError, match=message):
-        examples(inputs, labels, classes=3)
+        as_batch(inputs, labels, classes=3)
 
 
 def test_batches_of_nothing_are_refused():
     with pytest.raises(ValueError, match="size: found 0"):
-        split(examples(np.zeros((2, 1))), 0)
+        split(as_batch(np.zeros((2, 1))), 0)
 
 
 @pytest.mark.parametrize("choose", ["few_shot", "herding", "k_medoids"])

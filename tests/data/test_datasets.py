@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tvjax.data import open_images, read_dataset
+from tvjax.data import open_examples, read_dataset
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 5, 4, 3), np.uint8)
 LABELS = [0, 1, 1, 2, 0, 2]
@@ -50,18 +50,18 @@ def test_images_and_classes(saved):
 
 
 def test_splits_by_the_text(saved):
-    found = open_images(f"hf:{saved}/two?split=test")
+    found = open_examples(f"hf:{saved}/two?split=test")
     assert found.labels.tolist() == [0, 1] and found.name == f"hf:{saved}/two?split=test"
     np.testing.assert_array_equal(found[1], PIXELS[1])
-    assert len(open_images(f"hf:{saved}/two?split=train&part=0:0.5")) == 3
-    assert len(open_images(f"hf:{saved}/one", ["a", "b", "c"]).class_names) == 3
+    assert len(open_examples(f"hf:{saved}/two?split=train&part=0:0.5")) == 3
+    assert len(open_examples(f"hf:{saved}/one", ["a", "b", "c"]).class_names) == 3
 
 
 def test_a_folder_that_load_dataset_reads(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "set").mkdir()
     dataset().to_parquet(tmp_path / "set" / "train.parquet")
-    found = open_images(f"hf:{tmp_path}/set?split=train[:4]")
+    found = open_examples(f"hf:{tmp_path}/set?split=train[:4]")
     assert found.labels.tolist() == LABELS[:4] and found.class_names == tuple(NAMES)
     np.testing.assert_array_equal(found[2], PIXELS[2])
 
@@ -106,7 +106,7 @@ def test_images_as_arrays(tmp_path):
 )
 def test_what_is_not_in_the_dataset(saved, source, message):
     with pytest.raises(ValueError, match=message):
-        open_images(f"hf:{saved}/{source}")[0]
+        open_examples(f"hf:{saved}/{source}")[0]
 
 
 def test_rows_without_images_or_classes(tmp_path):
@@ -132,10 +132,10 @@ def test_files_that_are_no_dataset(tmp_path, monkeypatch):
     (tmp_path / "set" / "a.json").write_text('{"a": 1}')
     (tmp_path / "set" / "b.json").write_text('{"b": {"c": 2}}')
     with pytest.raises(ValueError, match="set' (cannot be read|has no columns)"):
-        open_images(f"hf:{tmp_path}/set")
+        open_examples(f"hf:{tmp_path}/set")
 
 
 def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"pip install 'tvjax\[datasets\]'"):
-        open_images("hf:tanganke/dtd?split=test")
+        open_examples("hf:tanganke/dtd?split=test")

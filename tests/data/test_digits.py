@@ -1,4 +1,7 @@
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -67,3 +70,12 @@ def test_photograph_repeats_images_with_other_draws(parts):
 def test_photographs_of_photographs_are_refused():
     with pytest.raises(ValueError, match=r"found shape \(2, 16, 16, 3\), expected \[n, 8, 8\]"):
         digits.BASE(np.zeros((2, 16, 16, 3)), jax.random.key(0))
+
+
+def test_the_archive_names_its_source_and_licence_and_no_scikit_learn_is_needed():
+    file = Path(digits.__file__).with_name("digits.npz")
+    assert file.stat().st_size < 64 * 1024
+    with np.load(file, allow_pickle=False) as stored:
+        assert "C50P49" in str(stored["source"]) and str(stored["licence"]).startswith("CC BY 4.0")
+    code = "import sys; sys.modules['sklearn'] = None; from tvjax.data.digits import load_splits; load_splits()"
+    subprocess.run([sys.executable, "-c", code], check=True)

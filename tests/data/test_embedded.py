@@ -9,7 +9,7 @@ from tvjax.arithmetic import apply
 from tvjax.checkpoints import fingerprint, from_pretrained, load_processor, load_tree
 from tvjax.data import digits, embedded
 from tvjax.evaluate.accuracy import accuracy
-from tvjax.evaluate.zero_shot import zero_shot_model
+from tvjax.tasks.zero_shot import zero_shot_model
 
 RECORD = json.loads((Path(__file__).parents[2] / "results" / "build_demo_models.json").read_text())
 SEEDS = {name: 1000 + index for index, name in enumerate(("base", *embedded.TASKS))}

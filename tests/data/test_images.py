@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tvjax.data.images import Images, by_name, read_image, spelled, with_names
-from tvjax.data.tasks import TASKS
+from tvjax.data.examples import by_name, spelled, with_names
+from tvjax.data.images import Images, read_image
+from tvjax.tasks.catalogue import TASKS
 
 
 def shades(values, labels=None, names=()):

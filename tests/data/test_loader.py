@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tvjax.data.images import Images
-from tvjax.data.loader import Loader, prefetch
+from tvjax.data.loader import image_batches, prefetch
 
 
 def threads():
@@ -18,7 +18,7 @@ def grey(count, labels=None, names=()):
 
 
 def test_batches_come_in_order_and_every_pass_is_the_same():
-    loader = Loader(grey(7, np.arange(7) % 2, ("even", "odd")), np.stack, 3)
+    loader = image_batches(grey(7, np.arange(7) % 2, ("even", "odd")), np.stack, 3)
     for _ in range(2):
         batches = list(loader)
         assert [batch.inputs["pixels"].shape for batch in batches] == [(3, 2, 2, 3)] * 2 + [(1, 2, 2, 3)]
@@ -27,7 +27,7 @@ def test_batches_come_in_order_and_every_pass_is_the_same():
     assert len(loader) == 3 and not threads()
     whole = loader.whole()
     assert whole.inputs["pixels"].shape == (7, 2, 2, 3) and whole.labels.tolist() == [0, 1, 0, 1, 0, 1, 0]
-    assert [batch.labels for batch in Loader(grey(2), np.stack, 1)] == [None, None]
+    assert [batch.labels for batch in image_batches(grey(2), np.stack, 1)] == [None, None]
 
 
 def test_work_is_done_in_another_thread_and_not_far_ahead():
@@ -47,7 +47,7 @@ def test_work_is_done_in_another_thread_and_not_far_ahead():
 
 
 def test_a_consumer_that_stops_early_leaves_no_thread():
-    for batch in Loader(grey(50), np.stack, 1):
+    for batch in image_batches(grey(50), np.stack, 1):
         assert batch.inputs["pixels"].shape == (1, 2, 2, 3)
         break
     del batch
@@ -60,7 +60,7 @@ def test_exceptions_come_where_their_batch_would_have_come():
             raise ValueError("the image 4 is empty")
         return np.full((2, 2), shade, np.uint8)
 
-    batches = iter(Loader(Images("some", range(9), read), np.stack, 2))
+    batches = iter(image_batches(Images("some", range(9), read), np.stack, 2))
     assert [len(next(batches).inputs["pixels"]) for _ in range(2)] == [2, 2]
     with pytest.raises(ValueError, match="the image 4 is empty"):
         next(batches)
@@ -70,4 +70,4 @@ def test_exceptions_come_where_their_batch_would_have_come():
 @pytest.mark.parametrize("sizes", [{"size": 0}, {"size": 1, "ahead": 0}])
 def test_batches_of_nothing_are_refused(sizes):
     with pytest.raises(ValueError, match="expected at least 1 of each"):
-        Loader(grey(2), np.stack, **sizes)
+        image_batches(grey(2), np.stack, **sizes)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tvjax.data import open_images
+from tvjax.data import open_examples
 
 
 @pytest.fixture
@@ -21,12 +21,12 @@ def places(tmp_path):
 def test_every_place_gives_the_same_images(places):
     folder, pixels = places
     for source in ("folder", "archive.npz", "other.npz?images=x&labels=y"):
-        found = open_images(f"{folder}/{source}", ("cat", "dog"))
+        found = open_examples(f"{folder}/{source}", ("cat", "dog"))
         assert found.name == f"{folder}/{source}" and found.class_names == ("cat", "dog")
         np.testing.assert_array_equal(np.stack(list(found)), pixels)
         assert found.labels.tolist() == [0, 0, 1, 1]
-    half = open_images(f"{folder}/folder?part=0:0.5")
-    rest = open_images(f"{folder}/folder?part=0.5:1")
+    half = open_examples(f"{folder}/folder?part=0:0.5")
+    rest = open_examples(f"{folder}/folder?part=0.5:1")
     assert half.labels.tolist() == rest.labels.tolist() == [0, 1]
     assert not set(half.keys) & set(rest.keys)
 
@@ -55,7 +55,7 @@ def everywhere(tmp_path):
 @pytest.mark.parametrize("given", [None, NAMES, ["AnnualCrop", "apple pie", "sea"]])
 def test_every_place_spells_names_alike(everywhere, given):
     for source in everywhere:
-        found = open_images(source, given)
+        found = open_examples(source, given)
         assert found.class_names == ("AnnualCrop", "apple pie", "sea") and found.labels.tolist() == [0, 1, 2], source
         if given is None:
             assert found.notes == ("underscores in class names are spaces: 'apple_pie' is 'apple pie'",)
@@ -64,26 +64,26 @@ def test_every_place_spells_names_alike(everywhere, given):
 def test_lists_with_a_name_twice_are_of_numbered_classes(everywhere):
     folder, archive, numbers, texts = everywhere
     for source in (archive, numbers):
-        found = open_images(source, ["missile", "pie", "missile"])
+        found = open_examples(source, ["missile", "pie", "missile"])
         assert found.labels.tolist() == [0, 1, 2] and "'missile' is 0 and 2" in found.notes[-1]
     for source in (folder, texts):
-        assert open_images(source, [*NAMES, "missile", "missile"]).labels.tolist() == [0, 1, 2]
+        assert open_examples(source, [*NAMES, "missile", "missile"]).labels.tolist() == [0, 1, 2]
         with pytest.raises(ValueError, match=r"'apple pie' by name, .* more than once \(classes 1, 3\)"):
-            open_images(source, [*NAMES, "apple pie"])
+            open_examples(source, [*NAMES, "apple pie"])
 
 
 def test_a_question_mark_in_a_path_is_a_path(places):
     folder, _ = places
     (folder / "folder").rename(folder / "who?part=0:1")
-    assert len(open_images(str(folder / "who?part=0:1"))) == 4
+    assert len(open_examples(str(folder / "who?part=0:1"))) == 4
 
 
 def test_the_digits():
-    found = open_images("digits:base/validation?seed=3")
-    again, other = open_images("digits:base/validation?seed=3"), open_images("digits:base/validation")
+    found = open_examples("digits:base/validation?seed=3")
+    again, other = open_examples("digits:base/validation?seed=3"), open_examples("digits:base/validation")
     assert found.sha256() == again.sha256() != other.sha256()
     assert found[0].shape == (16, 16, 3) and np.bincount(found.labels).tolist() == [20] * 10
-    assert open_images("digits:base/validation", list("0123456789")).class_names[3] == "3"
+    assert open_examples("digits:base/validation", list("0123456789")).class_names[3] == "3"
 
 
 @pytest.mark.parametrize(
@@ -102,4 +102,4 @@ def test_the_digits():
 )
 def test_what_names_no_images(source, message):
     with pytest.raises(ValueError, match=message):
-        open_images(source)
+        open_examples(source)

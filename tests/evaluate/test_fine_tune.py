@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from tvjax.data.batches import examples
+from tvjax.data.batches import as_batch
 from tvjax.evaluate.accuracy import accuracy
 from tvjax.evaluate.fine_tune import fine_tune
 from tvjax.stages import Batch, Model, Stage
@@ -38,7 +38,7 @@ def data(key):
     one, two = jax.random.split(key)
     inputs = jax.random.normal(one, (90, 4))
     labels = np.asarray((inputs @ jax.random.normal(two, (4, 3))).argmax(1))
-    return examples(inputs[:60], labels[:60]), examples(inputs[60:], labels[60:])
+    return as_batch(inputs[:60], labels[:60]), as_batch(inputs[60:], labels[60:])
 
 
 @pytest.mark.parametrize("batch_size", [None, 16])

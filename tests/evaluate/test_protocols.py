@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tvjax as tv
-from tvjax.evaluate.protocols import MEAN, Task, addition, all_pairs, analogy, negation
+from tvjax.evaluate.protocols import MEAN, Benchmark, addition, all_pairs, analogy, negation
 from tvjax.stages import Batch, Model, Stage
 
 # Logits are x @ kernel; task i asks for class 1 where feature i is on, and its task vector turns that on.
@@ -16,7 +16,7 @@ BASE = Model({"kernel": jnp.tile(jnp.array([0.5, 0.0]), (3, 1))}, (HEAD,))
 
 def task(feature, label=1, count=4):
     batch = Batch(jnp.zeros((count, 3)).at[:, feature].set(1.0), jnp.full(count, label))
-    return Task(BASE, batch, batch)
+    return Benchmark(BASE, batch, batch)
 
 
 def vector(feature, size=1.0):

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tvjax.data.batches import examples, split
+from tvjax.data.batches import as_batch, split
 from tvjax.evaluate.scale import choose_scale
 from tvjax.stages import Model, Stage
 
@@ -26,7 +26,7 @@ def problem(key):
 def test_curve_and_choice_match_brute_force(problem):
     model, tau, inputs, labels = problem
     scales = [2.0, 0.0, 0.5, 1.0]
-    chosen = choose_scale(model, tau, scales, split(examples(inputs, labels), 25))
+    chosen = choose_scale(model, tau, scales, split(as_batch(inputs, labels), 25))
     curve = [
         ((np.asarray(inputs) @ np.asarray(model.params["kernel"] + s * tau["kernel"])).argmax(1) == labels).mean()
         for s in sorted(scales)
@@ -40,7 +40,7 @@ def test_curve_and_choice_match_brute_force(problem):
 def test_ties_go_to_the_smallest_scale(problem):
     model, tau, inputs, labels = problem
     zero = jax.tree.map(jnp.zeros_like, tau)
-    assert choose_scale(model, zero, [0.3, 0.1, 0.2], examples(inputs, labels)).scale == 0.1
+    assert choose_scale(model, zero, [0.3, 0.1, 0.2], as_batch(inputs, labels)).scale == 0.1
 
 
 def test_other_scales_compile_nothing(problem):
@@ -51,7 +51,7 @@ def test_other_scales_compile_nothing(problem):
         traces.append(1)
         return linear(params, carry)
 
-    choose_scale(model.replace(stages=(Stage("linear", counted),)), tau, range(10), examples(inputs, labels))
+    choose_scale(model.replace(stages=(Stage("linear", counted),)), tau, range(10), as_batch(inputs, labels))
     assert len(traces) == 1
 
 
@@ -59,4 +59,4 @@ def test_other_scales_compile_nothing(problem):
 def test_bad_grids_are_refused(problem, scales):
     model, tau, inputs, labels = problem
     with pytest.raises(ValueError, match="expected at least one finite number"):
-        choose_scale(model, tau, scales, examples(inputs, labels))
+        choose_scale(model, tau, scales, as_batch(inputs, labels))

@@ -9,7 +9,7 @@ import pytest
 from tvjax import jobs, tree
 from tvjax.checkpoints import from_pretrained, load_tree
 from tvjax.cli.main import run
-from tvjax.data import open_images
+from tvjax.data import open_examples
 from tvjax.data.embedded import model_folder
 from tvjax.jobs._evaluate import Evaluated
 from tvjax.jobs.opened import Models
@@ -68,7 +68,7 @@ def test_the_labels_are_those_of_the_head_and_not_the_order_of_folders(vits, ima
     assert isinstance(found, Evaluated) and found.classes == ("polar bear", "cat") and found.templates == ()
     with Models() as models:
         opened = models[vits["source"]]
-        pixels = opened.processor.pixels(list(open_images(str(images))))
+        pixels = opened.processor.pixels(list(open_examples(str(images))))
         logits = np.asarray(opened.pretrained.model({"pixels": pixels})["logits"])
     labels = np.array([1, 1, 1, 0, 0, 0])  # cat comes first among the folders, and second in the head
     assert found.models[0]["correct"] == (logits.argmax(1) == labels).sum()

@@ -55,3 +55,7 @@ def test_accuracies_by_task():
     found = accuracies(measured("a", [[0.1, 0.2], [0.3, 0.4]]), "B", "a")
     np.testing.assert_array_equal(found["task 0"], [0.1, 0.2])
     np.testing.assert_array_equal(found["task 1"], [0.3, 0.4])
+
+
+def test_equal_differences_have_an_interval_of_no_width():
+    assert paired_difference([0.25, 0.25, 0.25]).half_width == 0.0

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array
 
 from tvjax.compose.coefficients import Blocks, init
-from tvjax.compose.objectives import ModelLike, Scores, average, entropy, logits
+from tvjax.compose.objectives import ModelLike, Scores, average, entropy, task_scores
 from tvjax.compose.train import Schedule, Trained, constant, learn
 
 PyTree = Any
@@ -21,7 +21,7 @@ def ada_merging(
     tasks: Sequence[tuple[ModelLike, PyTree]],
     *,
     key: Array,
-    scores: Scores = logits,
+    scores: Scores = task_scores,
     blocks: Blocks = "leaf",
     start: float = 0.3,
     stacks: str | Sequence[str] = (),

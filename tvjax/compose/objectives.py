@@ -193,22 +193,26 @@ def negation(
     return scaled(few_shot(*target, augment), -1.0) + few_shot(*control, augment)
 
 
-def logits(model: ModelLike, outputs: PyTree) -> Float[Array, "batch classes"]:
-    """The scores of the classes in what a classifier returned, ``outputs["logits"]``.
+def task_scores(model: ModelLike, outputs: PyTree) -> Float[Array, "batch classes"]:
+    """The scores of the classes in what a classifier returned: those of its loss, or else ``outputs["logits"]``.
 
     Raises:
       ValueError: the outputs hold none.
     """
+    if hasattr(model.loss, "scores"):  # the losses of `tvjax.tasks`
+        return model.loss.scores(model.loss_params, outputs)
     if not isinstance(outputs, dict) or "logits" not in outputs:
         found = sorted(outputs) if isinstance(outputs, dict) else type(outputs).__name__
         raise ValueError(
-            f"the model returns {found}, expected 'logits' among them: give scores=(model, outputs) -> [batch, "
-            "classes]; for a zero-shot head it is tvjax.evaluate.class_scores"
+            f"the model returns {found}, expected 'logits' among them: give it a task of classes (tvjax.tasks), or "
+            "scores=(model, outputs) -> [batch, classes]"
         )
     return outputs["logits"]
 
 
-def entropy(model: ModelLike, inputs: PyTree, scores: Scores = logits, augment: Augment | None = None) -> Objective:
+def entropy(
+    model: ModelLike, inputs: PyTree, scores: Scores = task_scores, augment: Augment | None = None
+) -> Objective:
     """The entropy of the predictions, which needs no labels (AdaMerging, Yang et al., ICLR 2024, arXiv 2310.02575).
 
     Args:
@@ -276,7 +280,7 @@ def fix_match(
     *,
     weak: Augment,
     strong: Augment,
-    scores: Scores = logits,
+    scores: Scores = task_scores,
     threshold: float = 0.99,
     temperature: float = 0.5,
     trusted_share: float = 0.25,

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tvjax.data.images import Images, with_names
+from tvjax.data.examples import with_names
+from tvjax.data.images import Images
 
 
 def read_archive(

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from tvjax.stages import Batch, PyTree
 
 
-def examples(inputs: PyTree, labels: ArrayLike | None = None, classes: int | None = None) -> Batch:
+def as_batch(inputs: PyTree, labels: ArrayLike | None = None, classes: int | None = None) -> Batch:
     """One batch of all examples, checked.
 
     Args:
@@ -24,7 +24,7 @@ def examples(inputs: PyTree, labels: ArrayLike | None = None, classes: int | Non
     Raises:
       ValueError: for no examples, leaves of unequal lengths, labels that are no integers or lie out of range.
 
-    >>> examples({"pixels": np.zeros((3, 4, 4, 3))}, [0, 2, 1], classes=3).labels
+    >>> as_batch({"pixels": np.zeros((3, 4, 4, 3))}, [0, 2, 1], classes=3).labels
     array([0, 2, 1], dtype=int32)
     """
     lengths = {np.shape(leaf)[0] if np.ndim(leaf) else None for leaf in jax.tree.leaves(inputs)}
@@ -44,7 +44,7 @@ def examples(inputs: PyTree, labels: ArrayLike | None = None, classes: int | Non
 def split(batch: Batch, size: int) -> list[Batch]:
     """Batches of at most `size` examples, in order; the last holds what is left.
 
-    >>> [len(part.labels) for part in split(examples(np.zeros((5, 2)), np.zeros(5, int)), 2)]
+    >>> [len(part.labels) for part in split(as_batch(np.zeros((5, 2)), np.zeros(5, int)), 2)]
     [2, 2, 1]
     """
     if size < 1:
@@ -56,7 +56,7 @@ def split(batch: Batch, size: int) -> list[Batch]:
 def take(batch: Batch, indices: ArrayLike | slice) -> Batch:
     """The examples of a batch at these indices.
 
-    >>> take(examples(np.arange(4), [3, 2, 1, 0]), [2, 0]).labels
+    >>> take(as_batch(np.arange(4), [3, 2, 1, 0]), [2, 0]).labels
     array([1, 3], dtype=int32)
     """
     index = indices if isinstance(indices, slice) else np.asarray(indices)

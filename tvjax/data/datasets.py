@@ -1,4 +1,4 @@
-"""Images in Hugging Face datasets, of the hub or on disk."""
+"""Images and texts in Hugging Face datasets, of the hub or on disk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from tvjax.data.images import Images, by_name, read_file, with_names
+from tvjax.data.examples import by_name, with_names
+from tvjax.data.images import Images, read_file
+from tvjax.data.texts import Texts
 
 
 def read_dataset(
@@ -57,16 +59,81 @@ def read_dataset(
 
     if not label:
         return Images(name, range(len(rows)), read)
+    numbers, names = _labels(name, rows, label, class_names)
+    return Images(name, range(len(rows)), read, numbers, names)
+
+
+def read_text_dataset(
+    path: str,
+    class_names: Sequence[str] | None = None,
+    *,
+    text: str = "text",
+    completion: str = "",
+    split: str | None = None,
+    label: str | None = None,
+    config: str | None = None,
+    revision: str | None = None,
+) -> Texts:
+    """The texts of a Hugging Face dataset; no code of the dataset is run.
+
+    Args:
+      path: as for `read_dataset`.
+      class_names: as for `read_dataset`.
+      text: the columns of the texts, joined by commas.
+      completion: the column of the answers; "" for none.
+      split: as for `read_dataset`.
+      label: the column of the classes; None: the only one of class labels, or else ``label``, if there is one; "" for
+        texts without. Rows of the class -1, by which datasets mean none, are left out, and the notes say so; where all
+        rows are, the texts have no labels.
+      config: as for `read_dataset`.
+      revision: as for `read_dataset`.
+
+    Returns:
+      The texts, read when they are asked for.
+
+    Raises:
+      ValueError: as `read_dataset` does.
+    """
+    name = f"hf:{path}" + (f"?split={split}" if split else "")
+    datasets = _import_datasets()
+    rows = _rows(datasets, path, split, config, revision)
+    features = rows.features
+    columns = tuple(filter(None, (*text.split(","), completion)))
+    for column in columns:
+        _column(name, features, column, [], "texts")
+    if label is None and not completion:
+        classes = [c for c, f in features.items() if isinstance(f, datasets.ClassLabel)]
+        classes = classes or [c for c in features if c == "label"]
+        label = _column(name, features, None, classes, "classes") if classes else ""
+    elif label:
+        _column(name, features, label, [], "classes")
+    stored = rows.select_columns(list(dict.fromkeys(columns)))
+
+    def read(row: int) -> list[Any]:
+        found = stored[row]
+        return [found[column] for column in columns]
+
+    notes: tuple[str, ...] = ()
+    keys, numbers, names = np.arange(len(rows)), None, tuple(class_names or ())
+    if label:
+        numbers, names = _labels(name, rows, label, class_names)
+        kept = numbers != -1
+        keys, numbers = (keys[kept], numbers[kept]) if kept.any() else (keys, None)
+        if not kept.all():
+            notes = (f"{int((~kept).sum())} rows have no class (-1)" + (" and were left out" if kept.any() else ""),)
+    return Texts(name, keys.tolist(), read, numbers, names, notes, columns, completion)
+
+
+def _labels(name: str, rows: Any, label: str, class_names: Sequence[str] | None) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The class of each row, and the names of the classes, which are stored by name or by number."""
     values = rows.select_columns([label])[:][label]
     if any(value is None for value in values):
         raise ValueError(f"{name!r}: {sum(v is None for v in values)} rows have nothing in the column {label!r}")
     if values and all(isinstance(value, str) for value in values):
         names, number = by_name(name, sorted(set(values)), class_names)
-        numbers = np.array([number[value] for value in values])
-    else:
-        names = with_names(name, getattr(features[label], "names", None) or [], class_names)
-        numbers = np.asarray(values)
-    return Images(name, range(len(rows)), read, numbers, names)
+        return np.array([number[value] for value in values]), names
+    names = with_names(name, getattr(rows.features[label], "names", None) or [], class_names)
+    return np.asarray(values), names
 
 
 def _rows(datasets: Any, path: str, split: str | None, config: str | None, revision: str | None) -> Any:
@@ -107,9 +174,12 @@ def _column(name: str, features: Any, wanted: str | None, candidates: Sequence[s
         return wanted
     if wanted is None and len(candidates) == 1:
         return candidates[0]
-    option = {"images": "image", "classes": "label"}[what]
+    option = {"images": "image", "classes": "label", "texts": "text"}[what]
     found = f"no column {wanted!r}" if wanted is not None else f"{len(candidates) or 'no'} columns of {what}"
-    raise ValueError(f"{name!r} has {found}; its columns are {', '.join(features)}: name one with {option}=COLUMN")
+    raise ValueError(
+        f"{name!r} has {found}; its columns are {', '.join(features)}: name one with {option}=COLUMN"
+        + (" (text=COLUMN for texts)" if what == "images" else "")
+    )
 
 
 def _content(value: Any) -> bytes | np.ndarray:

@@ -1,6 +1,9 @@
-"""The embedded data: scikit-learn's 1797 handwritten digits, photographed in many styles.
+"""The embedded data: 1797 handwritten digits, photographed in many styles.
 
-The images are real (8 x 8 grey levels, 13 writers). They are split once into four disjoint parts, then *photographed*:
+The images are real (8 x 8 grey levels, 13 writers): the test set of Alpaydin and Kaynak's Optical Recognition of
+Handwritten Digits (1998, UCI Machine Learning Repository, https://doi.org/10.24432/C50P49, licence CC BY 4.0), as
+scikit-learn has it. ``digits.npz`` holds them, with their source and licence. They are split once into four disjoint
+parts, then *photographed*:
 drawn at `SIZE` x `SIZE` pixels in colour, with chance turns, shifts, inks, papers and noise. `BASE` is the family that
 the embedded models are pre-trained on; `STYLES` holds the tasks, which no pre-training has seen.
 """
@@ -11,14 +14,16 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tvjax.data.batches import examples
-from tvjax.data.images import Images, with_names
+from tvjax.data.batches import as_batch
+from tvjax.data.examples import with_names
+from tvjax.data.images import Images
 from tvjax.stages import Batch
 
 SIZE = 16
@@ -59,11 +64,9 @@ def load_splits() -> dict[str, Digits]:
     >>> {name: len(part.labels) for name, part in load_splits().items()}
     {'source': 550, 'target': 550, 'validation': 200, 'test': 497}
     """
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    images = (data.images / 16).astype(np.float32)
-    labels = data.target.astype(np.int32)
+    with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as stored:
+        images = (stored["images"] / 16).astype(np.float32)
+        labels = stored["labels"].astype(np.int32)
     digests = [hashlib.sha256(image.tobytes()).digest() for image in images]
     order = sorted(range(len(labels)), key=digests.__getitem__)
     parts: dict[str, list[int]] = {name: [] for name in (*PER_CLASS, "test")}
@@ -134,7 +137,7 @@ def photograph(digits: Digits, style: Style, key: jax.Array, repeats: int = 1) -
     (497, 16, 16, 3)
     """
     photos = style(np.tile(digits.images, (repeats, 1, 1)), key)
-    return examples({"pixels": (photos - PIXEL_MEAN) / PIXEL_STD}, np.tile(digits.labels, repeats), len(CLASS_NAMES))
+    return as_batch({"pixels": (photos - PIXEL_MEAN) / PIXEL_STD}, np.tile(digits.labels, repeats), len(CLASS_NAMES))
 
 
 def read_photographs(style: str, part: str, class_names: Sequence[str] | None = None, seed: int = 0) -> Images:

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tvjax.data.images import Images, by_name, read_file, spelled
+from tvjax.data.examples import by_name, spelled
+from tvjax.data.images import Images, read_file
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TIFF", "WEBP")  # photographs, not documents
 _SYSTEM = (

@@ -1,4 +1,4 @@
-"""Images by a text that says where they are."""
+"""Examples by a text that says where they are: images or texts, by what is named."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tvjax.data.archives import read_archive
-from tvjax.data.datasets import read_dataset
+from tvjax.data.datasets import read_dataset, read_text_dataset
 from tvjax.data.digits import read_photographs
 from tvjax.data.folders import read_folder
 from tvjax.data.images import Images
+from tvjax.data.text_files import ENDINGS, read_text_file
+from tvjax.data.texts import Texts
 
 
-def open_images(source: str, class_names: Sequence[str] | None = None) -> Images:
-    """The images that a text names.
+def open_examples(source: str, class_names: Sequence[str] | None = None) -> Images | Texts:
+    """The images or texts that a text names.
 
     ======================  =========================================================================================
     ``photos``              a folder with one folder of images a class, or of images without classes
@@ -22,11 +24,15 @@ def open_images(source: str, class_names: Sequence[str] | None = None) -> Images
     ``hf:tanganke/dtd``     a Hugging Face dataset of the hub or on disk, ``hf:mnist?split=test``; where they are not
                             plain, also ``image=COLUMN``, ``label=COLUMN``, ``config=NAME``, ``revision=COMMIT``
     ``digits:thick/test``   the embedded digits, a style (or ``base``) and a part; ``?seed=1`` for other photographs
+    ``notes.txt``           texts, one a line
+    ``reviews.csv``         texts with columns, ``.csv``, ``.tsv`` or ``.jsonl``; ``?text=premise,hypothesis`` and
+                            ``label=COLUMN``, or ``text=COLUMN&completion=COLUMN`` where answers are to be given
+    ``hf:glue?text=...``    texts of a Hugging Face dataset, with the same words and ``split``, ``config``, ``revision``
     ======================  =========================================================================================
 
     Names of classes are spelled in one way wherever they are stored or given: underscores are spaces, all else is kept
-    (`tvjax.data.images.spelled`). All places take ``?part=0:0.8``, a share of each class that depends on content alone,
-    and ``part_seed=1`` for another (`Images.part`).
+    (`tvjax.data.examples.spelled`). All places take ``?part=0:0.8``, a share of each class that depends on content
+    alone, and ``part_seed=1`` for another (`Examples.part`).
 
     Args:
       source: the text.
@@ -34,19 +40,19 @@ def open_images(source: str, class_names: Sequence[str] | None = None) -> Images
         order of their numbers; None: as they are stored.
 
     Returns:
-      The images, each decoded when it is asked for.
+      The examples, each decoded when it is asked for.
 
     Raises:
       ValueError: naming what is wrong and what would be right.
 
-    >>> images = open_images("digits:thick/validation?part=0:0.5")
+    >>> images = open_examples("digits:thick/validation?part=0:0.5")
     >>> len(images), images[0].shape, images.class_names[:3]
     (100, (16, 16, 3), ('zero', 'one', 'two'))
     """
     place, question, words = source.partition("?")
     if not question or Path(source).exists():
         place, words = source, ""
-    reader, known = _reader(place)
+    reader, known = _reader(place, words)
     options: dict[str, str] = {}
     for word in filter(None, words.split("&")):
         option, equals, value = word.partition("=")
@@ -55,29 +61,40 @@ def open_images(source: str, class_names: Sequence[str] | None = None) -> Images
             raise ValueError(f"{source!r}: found {word!r}, expected each of {names} at most once, joined by '&'")
         options[option] = value
     part, seed = options.pop("part", ""), options.pop("part_seed", "0")
-    images = reader(place, class_names, **options)
+    found = reader(place, class_names, **options)
     if part:
         start, colon, stop = part.partition(":")
         try:
-            images = images.part(float(start), float(stop), int(seed))
+            found = found.part(float(start), float(stop), int(seed))
         except ValueError as error:
             raise ValueError(f"{source!r}: part={part} with part_seed={seed}: {error}") from error
-    return dataclasses.replace(images, name=source)
+    return dataclasses.replace(found, name=source)
 
 
-def _reader(place: str) -> tuple[Callable[..., Images], tuple[str, ...]]:
+def _reader(place: str, words: str = "") -> tuple[Callable[..., Images | Texts], tuple[str, ...]]:
     """What reads a place, and the options that it takes."""
     if place.startswith("hf:"):
-        return _dataset, ("split", "image", "label", "config", "revision")
+        of_hub = ("split", "label", "config", "revision")
+        if {"text", "completion"} & {word.partition("=")[0] for word in words.split("&")}:
+            return _text_dataset, (*of_hub, "text", "completion")
+        return _dataset, (*of_hub, "image")
     if place.startswith("digits:"):
         return _digits, ("seed",)
     if place.endswith(".npz"):
         return read_archive, ("images", "labels")
+    if place.endswith(".txt"):
+        return read_text_file, ()
+    if place.endswith(ENDINGS):
+        return read_text_file, ("text", "label", "completion")
     return read_folder, ()
 
 
 def _dataset(place: str, class_names: Sequence[str] | None, **options: str) -> Images:
     return read_dataset(place.removeprefix("hf:"), class_names, **options)
+
+
+def _text_dataset(place: str, class_names: Sequence[str] | None, **options: str) -> Texts:
+    return read_text_dataset(place.removeprefix("hf:"), class_names, **options)
 
 
 def _digits(place: str, class_names: Sequence[str] | None, seed: str = "0") -> Images:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tvjax.arithmetic import analogy, scale
 from tvjax.demo.setup import BASE, Embedded, Photographs, Settings, combined, photographs, style_of
 from tvjax.evaluate import protocols
-from tvjax.evaluate.protocols import Edit, Task
+from tvjax.evaluate.protocols import Benchmark, Edit
 
 
 def addition(source: Embedded, images: dict[str, Photographs], settings: Settings) -> list[Edit]:
@@ -41,8 +41,8 @@ def analogies(source: Embedded, settings: Settings) -> list[Edit]:
     return protocols.analogy(name, _task(source, images), edits, settings.unit_scales)
 
 
-def _task(source: Embedded, images: Photographs) -> Task:
-    return Task(source.model, images.validation, images.test)
+def _task(source: Embedded, images: Photographs) -> Benchmark:
+    return Benchmark(source.model, images.validation, images.test)
 
 
 def _only(number: int) -> protocols.Merge:

@@ -18,8 +18,8 @@ from tvjax.data import digits
 from tvjax.data.batches import few_shot, take
 from tvjax.data.digits import Style
 from tvjax.data.embedded import MODELS, TASKS, model_folder, task_vector_file
-from tvjax.evaluate.zero_shot import zero_shot_model
 from tvjax.stages import Batch, Model, PyTree
+from tvjax.tasks.zero_shot import zero_shot_model
 
 SOURCE, *TARGETS = MODELS
 BASE = "base"  # the style of the pre-training

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Int
 
 from tvjax import tree
-from tvjax.evaluate.zero_shot import zero_shot_scores
 from tvjax.stages import Batch, Model, PyTree
+from tvjax.tasks.base import check_judged, judge, loss_of
+from tvjax.tasks.losses import ClassLoss
 
 
 class Accuracy(NamedTuple):
@@ -32,69 +31,42 @@ class Accuracy(NamedTuple):
         """The accuracy, from 0 to 1."""
         return self.correct / self.total
 
-    def interval(self, z: float = 1.96) -> tuple[float, float]:
-        """Wilson's score interval, 95 % by default.
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Wilson's score interval.
 
         >>> [round(bound, 3) for bound in Accuracy(90, 100).interval()]
         [0.826, 0.945]
         """
-        share, n = self.fraction, self.total
-        centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-        half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-        return max(0.0, centre - half), min(1.0, centre + half)
+        from scipy import stats  # slow to import
 
-
-def class_scores(model: Model, outputs: PyTree) -> Float[Array, "batch classes"]:
-    """The scores of the classes in what a model returned: its logits, or those of its zero-shot head.
-
-    Raises:
-      ValueError: for a model that has neither, or whose logits are not one row for each example.
-    """
-    if "logits" in outputs:
-        scores = outputs["logits"]
-    elif "image" in outputs and isinstance(model.loss_params, dict) and "classifier" in model.loss_params:
-        scores = zero_shot_scores(model.loss_params, outputs)
-    else:
-        raise ValueError(
-            f"the model returns {sorted(outputs)} and has no zero-shot head: give it one with tvjax.evaluate.zero_shot"
-        )
-    if jnp.ndim(scores) != 2:
-        raise ValueError(
-            f"the scores have shape {list(jnp.shape(scores))}, expected [batch, classes]: a model that scores every "
-            "token (a causal language model) is no classifier; return as logits those of the one place that answers"
-        )
-    return scores
+        found = stats.binomtest(self.correct, self.total).proportion_ci(confidence, method="wilson")
+        return float(found.low), float(found.high)
 
 
 def predict(model: Model, inputs: PyTree) -> Int[Array, " batch"]:
     """The class of the greatest score, for each example; of equal scores the first.
 
     Raises:
-      ValueError: as `class_scores` does; for scores that are NaN or infinite (inside `jit` there are none to look at).
+      ValueError: for a model whose outputs its task cannot score, or that answers with more than a class; for scores
+        that are NaN or infinite (inside `jit` there are none to look at).
     """
-    scores = class_scores(model, model(inputs))
-    predicted, wrong = _greatest(scores)
-    if not tree.is_traced(wrong) and np.any(wrong):
-        examples = np.flatnonzero(wrong)
-        raise ValueError(
-            f"{len(examples)} of {len(wrong)} examples have scores that are NaN or infinite (first: number "
-            f"{examples[0]} of its batch), which say nothing of their classes: are weights, inputs and head finite?"
-        )
-    return predicted
-
-
-@jax.jit
-def _greatest(scores: Float[Array, "batch classes"]) -> tuple[Int[Array, " batch"], Bool[Array, " batch"]]:
-    """The place of the greatest score, and whether that is no number: NaN is the greatest of all."""
-    return jnp.argmax(scores, axis=-1), ~jnp.isfinite(jnp.max(scores, axis=-1))
+    loss = loss_of(model)
+    if not isinstance(loss, ClassLoss):
+        raise ValueError(f"the task {loss.task!r} has no one class for each example: take predictions of its batches")
+    outputs = model(inputs)
+    labels = jnp.zeros(len(loss.scores(model.loss_params, outputs)), jnp.int32)  # none are known
+    judged = loss.judge(model.loss_params, outputs, labels)
+    if not tree.is_traced(judged.finite):
+        check_judged(judged)
+    return judged.predicted
 
 
 class Predictions(NamedTuple):
-    """What a model predicts for labelled examples.
+    """What a model predicts for labelled examples: a class for each, or the next token at every place of a text.
 
     Attributes:
-      predicted: ``[n]`` classes.
-      labels: ``[n]`` true classes.
+      predicted: ``[n]`` classes or tokens.
+      labels: ``[n]`` true ones.
     """
 
     predicted: np.ndarray
@@ -125,11 +97,12 @@ def predictions(model: Model, batches: Batch | Iterable[Batch]) -> Predictions:
     """Predictions for labelled batches; every stage is compiled once per batch shape.
 
     Args:
-      model: returns logits, or has a zero-shot head.
+      model: of a task (`tvjax.tasks`), or one that returns logits of classes.
       batches: one batch or several, with labels.
 
     Raises:
-      ValueError: for no batches, one without a label for each example, or scores that are NaN.
+      ValueError: for no batches, one without a label for each example, scores that are NaN, or a model whose outputs
+        its task cannot score.
     """
     return joined(of_batch(model, batch) for batch in ([batches] if isinstance(batches, Batch) else batches))
 
@@ -138,17 +111,12 @@ def of_batch(model: Model, batch: Batch) -> Predictions:
     """The predictions for one batch.
 
     Raises:
-      ValueError: as `predict` does; where it has not one label for each example.
+      ValueError: as `predictions` does.
     """
-    if batch.labels is None:
-        raise ValueError("a batch has no labels: accuracy needs them")
-    predicted, labels = np.asarray(predict(model, batch.inputs)), np.asarray(batch.labels)
-    if labels.shape != predicted.shape:
-        raise ValueError(
-            f"a batch has labels of shape {list(labels.shape)} for {len(predicted)} predictions: accuracy needs one "
-            "class for each example"
-        )
-    return Predictions(predicted, labels)
+    judged = judge(model, batch)
+    check_judged(judged)
+    predicted, labels, counted = (np.asarray(part) for part in judged[:3])
+    return Predictions(predicted[counted], labels[counted])
 
 
 def joined(parts: Iterable[Predictions]) -> Predictions:
@@ -164,7 +132,7 @@ def joined(parts: Iterable[Predictions]) -> Predictions:
 
 
 def accuracy(model: Model, batches: Batch | Iterable[Batch]) -> Accuracy:
-    """Accuracy over labelled batches, as `predictions` takes them.
+    """Accuracy over labelled batches, as `predictions` takes them: of classes, or of tokens.
 
     >>> from tvjax.stages import Stage
     >>> model = Model({}, (Stage("head", lambda params, carry: {"logits": carry}),))

@@ -135,7 +135,7 @@ def _train(
     key: Array,
 ) -> tuple[dict[str, Array], optax.OptState, Float[Array, " steps"]]:
     transformation = optimiser(learning_rate)
-    count = examples.labels.shape[0]
+    count = jax.tree.leaves(examples.labels)[0].shape[0]
 
     def loss(trained: dict[str, Array], batch: Batch) -> Float[Array, ""]:
         outputs = model.replace(params=tree.replace(model.params, trained))(batch.inputs)

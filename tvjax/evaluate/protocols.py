@@ -1,7 +1,8 @@
 """The experiments of task arithmetic: addition, negation under a control, analogy, all pairs (Ilharco et al., 2023).
 
 Scales are chosen on validation data, accuracies are measured on test data. Every function takes task vectors of ONE
-pre-trained model; a task is that model with the task's own head.
+pre-trained model; a benchmark is that model with the head of a task, and the
+task's examples.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ MEAN = "mean of tasks"
 Merge = Callable[[Sequence[PyTree]], PyTree]
 
 
-class Task(NamedTuple):
+class Benchmark(NamedTuple):
     """A task, as the pre-trained model sees it.
 
     Attributes:
@@ -58,13 +59,13 @@ class Edit(NamedTuple):
     normalised: float | None = None
 
 
-def edited_accuracy(task: Task, tau: PyTree | None = None, alpha: float = 1.0) -> float:
+def edited_accuracy(task: Benchmark, tau: PyTree | None = None, alpha: float = 1.0) -> float:
     """Accuracy of ``theta_0 + alpha tau`` on the test data of a task; of the pre-trained model without tau."""
     return accuracy(task.model if tau is None else _edited(task.model, tau, alpha), task.test).fraction
 
 
 def addition(
-    tasks: Mapping[str, Task],
+    tasks: Mapping[str, Benchmark],
     taus: Mapping[str, PyTree],
     scales: Sequence[float],
     *,
@@ -124,7 +125,7 @@ def addition(
 
 
 def all_pairs(
-    tasks: Mapping[str, Task], taus: Mapping[str, PyTree], scales: Sequence[float], *, merge: Merge | None = None
+    tasks: Mapping[str, Benchmark], taus: Mapping[str, PyTree], scales: Sequence[float], *, merge: Merge | None = None
 ) -> list[Edit]:
     """`addition` of every pair of tasks: the mean normalised accuracies, a row for each pair.
 
@@ -150,7 +151,13 @@ def all_pairs(
 
 
 def negation(
-    name: str, task: Task, control: tuple[str, Task], tau: PyTree, scales: Sequence[float], *, keep: float = 0.95
+    name: str,
+    task: Benchmark,
+    control: tuple[str, Benchmark],
+    tau: PyTree,
+    scales: Sequence[float],
+    *,
+    keep: float = 0.95,
 ) -> list[Edit]:
     """Forgets a task: among the scales of ``-tau`` at which the control stays, the one of the least task accuracy.
 
@@ -185,7 +192,7 @@ def negation(
     ]
 
 
-def analogy(name: str, task: Task, edits: Mapping[str, PyTree], scales: Sequence[float]) -> list[Edit]:
+def analogy(name: str, task: Benchmark, edits: Mapping[str, PyTree], scales: Sequence[float]) -> list[Edit]:
     """Task vectors of other tasks on a task that has none: each at the scale of its best validation accuracy.
 
     Args:

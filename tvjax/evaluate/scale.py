@@ -33,7 +33,7 @@ def choose_scale(model: Model, tau: PyTree, scales: Sequence[float], batches: Ba
     """The scale at which ``theta + scale * tau`` is most accurate; ties go to the smallest.
 
     Args:
-      model: returns logits, or has a zero-shot head.
+      model: of a task (`tvjax.tasks`), or one that returns logits of classes.
       tau: a task vector of its parameters.
       scales: the grid, such as 0 to 1 by 0.05.
       batches: labelled validation data.
@@ -66,7 +66,7 @@ def scale_curve(
     passed through once, so that they may come from a loader.
 
     Args:
-      model: returns logits, or has a zero-shot head.
+      model: of a task (`tvjax.tasks`), or one that returns logits of classes.
       tau: a task vector of its parameters.
       scales: finite numbers.
       batches: labelled data.

@@ -15,9 +15,10 @@ from tvjax.checkpoints.provenance import check_same_base
 from tvjax.compose.objectives import Objective
 from tvjax.compose.train import Trained
 from tvjax.data.augment import StrongView, WeakView
-from tvjax.data.images import Images, spelled
-from tvjax.data.loader import Loader
-from tvjax.evaluate.accuracy import accuracy, class_scores
+from tvjax.data.examples import spelled
+from tvjax.data.images import Images
+from tvjax.data.loader import image_batches
+from tvjax.evaluate.accuracy import accuracy
 from tvjax.jobs import inputs
 from tvjax.jobs.calibration import of_head
 from tvjax.jobs.configs import ComposeConfig
@@ -189,15 +190,15 @@ def _learn(
 
 def _goal(config: ComposeConfig, opened: Opened, head: Model, found: Images) -> Objective:
     """What the coefficients are learned by."""
-    seen = Loader(found, opened.processor.pixels, config.batch_size).whole()
+    seen = image_batches(found, opened.processor.pixels, config.batch_size).whole()
     if config.objective == "few_shot":
         return learned.few_shot(head, seen)
     pixels = seen.inputs
     if config.objective == "entropy":
-        return learned.entropy(head, pixels, scores=class_scores)
+        return learned.entropy(head, pixels)
     weak = WeakView(flip=config.flip)
     mean, std = opened.processor.normalisation
-    return learned.fix_match(head, pixels, weak=weak, strong=StrongView(mean, std, weak=weak), scores=class_scores)
+    return learned.fix_match(head, pixels, weak=weak, strong=StrongView(mean, std, weak=weak))
 
 
 def _score(
@@ -206,5 +207,5 @@ def _score(
     """The accuracy of parameters on the examples that were held out."""
     if held_out is None:
         return None
-    held = list(Loader(held_out, opened.processor.pixels, config.batch_size))
+    held = list(image_batches(held_out, opened.processor.pixels, config.batch_size))
     return lambda params: accuracy(head.replace(params=params), held).fraction

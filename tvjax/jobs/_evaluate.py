@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from tvjax.checkpoints import map_tree
 from tvjax.data.images import Images
-from tvjax.data.loader import Loader
+from tvjax.data.loader import image_batches
 from tvjax.evaluate.accuracy import Accuracy, Predictions, predictions
 from tvjax.evaluate.scale import scale_curve
 from tvjax.jobs import inputs
@@ -84,7 +84,7 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evalua
         curve: list[Predictions] = []
         for number, (name, one) in enumerate(opened.items()):
             head, pixels = _head(one, base, found.class_names, prompts.templates)
-            loader = Loader(found, pixels, config.batch_size)
+            loader = image_batches(found, pixels, config.batch_size)
             if config.task_vector is not None and name == config.models[0]:
                 inputs.check_base(about, one.pretrained, [config.task_vector], config.any_base)
                 *curve, seen[name] = scale_curve(head, tau, (*grid, 0.0), loader)

@@ -12,7 +12,7 @@ from tvjax.arithmetic import apply
 from tvjax.checkpoints import TransportStore, model_card, save_pretrained, save_tree
 from tvjax.checkpoints.atomic import replacing
 from tvjax.checkpoints.huggingface import check_new
-from tvjax.data.loader import Loader
+from tvjax.data.loader import image_batches
 from tvjax.evaluate.scale import ChosenScale, choose_scale
 from tvjax.jobs import inputs
 from tvjax.jobs.calibration import Prepared, paired_batches, prepare
@@ -137,7 +137,7 @@ def _chosen(config: TransportConfig, ready: Prepared, target: Opened, moved: PyT
     """The scale of the greatest accuracy on the examples that were held out."""
     assert ready.held_out is not None
     head = with_task(target, ready.held_out.class_names, ready.prompts.templates)
-    loader = Loader(ready.held_out, target.processor.pixels, config.batch_size)
+    loader = image_batches(ready.held_out, target.processor.pixels, config.batch_size)
     return choose_scale(head, moved, scales_of(ready.moving), loader)
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from tvjax.checkpoints.provenance import check_configs
 from tvjax.data.images import Images
-from tvjax.data.loader import Loader
+from tvjax.data.loader import Loader, Processed
 from tvjax.jobs import inputs
 from tvjax.jobs.configs import PlanConfig, TransportConfig
 from tvjax.jobs.methods import check_pair, make_transport, read_depth, reads_examples
@@ -99,10 +99,8 @@ def paired_batches(found: Images, source: Opened, target: Opened, size: int) -> 
     """The same examples as two models see them, each decoded once."""
     processors = source.processor, target.processor
 
-    def both(images: Any) -> Any:
-        return tuple(processor.pixels(images) for processor in processors)
+    def both(images: Any, labels: Any) -> Processed:
+        return Processed(Batch([processor.pixels(images) for processor in processors], labels))
 
-    views = (
-        [Batch({"pixels": own}, batch.labels) for own in batch.inputs["pixels"]] for batch in Loader(found, both, size)
-    )
+    views = ([Batch({"pixels": own}, batch.labels) for own in batch.inputs] for batch in Loader(found, both, size))
     return [(one, other) for one, other in views]

@@ -15,10 +15,9 @@ from tvjax.checkpoints.atomic import replacing
 from tvjax.checkpoints.provenance import check_made_for, check_same_config
 from tvjax.data.batches import few_shot, herding, k_medoids
 from tvjax.data.images import Images
-from tvjax.data.source import open_images
-from tvjax.data.tasks import find_task
-
-TEMPLATES = ("a photo of a {}.",)
+from tvjax.data.source import open_examples
+from tvjax.tasks.catalogue import find_task
+from tvjax.tasks.zero_shot import TEMPLATES
 
 
 class Prompts(NamedTuple):
@@ -40,6 +39,8 @@ def read_prompts(task: str | None, classes: Path | None, templates: Path | None)
       ValueError: no such task, no such file, or an empty one.
     """
     known = None if task is None else find_task(task)
+    if known is not None and known.kind != "images":
+        raise ValueError(f"the task {task!r} is of {known.kind}, and this command takes images")
     names = None if known is None else known.class_names
     prompts = TEMPLATES if known is None else known.templates
     if classes is not None:
@@ -69,14 +70,16 @@ def read_images(source: str, prompts: Prompts, labelled_for: str = "") -> Images
     """The images that an option names, none of them decoded yet.
 
     Args:
-      source: as `tvjax.data.open_images` takes it.
+      source: as `tvjax.data.open_examples` takes it.
       prompts: with the names of the classes.
       labelled_for: what needs the classes; "" where nothing does.
 
     Raises:
       ValueError: no such images, or no classes though they are needed.
     """
-    found = open_images(source, prompts.class_names)
+    found = open_examples(source, prompts.class_names)
+    if not isinstance(found, Images):
+        raise ValueError(f"{source!r} is of {found.kind}, and this command takes images")
     if labelled_for and found.labels is None:
         raise ValueError(
             f"{source!r} has no labels, and {labelled_for} needs labelled images: put those of each class into a "

@@ -12,10 +12,10 @@ from tvjax.checkpoints.folder import Checkpoint, open_checkpoint
 from tvjax.checkpoints.huggingface import Pretrained, from_pretrained
 from tvjax.checkpoints.processors import Processor
 from tvjax.data.images import Images
-from tvjax.data.loader import Loader
-from tvjax.evaluate.zero_shot import embed_images
+from tvjax.data.loader import image_batches
 from tvjax.models.clip.config import CLIPConfig
 from tvjax.models.clip.modeling import vision_model
+from tvjax.tasks.zero_shot import unit_embeddings
 
 
 class Opened:
@@ -64,7 +64,7 @@ class Opened:
                 "take --select random"
             )
         model, pixels = self.pretrained.model, self.processor.pixels
-        return embed_images(vision_model(model), Loader(images, pixels, batch_size))
+        return unit_embeddings(vision_model(model), image_batches(images, pixels, batch_size))
 
 
 class Models(contextlib.ExitStack):

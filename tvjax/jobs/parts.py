@@ -8,21 +8,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
 
 from tvjax import tree
 from tvjax.arithmetic import task_vector
 from tvjax.checkpoints.folder import Checkpoint
 from tvjax.checkpoints.huggingface import Pretrained
 from tvjax.checkpoints.safetensors import numpy_dtype
-from tvjax.data.images import spelled
-from tvjax.evaluate.zero_shot import zero_shot_loss, zero_shot_model
+from tvjax.data.examples import spelled
 from tvjax.jobs.opened import Opened
 from tvjax.models.clip.config import CLIPConfig
 from tvjax.models.clip.modeling import vision_model
 from tvjax.models.families import GENERIC
 from tvjax.models.generic import no_code
 from tvjax.stages import Model, PyTree, owner_paths
+from tvjax.tasks.losses import OWN_HEAD
+from tvjax.tasks.zero_shot import ZERO_SHOT, zero_shot_model
 
 
 def parameters(checkpoint: Checkpoint) -> PyTree:
@@ -173,7 +173,7 @@ def with_task(opened: Opened, class_names: Sequence[str], templates: Sequence[st
     model = opened.pretrained.model.replace(params=float32(opened.pretrained.params))
     if isinstance(opened.config, CLIPConfig):
         return zero_shot_model(model, opened.processor.tokens, class_names, templates)
-    return model.with_loss(logits_loss)
+    return model.with_loss(OWN_HEAD)
 
 
 def shapes_with_task(checkpoint: Checkpoint, params: PyTree, classes: int) -> Model:
@@ -181,23 +181,13 @@ def shapes_with_task(checkpoint: Checkpoint, params: PyTree, classes: int) -> Mo
     model = tower(checkpoint.family.build(checkpoint.config, params))
     model = model.replace(params=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), model.params))
     if not isinstance(checkpoint.config, CLIPConfig):
-        return model.with_loss(logits_loss)
+        return model.with_loss(OWN_HEAD)
     width = checkpoint.config.vision.projection_dim if checkpoint.config.vision else None
     head = {
         "classifier": jax.ShapeDtypeStruct((width, classes), jnp.float32),
         "logit_scale": jax.ShapeDtypeStruct((), jnp.float32),
     }
-    return model.with_loss(zero_shot_loss, head)
-
-
-def logits_loss(loss_params: PyTree, outputs: PyTree, labels: Int[Array, " batch"]) -> Float[Array, " batch"]:
-    """Cross-entropy of each example under the logits that a model returns.
-
-    >>> logits_loss(None, {"logits": jnp.zeros((1, 2))}, jnp.array([0])).tolist()
-    [0.6931471824645996]
-    """
-    log_probabilities = jax.nn.log_softmax(outputs["logits"].astype(jnp.float32))
-    return -jnp.take_along_axis(log_probabilities, labels[:, None], axis=1)[:, 0]
+    return model.with_loss(ZERO_SHOT, head)
 
 
 def changed_elsewhere(part: Part, pretrained: Pretrained, finetuned: Pretrained) -> list[str]:

@@ -89,8 +89,7 @@ def paired_difference(differences: Sequence[float] | np.ndarray, confidence: flo
         )
     if values.size == 1:
         return Difference(float(values[0]), None, 1)
-    t = stats.t.ppf((1 + confidence) / 2, values.size - 1)
-    half_width = t * values.std(ddof=1) / np.sqrt(values.size)
+    half_width = stats.t.interval(confidence, values.size - 1)[1] * stats.sem(values)  # which may be 0
     return Difference(float(values.mean()), float(half_width), values.size)
 
 

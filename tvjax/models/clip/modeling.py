@@ -9,7 +9,6 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from tvjax import tree
 from tvjax.models.clip.config import LEGACY_END_TOKEN, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from tvjax.models.transformer import (
     Block,
@@ -20,7 +19,7 @@ from tvjax.models.transformer import (
     parameters,
     stage_function,
 )
-from tvjax.stages import Model, PyTree, Stage, Stream
+from tvjax.stages import Model, PyTree, Stage, Stream, tower
 
 
 class TokenEmbeddings(nnx.Module):
@@ -238,12 +237,12 @@ def clip(config: CLIPConfig, params: PyTree, dtype: DTypeLike = jnp.float32) -> 
 
 def vision_model(model: Model) -> Model:
     """The vision tower of a CLIP alone: ``pixels`` to ``image``, its parameters under ``vision/`` as before."""
-    return _only(model, "vision")
+    return tower(model, "vision")
 
 
 def text_model(model: Model) -> Model:
     """The text tower of a CLIP alone: ``tokens`` to ``text``, its parameters under ``text/`` as before."""
-    return _only(model, "text")
+    return tower(model, "text")
 
 
 def end_position(tokens: Int[Array, "batch tokens"], eos_token_id: int) -> Int[Array, " batch"]:
@@ -294,13 +293,6 @@ def _head(tower: str, function: Callable[[PyTree, PyTree], PyTree], norm: str, p
 
 def _paths(tower: str, *children: str) -> tuple[tuple[str, str], ...]:
     return tuple((child, f"{tower}/{child}") for child in children)
-
-
-def _only(model: Model, tower: str) -> Model:
-    stages = tuple(stage for stage in model.stages if stage.name.startswith(f"{tower}/"))
-    if not stages:
-        raise ValueError(f"the model has no {tower} tower: its stages are {[stage.name for stage in model.stages]}")
-    return Model({tower: tree.get(model.params, tower)}, stages)
 
 
 def _blocks(config: CLIPVisionConfig | CLIPTextConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.List:

@@ -5,16 +5,10 @@ import optax
 import pytest
 
 from tvjax.evaluate.accuracy import predict
-from tvjax.evaluate.zero_shot import (
-    classifier,
-    zero_shot,
-    zero_shot_loss,
-    zero_shot_model,
-    zero_shot_scores,
-)
 from tvjax.models.clip.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from tvjax.models.clip.modeling import clip, init, text_model, vision_model
 from tvjax.stages import Model, Stage
+from tvjax.tasks.zero_shot import ZERO_SHOT, classifier, with_head, zero_shot_model, zero_shot_scores
 
 CONFIG = CLIPConfig(
     CLIPVisionConfig(8, 16, 1, 2, image_size=8, patch_size=4, projection_dim=4),
@@ -65,7 +59,7 @@ def test_of_equal_columns_the_first_wins():
     random = np.random.default_rng(0)
     head = random.normal(size=(512, 397)).astype(np.float32)
     head[:, 396], head[:, 200] = head[:, 0], head[:, 1]  # sums over the last columns are rounded otherwise on CPU
-    tower = zero_shot(Model({}, (Stage("image", lambda params, carry: {"image": carry}),)), head, 0.0)
+    tower = with_head(Model({}, (Stage("image", lambda params, carry: {"image": carry}),)), head, 0.0)
     found = predict(tower, np.concatenate([head[:, [396, 200, 7]].T, random.normal(size=(4, 512)).astype(np.float32)]))
     assert found[:3].tolist() == [0, 1, 7] and not set(found.tolist()) & {200, 396}
     scores = zero_shot_scores(tower.loss_params, {"image": jnp.asarray(random.normal(size=(7, 512)), jnp.float32)})
@@ -91,7 +85,7 @@ def test_a_head_that_does_not_read_its_texts_is_refused(model):
     with pytest.raises(ValueError, match="(?s)2 pairs of classes have one text embedding.*'ab' and 'cd'.*eos_token_id"):
         zero_shot_model(model, endless, ["ab", "cd", "e"], ["{}"])
     with pytest.raises(ValueError, match="the zero-shot head has values that are NaN"):
-        zero_shot(vision_model(model), np.full((4, 3), np.nan), 2.0)
+        with_head(vision_model(model), np.full((4, 3), np.nan), 2.0)
 
 
 def test_loss_is_the_cross_entropy_of_clips_own_logits(model, key):
@@ -109,9 +103,9 @@ def test_loss_is_the_cross_entropy_of_clips_own_logits(model, key):
 
 def test_zero_shot_keeps_the_parameters_of_the_tower(model):
     tower = vision_model(model)
-    with_head = zero_shot(tower, jnp.eye(4)[:, :3], 2.0)
-    assert with_head.params is tower.params and with_head.loss is zero_shot_loss
-    assert with_head.loss_params["logit_scale"].dtype == jnp.float32
+    headed = with_head(tower, jnp.eye(4)[:, :3], 2.0)
+    assert headed.params is tower.params and headed.loss == ZERO_SHOT
+    assert headed.loss_params["logit_scale"].dtype == jnp.float32
 
 
 def test_half_precision_parameters_give_float32_losses(model):

@@ -1,21 +1,29 @@
-"""Zero-shot heads: the classes of a CLIP as the embeddings of prompts (Radford et al. 2021, section 3.1.4)."""
+"""Zero-shot heads: the classes as the embeddings of prompts (Radford et al. 2021, section 3.1.4)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from tvjax import tree
+from tvjax.data.examples import Examples
+from tvjax.data.images import Images
+from tvjax.data.loader import Loader, image_batches
+from tvjax.data.tokens import Encoder, Tokens
 from tvjax.finite import check_finite
-from tvjax.models.clip.modeling import text_model, vision_model
-from tvjax.stages import Batch, Model, PyTree
+from tvjax.stages import Batch, Model, PyTree, tower
+from tvjax.tasks.base import Task, check_examples
+from tvjax.tasks.classification import text_batches
+from tvjax.tasks.losses import ClassLoss, cannot_score
 
 Tokenize = Callable[[Sequence[str]], PyTree]
 
+TEMPLATES = ("a photo of a {}.",)
 _TEXTS = 1024  # embedded at once
 _SAME = 1e-5  # by how much an entry of two unit columns may differ by rounding
 
@@ -23,13 +31,13 @@ _SAME = 1e-5  # by how much an entry of two unit columns may differ by rounding
 def classifier(
     model: Model, tokenize: Tokenize, class_names: Sequence[str], templates: Sequence[str]
 ) -> Float[Array, "embedding classes"]:
-    """The classifier of a CLIP's prompts.
+    """The classifier of prompts.
 
     Column c is the normalised mean, over the templates, of the normalised embeddings of the prompts of class c. Classes
     of one name have one column; other names whose columns are equal are refused: the tower does not read the texts.
 
     Args:
-      model: a CLIP with a text tower.
+      model: a dual encoder, its text tower's stages named ``text/...``, or an encoder of texts; returns ``"text"``.
       tokenize: texts to ``{"tokens", "mask"}``, as `tvjax.checkpoints.Processor.tokens` does.
       class_names: one name a class.
       templates: prompts with ``{}`` in place of the name.
@@ -55,8 +63,10 @@ def classifier(
             raise ValueError(f"the template {template!r} has no '{{}}' in place of the class name")
     names = list(dict.fromkeys(class_names))
     prompts = [template.replace("{}", name) for name in names for template in templates]
-    tower = text_model(model)
-    parts = [tower(tokenize(prompts[start : start + _TEXTS]))["text"] for start in range(0, len(prompts), _TEXTS)]
+    in_towers = any(stage.name.startswith(("text/", "vision/")) for stage in model.stages)
+    reader = tower(model, "text") if in_towers else model
+    starts = range(0, len(prompts), _TEXTS)
+    parts = [_embeddings(reader(tokenize(prompts[start : start + _TEXTS]))) for start in starts]
     means = normalise(jnp.concatenate(parts)).reshape(len(names), len(templates), -1).mean(1)
     columns = normalise(means).T
     _check_columns(columns, names)
@@ -98,68 +108,70 @@ def normalise(embeddings: Float[Array, "*n embedding"]) -> Float[Array, "*n embe
     return embeddings / jnp.linalg.norm(embeddings, axis=-1, keepdims=True)
 
 
-def embed_images(model: Model, batches: Batch | Iterable[Batch]) -> Float[np.ndarray, "n embedding"]:
-    """Unit embeddings of images, such as herding and k-medoids choose by.
+def unit_embeddings(model: Model, batches: Batch | Iterable[Batch]) -> Float[np.ndarray, "n embedding"]:
+    """Unit embeddings of examples, such as herding and k-medoids choose by.
 
     Args:
-      model: a vision tower that returns ``{"image": [batch, embedding]}``.
+      model: returns ``{"image": [batch, embedding]}``, or ``"text"``.
       batches: one batch or several; labels are not looked at.
 
     Raises:
-      ValueError: for no batches, or embeddings that are not finite.
+      ValueError: for no batches, outputs without embeddings, or ones that are not finite.
 
     >>> from tvjax.stages import Stage
     >>> tower = Model({}, (Stage("tower", lambda params, pixels: {"image": pixels}),))
-    >>> embed_images(tower, Batch(jnp.array([[3.0, 4.0]]))).tolist()
+    >>> unit_embeddings(tower, Batch(jnp.array([[3.0, 4.0]]))).tolist()
     [[0.6000000238418579, 0.800000011920929]]
     """
     batches = [batches] if isinstance(batches, Batch) else batches
-    found = [np.asarray(normalise(model(batch.inputs)["image"].astype(jnp.float32))) for batch in batches]
+    found = [np.asarray(normalise(_embeddings(model(batch.inputs)).astype(jnp.float32))) for batch in batches]
     if not found:
-        raise ValueError("there are no images to embed: give at least one batch")
+        raise ValueError("there are no examples to embed: give at least one batch")
     embeddings = np.concatenate(found)
-    check_finite({"image": embeddings}, "the output of the vision tower")
+    check_finite({"embeddings": embeddings}, "what the model returns")
     return embeddings
 
 
 def zero_shot_scores(loss_params: PyTree, outputs: PyTree) -> Float[Array, "batch classes"]:
-    """``exp(logit_scale) cos(image, classifier)``.
+    """``exp(logit_scale) cos(embedding, classifier)``.
 
     Args:
       loss_params: ``{"classifier": [embedding, classes], "logit_scale": []}``, and where columns are equal ``"first":
         [classes]``, the first that is equal to each.
-      outputs: ``{"image": [batch, embedding]}``.
+      outputs: ``{"image": [batch, embedding]}``, or ``"text"``.
+
+    Raises:
+      ValueError: for outputs without either.
     """
     scale = jnp.exp(loss_params["logit_scale"].astype(jnp.float32))
-    scores = scale * normalise(outputs["image"].astype(jnp.float32)) @ loss_params["classifier"]
+    scores = scale * normalise(_embeddings(outputs).astype(jnp.float32)) @ loss_params["classifier"]
     return scores[:, loss_params["first"]] if "first" in loss_params else scores
 
 
-def zero_shot_loss(loss_params: PyTree, outputs: PyTree, labels: Int[Array, " batch"]) -> Float[Array, " batch"]:
-    """Cross-entropy of each example under `zero_shot_scores`.
-
-    >>> head = {"classifier": jnp.eye(2), "logit_scale": jnp.zeros(())}
-    >>> zero_shot_loss(head, {"image": jnp.array([[1.0, 1.0]])}, jnp.array([0])).tolist()
-    [0.6931471824645996]
-    """
-    log_probabilities = jax.nn.log_softmax(zero_shot_scores(loss_params, outputs))
-    return -jnp.take_along_axis(log_probabilities, labels[:, None], axis=1)[:, 0]
+def _embeddings(outputs: PyTree) -> Float[Array, "batch embedding"]:
+    for name in ("image", "text"):
+        if isinstance(outputs, dict) and name in outputs:
+            return outputs[name]
+    raise cannot_score("zero-shot classification", outputs, "the embeddings 'image' or 'text'")
 
 
-def zero_shot(
+ZERO_SHOT = ClassLoss("zero-shot classification", zero_shot_scores)
+
+
+def with_head(
     model: Model, classifier: Float[Array, "embedding classes"], logit_scale: Float[Array, ""] | float
 ) -> Model:
-    """A vision tower with the zero-shot head as its loss; the head is no parameter.
+    """An encoder with the zero-shot head as its loss; the head is no parameter.
 
     Of equal columns the first wins: their scores are equal to the last bit, whatever the order of summation.
 
     Args:
-      model: the vision tower (`tvjax.models.clip.vision_model`).
+      model: the tower that embeds what is classified.
       classifier: unit columns, from `classifier`.
       logit_scale: logarithm of the factor of the cosines, the CLIP's own parameter.
 
     Returns:
-      The model with `zero_shot_loss`.
+      The model with the loss `ZERO_SHOT`.
 
     Raises:
       ValueError: a head that is not finite.
@@ -170,14 +182,14 @@ def zero_shot(
         _, index, place = np.unique(np.asarray(classifier), axis=1, return_index=True, return_inverse=True)
         if len(index) < len(place):
             head["first"] = jnp.asarray(index[place], jnp.int32)
-    return model.with_loss(zero_shot_loss, head)
+    return model.with_loss(ZERO_SHOT, head)
 
 
 def zero_shot_model(model: Model, tokenize: Tokenize, class_names: Sequence[str], templates: Sequence[str]) -> Model:
-    """The vision tower of a CLIP with the zero-shot head of these classes as its loss.
+    """The vision tower of a dual encoder with the zero-shot head of these classes as its loss.
 
     Args:
-      model: a CLIP with both towers.
+      model: a dual encoder, its stages named ``vision/...`` and ``text/...``; a CLIP.
       tokenize: texts to ``{"tokens", "mask"}``, as `tvjax.checkpoints.Processor.tokens` does.
       class_names: one name a class.
       templates: prompts with ``{}`` in place of the name.
@@ -189,4 +201,64 @@ def zero_shot_model(model: Model, tokenize: Tokenize, class_names: Sequence[str]
       ValueError: as `classifier` does.
     """
     head = classifier(model, tokenize, class_names, templates)
-    return zero_shot(vision_model(model), head, jnp.asarray(model.params["logit_scale"], jnp.float32))
+    return with_head(tower(model, "vision"), head, _logit_scale(model))
+
+
+def zero_shot(
+    process: Any,
+    class_names: Sequence[str],
+    templates: Sequence[str] = TEMPLATES,
+    text: tuple[Model, Tokenize] | None = None,
+) -> Task:
+    """Classification by the names of the classes, without a head of the model's own.
+
+    Images are classified by a dual encoder; its vision tower becomes the model. Texts are classified by a sentence
+    encoder, which embeds the prompts too.
+
+    Args:
+      process: a `tvjax.checkpoints.Processor` for images, an `Encoder` for texts.
+      class_names: one name a class.
+      templates: prompts with ``{}`` in place of the name.
+      text: the dual encoder whose text tower reads the names, and its tokenizer (`Processor.tokens`), for a vision
+        tower that has none beside it; None: the model's own.
+
+    Raises:
+      ValueError: when the model is made, as `classifier` does.
+
+    >>> from tvjax.checkpoints import from_pretrained, load_processor
+    >>> from tvjax.data import digits, open_examples
+    >>> from tvjax.data.embedded import model_folder
+    >>> folder = model_folder("A")
+    >>> task = zero_shot(load_processor(folder), digits.CLASS_NAMES, digits.TEMPLATES)
+    >>> batches = task.batches(open_examples("digits:base/validation"), 100)
+    >>> task.score(task.model(from_pretrained(folder).model), batches).accuracy > 0.8
+    True
+    """
+    name = ZERO_SHOT.task
+
+    def of_texts(model: Model) -> Model:
+        head = classifier(model, lambda texts: _inputs(process(texts)), class_names, templates)
+        return with_head(model, head, _logit_scale(model))
+
+    def of_images(model: Model) -> Model:
+        reader, tokenize = text or (model, process.tokens)
+        head = classifier(reader, tokenize, class_names, templates)
+        return with_head(tower(model, "vision"), head, _logit_scale(reader))
+
+    def images(examples: Examples, size: int) -> Loader:
+        check_examples(name, examples, Images, class_names)
+        return image_batches(cast(Images, examples), process.pixels, size)
+
+    if isinstance(process, Encoder):
+        return Task(name, of_texts, lambda examples, size: text_batches(name, examples, process, size, class_names))
+    return Task(name, of_images, images)
+
+
+def _inputs(tokens: Tokens) -> PyTree:
+    return {"tokens": tokens.ids, "mask": tokens.mask}
+
+
+def _logit_scale(model: Model) -> Float[Array, ""]:
+    """The model's own; without one the usual factor of a sentence encoder, 20."""
+    own = model.params.get("logit_scale", math.log(20.0)) if isinstance(model.params, dict) else math.log(20.0)
+    return jnp.asarray(own, jnp.float32)

@@ -1,14 +1,16 @@
+import re
+
 import pytest
 
 from tvjax.data.source import _reader
-from tvjax.data.tasks import TASKS, find_task
+from tvjax.tasks.catalogue import GLUE, NLI, TASKS, find_task
 
 CLASSES = {"sun397": 397, "cars": 196, "resisc45": 45, "eurosat": 10, "svhn": 10, "gtsrb": 43, "mnist": 10, "dtd": 47}
 TEMPLATES = {"sun397": 2, "cars": 8, "resisc45": 18, "eurosat": 3, "svhn": 1, "gtsrb": 3, "mnist": 1, "dtd": 8}
 
 
 def test_the_usual_eight_are_complete():
-    assert set(TASKS) == {*CLASSES, "digits"}
+    assert set(TASKS) == {*CLASSES, "digits", *GLUE, *NLI}
     for name, count in CLASSES.items():
         task = find_task(name)
         assert len(task.class_names) == len(set(task.class_names)) == count, name
@@ -43,9 +45,25 @@ def test_prompts_and_places():
     for task in TASKS.values():
         for place in filter(None, (task.train, task.test)):
             path, _, words = place.partition("?")
-            assert {word.partition("=")[0] for word in words.split("&")} <= set(_reader(path)[1])
+            assert {word.partition("=")[0] for word in words.split("&")} <= set(_reader(path, words)[1])
 
 
 def test_another_name_is_answered_with_the_nearest():
     with pytest.raises(ValueError, match="no task 'euroset'; the nearest of .* is 'eurosat'"):
         find_task("euroset")
+
+
+def test_the_tasks_of_texts_name_their_columns_words_and_places():
+    for name in {*GLUE, *NLI}:
+        task = find_task(name)
+        (template,) = task.templates
+        columns = re.search(r"text=([a-z0-9,]+)&", task.train)[1].split(",")
+        assert template.format_map({column: "x" for column in columns}).count("'x'") == len(columns) <= 2, name
+        assert task.kind == "texts" and (name == "stsb") == (not task.words), name
+        assert all(f"'{word}'" in template for word in task.words), name
+    assert find_task("mnli").test == (
+        "hf:nyu-mll/glue?config=mnli&text=premise,hypothesis&label=label&split=validation_matched"
+    )
+    assert find_task("rte").class_names == find_task("qnli").class_names == ("yes", "no")  # 0 is entailment
+    assert find_task("stsb").train.count("completion=label") == 1 and NLI[0] == "snli"
+    assert {find_task(name).kind for name in CLASSES} == {"images"}

@@ -1,0 +1,49 @@
+"""The loss over a large vocabulary, a few tokens at a time."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+@partial(jax.jit, static_argnums=3)
+def chunked(
+    hidden: Float[Array, "batch tokens width"],
+    unembedding: Float[Array, "width vocabulary"],
+    tokens: Int[Array, "batch tokens"],
+    chunk: int = 1024,
+) -> tuple[Float[Array, "batch tokens"], Int[Array, "batch tokens"], Bool[Array, "batch tokens"]]:
+    """Losses, greatest tokens, and whether the scores are finite, of ``hidden @ unembedding``, never held as a whole.
+
+    The logits of `chunk` tokens are alive at a time, and made anew in the backward pass, so that the memory is that of
+    ``chunk * vocabulary`` numbers, however many the tokens.
+
+    Args:
+      hidden: the last activations.
+      unembedding: kernel of the head.
+      tokens: what is right.
+      chunk: tokens at a time.
+
+    >>> losses, greatest, _ = chunked(jnp.eye(3)[None], 9 * jnp.eye(3), jnp.array([[0, 1, 1]]), 2)
+    >>> greatest.tolist(), (losses[0] < 0.01).tolist()
+    ([[0, 1, 2]], [True, True, False])
+    """
+    count = tokens.size
+    chunk = min(chunk, count)
+    filler = -count % chunk
+    rows = jnp.pad(hidden.reshape(count, -1), ((0, filler), (0, 0))).reshape(-1, chunk, hidden.shape[-1])
+    wanted = jnp.pad(tokens.reshape(count), (0, filler)).reshape(-1, chunk)
+
+    @jax.checkpoint
+    def one(rows: Array, wanted: Array, kernel: Array) -> tuple[Array, Array, Array]:
+        logits = jnp.matmul(rows, kernel.astype(rows.dtype), preferred_element_type=jnp.float32)
+        at = jnp.take_along_axis(logits, wanted[:, None], axis=-1)[:, 0]
+        finite = jnp.isfinite(jnp.max(logits, axis=-1))
+        return jax.nn.logsumexp(logits, axis=-1) - at, jnp.argmax(logits, axis=-1), finite
+
+    _, found = jax.lax.scan(lambda _, given: (None, one(*given, unembedding)), None, (rows, wanted))
+    losses, greatest, finite = (part.reshape(-1)[:count].reshape(tokens.shape) for part in found)
+    return losses, greatest, finite
