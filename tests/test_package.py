@@ -13,7 +13,7 @@ ROOT = Path(tvjax.__file__).parent
 # Each floor imports only from those before it.
 FLOORS = [
     "tree", "arithmetic", "layers", "capture", "stages", "walk", "align", "transport", "merge", "compose", "models",
-    "checkpoints", "data", "tasks", "evaluate", "report", "demo", "cli",
+    "checkpoints", "data", "tasks", "evaluate", "report", "jobs", "demo", "cli",
 ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import pytest
 from tvjax import tree
 from tvjax.checkpoints import from_pretrained, load_tree, save_tree
 from tvjax.cli.main import run
-from tvjax.cli.merge import METHODS
+from tvjax.jobs.configs import MERGES
 
 
 def transport(models, target, method, output, *more):
@@ -154,7 +154,7 @@ def test_what_cannot_be_merged(task_vectors, tmp_path, capsys, words, message):
     assert not output.exists()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MERGES)
 def test_a_leaf_that_only_some_vectors_cover_counts_as_zero_in_the_others(models, tmp_path, capsys, method):
     base = from_pretrained(models["source"]).identity()
     rng, files, whole = np.random.default_rng(0), [], []

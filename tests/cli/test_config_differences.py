@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tvjax.checkpoints import from_pretrained, load_processor, load_tree
-from tvjax.cli import evaluate
+from tvjax.checkpoints import from_pretrained, load_tree
 from tvjax.cli.main import run
+from tvjax.jobs._evaluate import with_text
+from tvjax.jobs.opened import Models
 from tvjax.models.clip.modeling import vision_model
 
 FIELDS = [("hidden_act", "gelu"), ("num_attention_heads", 4), ("layer_norm_eps", 1e-2), ("image_size", 9)]
@@ -108,11 +109,11 @@ def test_transport_takes_the_task_of_one_function(models, tmp_path, capsys, comm
 @pytest.mark.parametrize(("field", "value"), FIELDS[:3])
 def test_a_tower_alone_is_run_with_its_own_config(models, tmp_path, field, value):
     tower = with_config(models["finetuned"], tmp_path / "tower", **{field: value})
-    base = from_pretrained(models["source"]), load_processor(models["source"])
-    whole, _ = evaluate._with_text(tower, *base)
+    with Models() as opened:
+        base, whole = opened[models["source"]].pretrained, with_text(opened[tower], opened[models["source"]]).pretrained
     pixels = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
     batch = {"pixels": pixels}
     expected = from_pretrained(tower).model(batch)["image"]
     np.testing.assert_allclose(vision_model(whole.model)(batch)["image"], expected, rtol=1e-5, atol=1e-6)
-    under_the_base = base[0].model.replace(params=whole.params)
+    under_the_base = base.model.replace(params=whole.params)
     assert not np.allclose(vision_model(under_the_base)(batch)["image"], expected, rtol=1e-5, atol=1e-6)

@@ -36,7 +36,7 @@ def test_another_dtype(models, tmp_path, kind):
     [
         (["{images}"], "has no config.json"),
         (["{source}", "--to", "onnx"], "orbax"),
-        (["{source}", "--dtype", "int8"], "--dtype is 'int8'"),
+        (["{source}", "--dtype", "int8"], "'int8' is not one of 'float32', 'float16', 'bfloat16'"),
         (["model.pt"], "such as openai/clip-vit-base-patch32"),
         (["model.pt", "--like", "{source}"], "is a pickle, which is opened only where you say so (--allow-pickle"),
         (["model.pt", "--like", "{source}", "--allow-pickle"], "there is no file 'model.pt'"),

@@ -72,7 +72,7 @@ def test_an_adapter_is_extracted_too(models, tmp_path):
         ([], "either --finetuned, a model, or --adapter"),
         (["--finetuned", "{wider}"], "leaves differ"),
         (["--finetuned", "{finetuned}", "--subtree", "text"], "has no part 'text', only vision"),
-        (["--finetuned", "{finetuned}", "--dtype", "int8"], "--dtype is 'int8'"),
+        (["--finetuned", "{finetuned}", "--dtype", "int8"], "'int8' is not one of 'float32', 'float16', 'bfloat16'"),
         (["--adapter", "{source}"], "has no adapter_config.json"),
         (["--finetuned", "/no/such/folder"], "is no folder"),
     ],
@@ -87,7 +87,7 @@ def test_what_cannot_be_extracted(models, tmp_path, capsys, words, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--dtype", "int8"], "--dtype is 'int8'"),
+        (["--dtype", "int8"], "'int8' is not one of 'float32', 'float16', 'bfloat16'"),
         (["--max-shard-size", "many"], "many"),
         (["--max-shard-size", "0"], "0"),
         (["--model", "{wider}"], "do not fit"),

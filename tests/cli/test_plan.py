@@ -67,7 +67,7 @@ def test_every_recipe_of_a_transport_can_be_planned(hub, images, monkeypatch, ca
     found = json.loads(capsys.readouterr().out)
     actions = {leaf["action"] for leaf in found["leaves"]}
     assert actions & {"rotated", "masked", "passed through", "shifted"} and "unmatched" not in actions
-    assert found["images"]["count"] == (4 if "images" in yaml.safe_load(recipe.read_text()) else 8)
+    assert found["images"]["count"] == (4 if "data" in yaml.safe_load(recipe.read_text()) else 8)
     assert found["memory"]["applying"] > found["memory of the fit"]["parameters"] > 2**29
 
 

@@ -1,16 +1,14 @@
 """Recipes: the options of a command as YAML, read strictly, overridden by ``key=value``, and written beside the result.
 
-The schema is the command itself: a key is the name of one of its options or arguments.
+The schema is the config of the command's job (`tvjax.jobs`): a key is the name of one of its fields.
 
     tvjax transport --config configs/bico.yaml scale=1.5 --output edited
 """
 
 from __future__ import annotations
 
-import difflib
-import math
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,8 @@ import typer
 import yaml
 from typer.main import get_command
 
-LARGEST = 2**20  # bytes of a recipe
-COMMAND = "command"  # the key that says which command a recipe is for
+from tvjax.jobs.recipes import COMMAND, Dumper, dump, load, read_yaml, short
+from tvjax.jobs.schema import check_key
 
 
 def read(app: typer.Typer, arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -47,16 +45,18 @@ def read(app: typer.Typer, arguments: Sequence[str]) -> tuple[list[str], dict[st
         file = Path(rest.pop(at))
     else:
         file = Path(word.removeprefix("--config="))
-    recipe = _load(file)
+    recipe = load(file)
     overrides = [word for word in rest if re.fullmatch(r"[A-Za-z_][\w.-]*=.*", word, re.DOTALL)]
     rest = [word for word in rest if word not in overrides]
+    overridden = set()
     for override in overrides:
         key, _, text = override.partition("=")
         _put(recipe, key, _parse(text, override))
+        overridden.add(key.partition(".")[0].replace("-", "_"))
     commands = getattr(get_command(app), "commands")  # noqa: B009 - typed as any command
     named = recipe.pop(COMMAND, None)
     if not isinstance(named, str | None):
-        raise ValueError(f"{str(file)!r}: the command is {_short(named)}, expected one of {sorted(commands)}")
+        raise ValueError(f"{str(file)!r}: the command is {short(named)}, expected one of {sorted(commands)}")
     called = next((word for word in rest if word in commands), None)
     planned = (named, called) == ("transport", "plan")  # a plan takes what it plans
     if named is not None and called is not None and named != called and not planned:
@@ -71,9 +71,9 @@ def read(app: typer.Typer, arguments: Sequence[str]) -> tuple[list[str], dict[st
     values = {}
     for key, value in recipe.items():
         plain = str(key).replace("-", "_")
-        if plain not in names:
-            near = difflib.get_close_matches(plain, names, n=1, cutoff=0.0)
-            raise ValueError(f"{str(file)!r}: tvjax {name} has no option {_short(key)}; the nearest is {near[0]!r}")
+        check_key(plain, names, f"{str(file)!r}: tvjax {name} has")
+        if names[plain] in values and plain not in overridden:
+            raise ValueError(f"{str(file)!r}: {plain} is {names[plain]} by another name, which is given too")
         if value is not None:  # else the default
             try:
                 values[names[plain]] = _words(plain, parameters[names[plain]], value)
@@ -84,12 +84,12 @@ def read(app: typer.Typer, arguments: Sequence[str]) -> tuple[list[str], dict[st
 
 def resolved(context: typer.Context) -> str:
     """The command that is running, as a recipe that runs it again."""
-    names = {parameter: key for key, parameter in _names(context.command).items()}
-    values = {names[name]: _plain(value) for name, value in context.params.items() if name in names}
+    known = set(_names(context.command).values())
+    values = {name: _plain(value) for name, value in context.params.items() if name in known}
     if values.get("options"):
         values["options"] = parse_options(values["options"])
     content = {COMMAND: context.info_name, **values}
-    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(content, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def write(context: typer.Context, output: Path) -> None:
@@ -126,111 +126,39 @@ def _words(key: str, parameter: Any, value: Any) -> Any:
     many = getattr(parameter, "multiple", False) or parameter.nargs != 1
     if isinstance(value, dict):
         if key != "options":
-            raise ValueError(f"found the keys {_short(list(value))}, expected {'values' if many else 'a value'}")
-        return [f"{name}={_dump(item)}" for name, item in value.items()]
+            raise ValueError(f"found the keys {short(list(value))}, expected {'values' if many else 'a value'}")
+        return [f"{name}={dump(item)}" for name, item in value.items()]
     if isinstance(value, list):
         if not many:
-            raise ValueError(f"found the list {_short(value)}, expected one value")
+            raise ValueError(f"found the list {short(value)}, expected one value")
         return [_word(item) for item in value]
     if getattr(parameter, "is_flag", False):
         if not isinstance(value, bool):
-            raise ValueError(f"found {_short(value)}, expected true or false")
+            raise ValueError(f"found {short(value)}, expected true or false")
         return value
     return [_word(value)] if many else _word(value)
 
 
 def _word(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"found {_short(value)}, expected a number or text; quote a word such as 'yes' or 'null'")
+        raise ValueError(f"found {short(value)}, expected a number or text; quote a word such as 'yes' or 'null'")
     return str(value)
 
 
-def _short(value: Any) -> str:
-    """A value in a message, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
-
-
 def _names(command: Any) -> dict[str, str]:
-    """The names of a command's parameters by the keys of a recipe: ``--per-class`` is ``per_class``."""
-    names = {}
+    """The names of a command's parameters by the keys of a recipe, aliases too: ``--per-class`` is ``per_class``."""
+    names: dict[str, str] = {}
     for parameter in command.params:
-        long = [option for option in parameter.opts if option.startswith("--")]
-        key = long[0].removeprefix("--").replace("-", "_") if long else parameter.name
-        if key not in ("help", "install_completion", "show_completion"):
-            names[key] = parameter.name
-    return names
-
-
-def _load(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ValueError(f"there is no recipe {str(file)!r}")
-    if file.stat().st_size > LARGEST:
-        raise ValueError(f"{str(file)!r} has {file.stat().st_size:,} bytes, too many for a recipe")
-    try:
-        recipe = _read_yaml(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(file)!r} is no YAML: {error}") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{str(file)!r} holds a {type(recipe).__name__}, expected keys with values")
-    return recipe
+        flags = [option.removeprefix("--").replace("-", "_") for option in parameter.opts if option.startswith("--")]
+        names |= dict.fromkeys((parameter.name, *flags), parameter.name)
+    return {key: name for key, name in names.items() if name not in ("help", "install_completion", "show_completion")}
 
 
 def _parse(text: str, override: str) -> Any:
     try:
-        return _read_yaml(text)
+        return read_yaml(text)
     except ValueError as error:
-        raise ValueError(f"the value of {_short(override)} is no YAML: {error}") from error
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain YAML: no tags and no aliases, no key twice; ``1e-3`` is a number, and a date is text."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
-            found = f"*{event.anchor}" if isinstance(event, yaml.AliasEvent) else event.tag
-            raise yaml.composer.ComposerError(None, None, f"{found}: aliases and tags are not read", event.start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen = set()
-        for key, _ in node.value:
-            name = self.construct_object(key, deep=True)
-            if isinstance(name, Hashable) and name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} stands twice", key.start_mark)
-            seen |= {name} if isinstance(name, Hashable) else set()  # the other kind is refused below
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-for _side in (_Loader, _Dumper):
-    _side.yaml_implicit_resolvers = {
-        letter: [(tag, rule) for tag, rule in rules if not tag.endswith((":timestamp", ":float", ":merge"))]
-        for letter, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    _side.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(rf"(?:{_FLOAT.pattern})$"), list("-+.0123456789"))
-
-
-def _read_yaml(text: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)  # noqa: S506 - a safe loader
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-
-
-def _dump(value: Any) -> str:
-    """A value on one line, as `_Loader` reads it again."""
-    return yaml.dump([value], Dumper=_Dumper, default_flow_style=True, width=math.inf, allow_unicode=True).strip()[1:-1]
+        raise ValueError(f"the value of {short(override)} is no YAML: {error}") from error
 
 
 def _put(recipe: dict[str, Any], key: str, value: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from tvjax.cli import config as recipes
-from tvjax.cli.options import Json, Quiet
+from tvjax.cli.commands import Json, Quiet
 
 
 def demo(

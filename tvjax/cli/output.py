@@ -48,22 +48,6 @@ def show(result: Mapping[str, Any], *texts: Any, as_json: bool = False, quiet: b
             (console if console.is_terminal else Console(width=WIDTH)).print(text, markup=False)
 
 
-def left(reasons: Mapping[str, str]) -> list[str]:
-    """What to say of tensors that take no part, by reason.
-
-    >>> left({"ids": "I64, no parameter", "mask": "I64, no parameter"})
-    ['2 tensors take no part (I64, no parameter): ids, mask']
-    """
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        by_reason.setdefault(reason, []).append(name)
-    return [
-        f"{len(names)} tensor{'s take' if len(names) > 1 else ' takes'} no part ({reason}): {', '.join(names[:3])}"
-        + (", ..." if len(names) > 3 else "")
-        for reason, names in by_reason.items()
-    ]
-
-
 def is_first_process() -> bool:
     """Whether this is the process that prints; JAX is asked where it is loaded, and runs in several processes."""
     jax = sys.modules.get("jax")

@@ -1,4 +1,4 @@
-"""What commands read: models, images, class names, prompts; and where they may write."""
+"""What jobs read beside models: examples, class names, prompts; and where they may write."""
 
 from __future__ import annotations
 
@@ -8,26 +8,16 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from tvjax import tree
-from tvjax.arithmetic import task_vector
-from tvjax.checkpoints import Pretrained, from_pretrained, load_processor
+from tvjax.checkpoints import Pretrained
 from tvjax.checkpoints.atomic import replacing
-from tvjax.checkpoints.folder import Name, open_checkpoint
-from tvjax.checkpoints.provenance import check_made_for, check_same_base, check_same_config
+from tvjax.checkpoints.provenance import check_made_for, check_same_config
 from tvjax.data.batches import few_shot, herding, k_medoids
 from tvjax.data.images import Images
-from tvjax.data.loader import image_batches
 from tvjax.data.source import open_examples
-from tvjax.models.clip.config import CLIPConfig
-from tvjax.models.clip.modeling import vision_model
-from tvjax.models.families import GENERIC
-from tvjax.models.generic import no_code
-from tvjax.stages import PyTree
 from tvjax.tasks.catalogue import find_task
-from tvjax.tasks.zero_shot import TEMPLATES, unit_embeddings
+from tvjax.tasks.zero_shot import TEMPLATES
 
 
 class Prompts(NamedTuple):
@@ -128,16 +118,6 @@ def draw_images(
     return found.take(chosen)
 
 
-def embeddings(source: str, batch_size: int) -> Callable[[Images], np.ndarray]:
-    """A function from images to their unit embeddings by the vision tower of a CLIP, read when it is called."""
-
-    def embed(found: Images) -> np.ndarray:
-        tower, processor = vision_model(from_pretrained(source).model), load_processor(source)
-        return unit_embeddings(tower, image_batches(found, processor.pixels, batch_size))
-
-    return embed
-
-
 def record(found: Images) -> dict[str, Any]:
     """What a result says of the images that it rests on; all are read, and what is no image is found.
 
@@ -152,6 +132,22 @@ def notes_of(*images: Images | None) -> list[str]:
     return list(dict.fromkeys(f"{found.name}: {note}" for found in images if found is not None for note in found.notes))
 
 
+def left(reasons: Mapping[str, str]) -> list[str]:
+    """What to say of tensors that take no part, by reason.
+
+    >>> left({"ids": "I64, no parameter", "mask": "I64, no parameter"})
+    ['2 tensors take no part (I64, no parameter): ids, mask']
+    """
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(name)
+    return [
+        f"{len(names)} tensor{'s take' if len(names) > 1 else ' takes'} no part ({reason}): {', '.join(names[:3])}"
+        + (", ..." if len(names) > 3 else "")
+        for reason, names in by_reason.items()
+    ]
+
+
 def read_lines(file: Path, what: str) -> tuple[str, ...]:
     """The lines of a text file that are not blank."""
     if not file.is_file():
@@ -160,21 +156,6 @@ def read_lines(file: Path, what: str) -> tuple[str, ...]:
     if not lines:
         raise ValueError(f"{str(file)!r} is empty: write {what} into it, one a line")
     return lines
-
-
-def read_clip_config(source: Name) -> CLIPConfig:
-    """The config of a CLIP with a vision tower; no weights are read.
-
-    Raises:
-      ValueError: what is no such model.
-    """
-    with open_checkpoint(source) as opened:
-        if opened.family is GENERIC:
-            raise ValueError(f"{opened.name!r}: {no_code(opened.settings.get('model_type'))}")
-        config = opened.config
-    if not isinstance(config, CLIPConfig) or config.vision is None:
-        raise ValueError(f"{opened.name!r} is a {type(config).__name__} without a CLIP vision tower: give a CLIP")
-    return config
 
 
 def write_json(file: Path, content: Any) -> None:
@@ -189,21 +170,6 @@ def check_file(file: Path) -> None:
         raise ValueError(f"the output {str(file)!r} is a folder, or its folder does not exist: give the name of a file")
 
 
-def check_dtype(dtype: str) -> None:
-    """Raises a ValueError unless task vectors can be stored in this dtype."""
-    if dtype not in ("float32", "float16", "bfloat16"):
-        raise ValueError(f"--dtype is {dtype!r}, expected float32, float16 or bfloat16")
-
-
-def common_base(files: Sequence[Path], metadata: Sequence[Mapping[str, str]], any_base: bool) -> dict[str, str]:
-    """What the metadata of task vector files say of the model that they were made for.
-
-    Raises:
-      ValueError: they were made for different models, unless `any_base`.
-    """
-    return check_same_base([str(file) for file in files], metadata, any_base)
-
-
 def check_base(metadata: Mapping[str, str], base: Pretrained, files: Sequence[Path], any_base: bool) -> None:
     """Raises a ValueError where task vectors were made for other weights or another config, unless `any_base`."""
     names = [str(file) for file in files]
@@ -214,35 +180,3 @@ def check_base(metadata: Mapping[str, str], base: Pretrained, files: Sequence[Pa
 def about_model(model: Pretrained) -> dict[str, str]:
     """What a model card says of a model that took part."""
     return {key.removeprefix("base_"): value for key, value in model.identity().items() if value}
-
-
-def vision_task_vector(pretrained: Pretrained, finetuned: Pretrained) -> PyTree:
-    """The task vector of the vision tower; of a fine-tuned tower without projection, one that does not cover it.
-
-    Raises:
-      ValueError: a side without a vision tower, or towers of different shapes.
-    """
-    sides = []
-    for name, model in (("pre-trained", pretrained), ("fine-tuned", finetuned)):
-        if "vision" not in model.params:
-            raise ValueError(f"the {name} model {model.name!r} has no vision tower")
-        sides.append(model.params["vision"])
-    theta_0, theta_ft = sides
-    if "projection" in theta_0 and "projection" not in theta_ft:
-        theta_0 = {name: leaf for name, leaf in theta_0.items() if name != "projection"}
-    return task_vector({"vision": theta_0}, {"vision": theta_ft})
-
-
-def notes(pretrained: Pretrained, finetuned: Pretrained) -> list[str]:
-    """What fine-tuning changed outside the vision tower, which takes no part."""
-    before, after = tree.flatten(pretrained.params), tree.flatten(finetuned.params)
-    others = [path for path in before if path in after and not path.startswith("vision/")]
-    changed = [path for path in others if not np.array_equal(np.asarray(before[path]), np.asarray(after[path]))]
-    if not changed:
-        return []
-    return [f"fine-tuning changed {len(changed)} leaves outside the vision tower too ({changed[0]}, ...), which stay"]
-
-
-def float32(params: PyTree) -> PyTree:
-    """The parameters in float32: gradients of 16-bit ones would vanish below their range."""
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)

@@ -1,0 +1,211 @@
+"""Coefficients of task vectors, learned on a few examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from tvjax import compose as learned
+from tvjax.checkpoints import TrainingStore, map_tree, model_card, save_coefficients, save_pretrained
+from tvjax.checkpoints.huggingface import check_new
+from tvjax.checkpoints.provenance import check_same_base
+from tvjax.compose.objectives import Objective
+from tvjax.compose.train import Trained
+from tvjax.data.augment import StrongView, WeakView
+from tvjax.data.examples import spelled
+from tvjax.data.images import Images
+from tvjax.data.loader import image_batches
+from tvjax.evaluate.accuracy import accuracy
+from tvjax.jobs import inputs
+from tvjax.jobs.calibration import of_head
+from tvjax.jobs.configs import ComposeConfig
+from tvjax.jobs.opened import Models, Opened
+from tvjax.jobs.parts import check_labels, has_head, sees, with_task
+from tvjax.jobs.schema import Progress
+from tvjax.report.plots import plot_coefficients
+from tvjax.stages import Model, PyTree
+
+
+class Composed(NamedTuple):
+    """What `compose` learned.
+
+    Attributes:
+      output: the folder of the edited model, with ``coefficients.safetensors`` and ``images.json``.
+      model: the model before.
+      task_vectors: their files.
+      objective: what was learned by.
+      coefficients: how many there are.
+      tuned_leaves: how many leaves were trained along.
+      learning_rate: the one that was chosen.
+      epochs: passes over the examples.
+      validation_accuracy: of the chosen rate and epoch; None without validation.
+      notes: what the user should know.
+    """
+
+    output: Path
+    model: str
+    task_vectors: tuple[str, ...]
+    objective: str
+    coefficients: int
+    tuned_leaves: int
+    learning_rate: float
+    epochs: int
+    validation_accuracy: float | None
+    notes: tuple[str, ...]
+
+
+class _Data(NamedTuple):
+    """The examples, the held-out ones, and what their classes are called."""
+
+    found: Images
+    held_out: Images | None
+    names: tuple[str, ...]
+    templates: tuple[str, ...]
+
+
+def compose(config: ComposeConfig, progress: Progress | None = None) -> Composed:
+    """Learns coefficients of task vectors on a few examples, and saves the model that they give.
+
+    Args:
+      config: the model, its task vectors and the examples.
+      progress: called after every epoch.
+
+    Raises:
+      ValueError: what cannot be, before anything is written.
+    """
+    check_new(config.output)
+    with Models() as models:
+        opened = models[config.model]
+        data = _read(config, opened)
+        looked_at = {
+            "images": inputs.record(data.found),
+            "validation": None if data.held_out is None else inputs.record(data.held_out),
+        }
+        loaded = [map_tree(file) for file in config.task_vectors]
+        files = [str(file) for file in config.task_vectors]
+        metadata = check_same_base(files, [about for _, about in loaded], config.any_base)
+        inputs.check_base(metadata, opened.pretrained, config.task_vectors, config.any_base)
+        taus = [tau for tau, _ in loaded]
+        trained, params, coefficients = _learn(config, opened, data, taus, progress)
+        tuned_leaves = len(trained.trainable.leaves) if _tunes(config) else 0
+        card = model_card(
+            config.output.name,
+            f"Task vectors with coefficients learned by {config.objective} were added to the weights of the base "
+            "model.",
+            opened.pretrained.identity(),
+            inputs={file: made for file, (_, made) in zip(files, loaded, strict=True)},
+            settings={
+                "objective": config.objective,
+                "start": config.start,
+                "tune": _tunes(config),
+                "learning rate": trained.learning_rate,
+            },
+            results={"epochs": trained.epochs, "validation accuracy": trained.score},
+        )
+        save_pretrained(opened.pretrained.with_params(params), config.output, card=card)
+    save_coefficients(config.output / "coefficients.safetensors", coefficients, metadata)
+    plot_coefficients(coefficients, config.output / "coefficients.png")
+    inputs.write_json(config.output / "images.json", looked_at)
+    return Composed(
+        output=config.output,
+        model=config.model,
+        task_vectors=tuple(files),
+        objective=config.objective,
+        coefficients=coefficients.values.size,
+        tuned_leaves=tuned_leaves,
+        learning_rate=trained.learning_rate,
+        epochs=trained.epochs,
+        validation_accuracy=trained.score,
+        notes=tuple(inputs.notes_of(data.found, data.held_out)),
+    )
+
+
+def _tunes(config: ComposeConfig) -> bool:
+    return config.objective == "few_shot" if config.tune is None else config.tune
+
+
+def _read(config: ComposeConfig, opened: Opened) -> _Data:
+    """The examples; but for a choice by embeddings, no weight is read.
+
+    Raises:
+      ValueError: examples without the labels or names that are needed, or of other classes than the model's own head.
+    """
+    sees(opened)
+    if not has_head(opened):
+        raise ValueError(f"{config.model!r} has no text tower to make a zero-shot head from: give a full CLIP")
+    prompts = inputs.read_prompts(config.task, config.classes, config.templates)
+    if config.classes is None:
+        prompts = of_head(opened, prompts)
+    needed = config.objective if config.objective == "few_shot" else ""
+    found = inputs.read_images(inputs.images_of(config.data, config.task, "train"), prompts, needed)
+    names = found.class_names or tuple(map(spelled, prompts.class_names or ()))
+    if not names:
+        raise ValueError(
+            f"{config.objective} needs the names of the classes: give --classes, or images in one folder a class"
+        )
+    check_labels(opened, names, config.classes is not None)
+    found = inputs.draw_images(
+        found, config.per_class, config.select, config.seed, lambda images: opened.embed(images, config.batch_size)
+    )
+    if config.validation is None:
+        return _Data(found, None, names, prompts.templates)
+    held_out = inputs.read_images(config.validation, prompts, "choosing a learning rate")
+    check_labels(opened, held_out.class_names, config.classes is not None)
+    return _Data(found, held_out, names, prompts.templates)
+
+
+def _learn(
+    config: ComposeConfig, opened: Opened, data: _Data, taus: list[PyTree], progress: Progress | None
+) -> tuple[Trained, PyTree, learned.Coefficients]:
+    """What was trained, the parameters that it gives, and the coefficients."""
+    head = with_task(opened, data.names, data.templates)
+    goal = _goal(config, opened, head, data.found)
+    key, part_key = jax.random.split(jax.random.key(config.seed))
+    names = [str(file) for file in config.task_vectors]
+    coefficients = learned.init(taus, blocks=config.blocks, partitions=config.partitions, key=part_key, names=names)
+    if (config.start or ("best" if config.objective == "few_shot" else "zero")) == "best":
+        coefficients = learned.best_start(head.params, taus, goal, key=key, coefficients=coefficients)
+    trained = (learned.tune if _tunes(config) else learned.learn)(
+        head.params,
+        taus,
+        goal,
+        key=key,
+        coefficients=coefficients,
+        learning_rates=config.rates,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        micro_batches=config.micro_batches,
+        score=_score(config, opened, head, data.held_out),
+        progress=progress,
+        store=None if config.state is None else TrainingStore(config.state),
+    )
+    base = opened.pretrained.params
+    if _tunes(config):
+        return trained, jax.jit(learned.Tuned.combine)(trained.trainable, base, taus), trained.trainable.coefficients
+    return trained, jax.jit(learned.combine)(base, taus, trained.trainable), trained.trainable
+
+
+def _goal(config: ComposeConfig, opened: Opened, head: Model, found: Images) -> Objective:
+    """What the coefficients are learned by."""
+    seen = image_batches(found, opened.processor.pixels, config.batch_size).whole()
+    if config.objective == "few_shot":
+        return learned.few_shot(head, seen)
+    pixels = seen.inputs
+    if config.objective == "entropy":
+        return learned.entropy(head, pixels)
+    weak = WeakView(flip=config.flip)
+    mean, std = opened.processor.normalisation
+    return learned.fix_match(head, pixels, weak=weak, strong=StrongView(mean, std, weak=weak))
+
+
+def _score(
+    config: ComposeConfig, opened: Opened, head: Model, held_out: Images | None
+) -> Callable[[Any], float] | None:
+    """The accuracy of parameters on the examples that were held out."""
+    if held_out is None:
+        return None
+    held = list(image_batches(held_out, opened.processor.pixels, config.batch_size))
+    return lambda params: accuracy(head.replace(params=params), held).fraction

@@ -1,0 +1,22 @@
+"""A model as another kind of checkpoint."""
+
+from __future__ import annotations
+
+from tvjax.checkpoints import conversion
+from tvjax.checkpoints.conversion import Converted
+from tvjax.jobs.configs import ConvertConfig
+from tvjax.jobs.schema import Progress
+
+
+def convert(config: ConvertConfig, progress: Progress | None = None) -> Converted:
+    """Writes a model as a Hugging Face folder or an Orbax directory, or in another dtype.
+
+    Args:
+      config: the model, and what becomes of it.
+      progress: not called.
+
+    Raises:
+      ValueError: a source that is no model, or a folder that is taken; before anything is written.
+    """
+    settings = config.model_dump(exclude={"source", "output"})
+    return conversion.convert(config.source, config.output, **settings)

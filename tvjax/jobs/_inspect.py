@@ -1,0 +1,113 @@
+"""What a model or a file holds, and how alike two of them are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from tvjax.checkpoints import load_coefficients
+from tvjax.compose.coefficients import Coefficients
+from tvjax.jobs import inputs
+from tvjax.jobs.configs import InspectConfig
+from tvjax.jobs.schema import Progress
+from tvjax.report import inspection
+from tvjax.report.inspection import Comparison, Contents, StageSites, Sums
+from tvjax.report.plots import plot_coefficients, plot_leaves
+
+
+class Inspected(NamedTuple):
+    """What `inspect` found of one thing.
+
+    Attributes:
+      contents: what it holds, from its headers.
+      sites: where the leaves of a model meet activations; empty where that was not asked for.
+      coefficients: those of a file of coefficients.
+      sums: by leaf, for norms; None where they were not measured.
+      base_sums: those of the model of a task vector.
+      made_for: whether a task vector was made for the weights of that model; None: not known.
+    """
+
+    contents: Contents
+    sites: Sequence[StageSites]
+    coefficients: Coefficients | None
+    sums: Mapping[str, Sums] | None
+    base_sums: Mapping[str, Sums] | None
+    made_for: bool | None
+
+
+class Compared(NamedTuple):
+    """What `inspect` found of two things.
+
+    Attributes:
+      contents: what each holds.
+      comparison: cosines and sign agreement by leaf.
+    """
+
+    contents: tuple[Contents, Contents]
+    comparison: Comparison
+
+
+def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspected | Compared:
+    """Looks at a model or a file, and its norms; or at the cosines and the sign agreement of two of them.
+
+    Without norms only headers are read; for norms one tensor after the other.
+
+    Args:
+      config: what to look at.
+      progress: called after every tensor that is measured.
+
+    Raises:
+      ValueError: what cannot be looked at.
+    """
+    if config.plot is not None:
+        inputs.check_file(config.plot)
+    tell = progress or (lambda done, total, name: None)
+    found = inspection.contents(config.things[0])
+    if len(config.things) == 1:
+        return _inspected(config, found, tell)
+    other = inspection.contents(config.things[1])
+    compared = inspection.compare(found, other, tell)
+    if config.plot is not None:
+        _plot_comparison(compared, config.plot)
+    return Compared((found, other), compared)
+
+
+def _inspected(config: InspectConfig, found: Contents, progress: Progress) -> Inspected:
+    thing, plot, norms = config.things[0], config.plot, config.norms
+    if config.model is not None and found.kind != inspection.TASK_VECTOR:
+        raise ValueError(f"--model is for a task vector, but {thing!r} is a {found.kind}")
+    if plot is not None and found.kind == inspection.TRANSPORT:
+        raise ValueError(f"--plot has no picture of a {found.kind}: it is for models, task vectors and coefficients")
+    base = None if config.model is None else inspection.contents(config.model)
+    stages = inspection.model_sites(found) if config.sites else []
+    learned = load_coefficients(thing)[0] if found.kind == inspection.COEFFICIENTS else None
+    if learned is not None and plot is not None:
+        plot_coefficients(learned, plot)
+        plot = None
+    if norms is None:
+        norms = found.kind == inspection.TASK_VECTOR or plot is not None
+    if not norms:
+        return Inspected(found, stages, learned, None, None, None)
+    references, made_for = (None, None) if base is None else inspection.base_sums(found, base)
+    sums = inspection.measure(found, progress)
+    if plot is not None:
+        _plot_norms(found, sums, references, plot)
+    return Inspected(found, stages, learned, sums, references, made_for)
+
+
+def _plot_norms(found: Contents, sums: Mapping[str, Sums], references: Mapping[str, Sums] | None, plot: Path) -> None:
+    values = {path: own.norm for path, own in sums.items()}
+    if references is not None:
+        values = {path: own.norm / (references[path].norm or math.inf) for path, own in sums.items()}
+    label = "norm" if references is None else "norm, relative to the model's"
+    plot_leaves({Path(found.name).name: values}, plot, label, positive=True)
+
+
+def _plot_comparison(compared: Comparison, plot: Path) -> None:
+    moved = {path: own for path, own in compared.sums.items() if own.compared}  # the others are grey
+    cosines = {path: own.cosine for path, own in moved.items()}
+    # From -1 to 1 like a cosine: 0 where half of the signs are the same, as by chance.
+    signs = {path: 2 * own.sign_agreement - 1 for path, own in moved.items()}
+    plot_leaves({"cosine": cosines, "signs: same - different": signs}, plot, "share, -1 to 1")

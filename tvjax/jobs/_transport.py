@@ -1,0 +1,174 @@
+"""One task vector moved into another model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tvjax import tree
+from tvjax.arithmetic import apply
+from tvjax.checkpoints import TransportStore, model_card, save_pretrained, save_tree
+from tvjax.checkpoints.atomic import replacing
+from tvjax.checkpoints.huggingface import check_new
+from tvjax.data.loader import image_batches
+from tvjax.evaluate.scale import ChosenScale, choose_scale
+from tvjax.jobs import inputs
+from tvjax.jobs.calibration import Prepared, paired_batches, prepare
+from tvjax.jobs.configs import TransportConfig
+from tvjax.jobs.methods import scales_of
+from tvjax.jobs.opened import Models, Opened
+from tvjax.jobs.parts import changed_elsewhere, float32, part_task_vector, tower, with_task
+from tvjax.jobs.schema import Progress
+from tvjax.stages import Model, PyTree
+from tvjax.transport import State, fit, leaf_report, summary
+
+
+class Transported(NamedTuple):
+    """What `transport` did.
+
+    Attributes:
+      output: the folder of the edited model, with ``leaf_report.txt`` and ``leaf_report.json``.
+      method: the transport.
+      scale: factor of the moved task vector, chosen where there is validation.
+      source: the pre-trained source.
+      finetuned: the fine-tuned source.
+      target: the model before.
+      images: the calibration examples.
+      validation: the examples that the scale was chosen on, with the accuracy at every scale.
+      norms: of the task vector in the source and in the target.
+      notes: what the user should know.
+    """
+
+    output: Path
+    method: str
+    scale: float
+    source: str
+    finetuned: str
+    target: str
+    images: dict[str, Any] | None
+    validation: dict[str, Any] | None
+    norms: dict[str, float]
+    notes: tuple[str, ...]
+
+
+def transport(config: TransportConfig, progress: Progress | None = None) -> Transported:
+    """Moves what a fine-tuning learned into another model, and saves the edited model with a report by leaf.
+
+    Args:
+      config: what to move, where to and how.
+      progress: called after every stage of the fit.
+
+    Raises:
+      ValueError: what cannot be, before anything is written, and before any weight is read where headers show it.
+    """
+    check_new(config.output)
+    if config.save_task_vector is not None:
+        inputs.check_file(config.save_task_vector)
+    with Models() as models:
+        ready = prepare(config, models)
+        source, target, tuned = models[config.source], models[config.target], models[config.finetuned]
+        looked_at = None if ready.found is None else inputs.record(ready.found)
+        sides = _side(source, ready), _side(target, ready)
+        tau = part_task_vector(ready.part, source.pretrained.params, tuned.pretrained.params, config.finetuned)
+        state = _fitted(config, ready, models, sides, looked_at, progress)
+        also = changed_elsewhere(ready.part, source.pretrained, tuned.pretrained)
+        state = dataclasses.replace(state, notes=(*state.notes, *ready.notes, *also))
+        moved = ready.moving.apply(state, tau)
+        chosen = None if ready.held_out is None else _chosen(config, ready, target, moved)
+        result = Transported(
+            output=config.output,
+            method=config.method,
+            scale=config.scale if chosen is None else chosen.scale,
+            source=config.source,
+            finetuned=config.finetuned,
+            target=config.target,
+            images=looked_at,
+            validation=None if chosen is None or ready.held_out is None else _curve(chosen, ready.held_out),
+            norms={"source": float(tree.norm(tau)), "target": float(tree.norm(moved))},
+            notes=(*inputs.notes_of(ready.found, ready.held_out), *state.notes),
+        )
+        _save(config, result, state, models, moved)
+    return result
+
+
+def _side(opened: Opened, ready: Prepared) -> Model:
+    """What a fit walks of a model: what sees the images, in float32, with its task where gradients are read."""
+    if ready.found is not None and ready.moving.needs_gradients:
+        return with_task(opened, ready.found.class_names, ready.prompts.templates)
+    model = tower(opened.pretrained.model)
+    return model.replace(params=float32(model.params))
+
+
+def _fitted(
+    config: TransportConfig,
+    ready: Prepared,
+    models: Models,
+    sides: tuple[Model, Model],
+    looked_at: dict[str, Any] | None,
+    progress: Progress | None,
+) -> State:
+    """The fitted transport, from the maps that are kept where there are some."""
+    source, target = models[config.source], models[config.target]
+    store = None
+    if config.maps is not None:
+        depends_on = {
+            "method": config.method,
+            "options": json.dumps(config.options, sort_keys=True),
+            "batch size": str(config.batch_size),
+            "depth": config.depth,
+            "tokens": config.tokens,
+        }
+        for side, opened in (("source", source), ("target", target)):
+            identity = opened.pretrained.identity()
+            depends_on |= {side: identity["base_fingerprint"], f"{side} config": identity["base_config"]}
+        if looked_at is not None:
+            depends_on["images"] = looked_at["sha256"]
+        if ready.found is not None and ready.moving.needs_gradients:
+            depends_on["classes"] = json.dumps(ready.found.class_names)
+            depends_on["prompts"] = json.dumps(ready.prompts.templates)
+        store = TransportStore(config.maps, depends_on)
+    pairs = [] if ready.found is None else paired_batches(ready.found, source, target, config.batch_size)
+    return fit(ready.moving, *sides, pairs, depth=ready.depth, tokens=config.tokens, progress=progress, store=store)
+
+
+def _chosen(config: TransportConfig, ready: Prepared, target: Opened, moved: PyTree) -> ChosenScale:
+    """The scale of the greatest accuracy on the examples that were held out."""
+    assert ready.held_out is not None
+    head = with_task(target, ready.held_out.class_names, ready.prompts.templates)
+    loader = image_batches(ready.held_out, target.processor.pixels, config.batch_size)
+    return choose_scale(head, moved, scales_of(ready.moving), loader)
+
+
+def _curve(chosen: ChosenScale, held_out: Any) -> dict[str, Any]:
+    curve = {"scales": chosen.scales.tolist(), "accuracy": chosen.curve.tolist()}
+    return {**inputs.record(held_out), **curve}
+
+
+def _save(config: TransportConfig, result: Transported, state: State, models: Models, moved: PyTree) -> None:
+    """Writes the edited model, its report by leaf, and the moved task vector where it is asked for."""
+    receiver = models[config.target].pretrained
+    card = model_card(
+        config.output.name,
+        f"What a fine-tuning taught the source was moved into the base model by {config.method}, without training.",
+        receiver.identity(),
+        inputs={name: inputs.about_model(models[name].pretrained) for name in (config.source, config.finetuned)},
+        settings={
+            "method": config.method,
+            "scale": result.scale,
+            "depth": config.depth,
+            "tokens": config.tokens,
+            **config.options,
+        },
+        results=None if result.images is None else {"images": result.images},
+    )
+    edited = apply(receiver.params, moved, result.scale)
+    save_pretrained(receiver.with_params(edited), config.output, card=card)
+    about = {name: value for name, value in result._asdict().items() if name not in ("output", "notes")}
+    content = {**about, "notes": state.notes, "leaves": [leaf._asdict() for leaf in leaf_report(state)]}
+    inputs.write_json(config.output / "leaf_report.json", content)
+    with replacing(config.output / "leaf_report.txt") as temporary:
+        temporary.write_text(summary(state) + "\n", encoding="utf-8")
+    if config.save_task_vector is not None:
+        save_tree(config.save_task_vector, moved, receiver.identity())

@@ -1,0 +1,106 @@
+"""The examples of a transport: those that it is fitted on, and those that its scale is chosen on."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from tvjax.checkpoints.provenance import check_configs
+from tvjax.data.images import Images
+from tvjax.data.loader import Loader, Processed
+from tvjax.jobs import inputs
+from tvjax.jobs.configs import PlanConfig, TransportConfig
+from tvjax.jobs.methods import check_pair, make_transport, read_depth, reads_examples
+from tvjax.jobs.opened import Models, Opened
+from tvjax.jobs.parts import Part, check_labels, find_part, has_head, head_labels, parameters, part_task_vector
+from tvjax.stages import Batch
+from tvjax.transport import Transport
+
+
+class Prepared(NamedTuple):
+    """What a transport needs, before any weight is read.
+
+    Attributes:
+      moving: the transport.
+      part: the leaves that are moved.
+      depth: source layer of each target layer, or the rule.
+      prompts: names and prompts of the classes.
+      found: calibration examples; None where the transport reads none.
+      held_out: labelled examples to choose the scale on.
+      notes: what the user should know of the models.
+    """
+
+    moving: Transport
+    part: Part
+    depth: str | list[int]
+    prompts: inputs.Prompts
+    found: Images | None
+    held_out: Images | None
+    notes: tuple[str, ...]
+
+
+def prepare(config: TransportConfig | PlanConfig, models: Models) -> Prepared:
+    """Checks what a transport is given; no weight is read, but for a choice of examples by embeddings.
+
+    Raises:
+      ValueError: what cannot be, naming it.
+    """
+    moving, depth = make_transport(config.method, config.options), read_depth(config.depth)
+    source, target = models[config.source], models[config.target]
+    check_pair(moving, source, target)
+    part = find_part(source, config.part)
+    if config.validation is not None and not has_head(target):
+        raise ValueError(
+            f"--validation needs a zero-shot head, but {config.target!r} has no text tower: give the full CLIP"
+        )
+    notes: tuple[str, ...] = ()
+    if config.finetuned is not None:
+        names, tuned = (config.source, config.finetuned), models[config.finetuned]
+        configs = (source.config, tuned.config)
+        notes = check_configs(names, configs, "vision", config.allow_config_differences)
+        part_task_vector(part, parameters(source.checkpoint), parameters(tuned.checkpoint), config.finetuned)  # fits
+    prompts = inputs.read_prompts(config.task, config.classes, config.templates)
+    named = next((model for model in (target, source) if head_labels(model)), target)
+    labelled = prompts if config.classes else of_head(named, prompts)
+    found = held_out = None
+    if reads_examples(moving) and (config.data or config.task or not isinstance(config, PlanConfig)):
+        found = _calibration(config, moving, labelled if moving.needs_gradients else prompts, target)
+        for model in (source, target) if moving.needs_gradients else ():
+            check_labels(model, found.class_names, config.classes is not None)
+    if config.validation is not None:
+        held_out = inputs.read_images(config.validation, labelled, "choosing a scale")
+        check_labels(target, held_out.class_names, config.classes is not None)
+    return Prepared(moving, part, depth, prompts, found, held_out, notes)
+
+
+def of_head(model: Opened, prompts: inputs.Prompts) -> inputs.Prompts:
+    """The prompts with the names of the classes of a model's own head, where it has one that names them."""
+    return prompts._replace(class_names=head_labels(model) or prompts.class_names)
+
+
+def _calibration(
+    config: TransportConfig | PlanConfig, moving: Transport, prompts: inputs.Prompts, target: Opened
+) -> Images:
+    if config.data is None and config.task is None:
+        raise ValueError(f"{moving.name} looks at calibration images: give --images")
+    place = inputs.images_of(config.data, config.task, "train")
+    found = inputs.read_images(place, prompts)
+    if moving.needs_gradients and found.labels is None:
+        raise ValueError(
+            f"{place!r} has no labels, and {moving.name} reads gradients of the zero-shot loss: put the images of each "
+            "class into a folder of its name, or take theseus, which needs no labels"
+        )
+    # A plan says how many, not which: a choice by embeddings would read the weights.
+    select = "random" if isinstance(config, PlanConfig) else config.select
+    features = lambda images: target.embed(images, config.batch_size)  # noqa: E731
+    return inputs.draw_images(found, config.per_class, select, config.seed, features)
+
+
+def paired_batches(found: Images, source: Opened, target: Opened, size: int) -> list[tuple[Batch, Batch]]:
+    """The same examples as two models see them, each decoded once."""
+    processors = source.processor, target.processor
+
+    def both(images: Any, labels: Any) -> Processed:
+        return Processed(Batch([processor.pixels(images) for processor in processors], labels))
+
+    views = ([Batch({"pixels": own}, batch.labels) for own in batch.inputs] for batch in Loader(found, both, size))
+    return [(one, other) for one, other in views]

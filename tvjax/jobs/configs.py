@@ -1,0 +1,310 @@
+"""The configs of the jobs; light to import, for the command line is made of them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, Field, model_validator
+
+from tvjax.jobs.schema import Config, File, Several, Typed
+
+LARGEST_SEED = 2**31 - 1
+LARGEST_COUNT = 2**20  # of what arrays are made for
+SOURCES = (
+    "a folder with one folder a class, an archive FILE.npz, a dataset hf:NAME?split=SPLIT, or digits:STYLE/PART; "
+    "?part=0:0.8 takes a share of them"
+)
+TRANSPORTS = ("naive", "orthogonal_shift", "gradfix", "theseus", "bico")
+MERGES = (
+    *("average", "task_arithmetic", "slerp", "karcher_mean", "ties", "dare", "della", "breadcrumbs", "model_stock"),
+    *("sce", "tsv_m", "iso_c", "iso_cts", "knots", "wudi"),
+)
+
+MODEL, FILE, FOLDER, NUMBERS = Typed("MODEL"), Typed("FILE"), Typed("FOLDER"), Typed("NUMBERS")
+Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED, description="Of every draw.")]
+BatchSize = Annotated[int, Field(ge=1, le=LARGEST_COUNT, description="Examples at once.")]
+AnyBase = Annotated[bool, Field(description="Take task vectors although they were made for another model.")]
+DType = Literal["float32", "float16", "bfloat16"]
+Options = Annotated[
+    dict[str, Any],
+    Typed("NAME=VALUE"),
+    Field(description="A hyperparameter of the method, such as rank=0.25; may be repeated."),
+]
+AllowConfigDifferences = Annotated[
+    bool,
+    Field(
+        description="Subtract the weights of models whose configs differ in what they compute (activation, heads, "
+        "epsilon)."
+    ),
+]
+
+
+class Examples(Config):
+    """Examples, and what their classes are called."""
+
+    data: Annotated[
+        str | None,
+        Typed("DATA"),
+        Field(
+            validation_alias=AliasChoices("data", "images"),
+            description=f"The examples: {SOURCES}. Default: those of --task.",
+        ),
+    ] = None
+    task: Annotated[str | None, Typed("NAME")] = None
+    """Class names, prompts and images: sun397, cars, resisc45, eurosat, svhn, gtsrb, mnist, dtd; or digits."""
+    classes: Annotated[File | None, FILE] = None
+    """Class names, one a line, in the labels' order; default: of the task, head or images."""
+    templates: Annotated[File | None, FILE] = None
+    """Prompts with {} for the name, one a line; default: of the task, or 'a photo of a {}.'"""
+
+
+class Drawn(Examples):
+    """Some examples of each class."""
+
+    per_class: Annotated[int, Field(ge=0)] = 0
+    """Examples of each class to draw; 0: all."""
+    select: Literal["random", "herding", "k_medoids"] = "random"
+    """How --per-class draws: at random, or by the model's own embeddings."""
+    seed: Seed = 0
+
+
+class Moving(Drawn):
+    """What a transport and its plan have in common."""
+
+    source: Annotated[str, MODEL]
+    """The pre-trained source: folder, hub id or id@revision."""
+    target: Annotated[str, MODEL]
+    """The model to move the task into."""
+    method: Annotated[str, Field(description=f"One of {', '.join(TRANSPORTS)}; or a chain such as bico+gradfix.")]
+    options: Options = {}
+    part: Annotated[str | None, Typed("PATH")] = None
+    """The part of the model that is moved; default: the vision tower of a CLIP, of a ViT all but its head."""
+    scale: float = 1.0
+    """Factor of the moved task vector."""
+    validation: Annotated[str | None, Typed("DATA")] = None
+    """Labelled examples on which the scale is chosen, in the place of --scale."""
+    batch_size: BatchSize = 32
+    depth: str = "uniform"
+    """Source layer of each target layer: uniform, cka (by likeness), or a list such as 0,0,1,1."""
+    tokens: Literal["interpolate", "class_token", "mean"] = "interpolate"
+    """How activations are compared where the patch grids differ."""
+    maps: Annotated[File | None, FOLDER] = None
+    """Keep the fitted maps here, stage by stage: an interrupted run goes on, and a later one, with another scale or
+    another fine-tuned model, starts from them."""
+    save_task_vector: Annotated[File | None, FILE] = None
+    """Also write the moved task vector, unscaled, for the target."""
+    allow_config_differences: AllowConfigDifferences = False
+
+
+class TransportConfig(Moving):
+    """What `tvjax.jobs.transport` moves: the task of one model into another.
+
+    >>> TransportConfig(source="a", finetuned="b", target="c", method="theseus", data="photos", output="edited").scale
+    1.0
+    """
+
+    finetuned: Annotated[str, MODEL]
+    """The fine-tuned source; the part of it that is moved suffices."""
+    output: Annotated[File, FOLDER]
+    """Where the edited target goes."""
+
+
+class PlanConfig(Moving):
+    """What `tvjax.jobs.plan` says of a transport; takes what a transport takes, and less is needed."""
+
+    finetuned: Annotated[str | None, MODEL] = None
+    """The fine-tuned source; checked where it is given."""
+    output: Annotated[File | None, FOLDER] = None
+    """Checked, as the transport would; nothing is written."""
+    count: Annotated[int, Field(ge=1)] = 8
+    """Examples to reckon with where none are given."""
+
+
+class EvaluateConfig(Examples):
+    """What `tvjax.jobs.evaluate` measures: models on the same examples."""
+
+    models: Annotated[Several[str], Typed("MODEL...", argument=True), Field(min_length=1)]
+    """Folders or hub ids of CLIPs or ViTs. A vision tower alone goes with the text tower of the first full CLIP."""
+    reference: Annotated[str | None, MODEL] = None
+    """A fine-tuned model: accuracies are given as shares of its own too."""
+    task_vector: Annotated[File | None, FILE] = None
+    """Add this task vector to the one MODEL, at every scale."""
+    scales: Annotated[str | None, NUMBERS] = None
+    """Such as 0,0.25,0.5; default: 0 to 1 by 0.05."""
+    any_base: AnyBase = False
+    batch_size: BatchSize = 64
+    output: Annotated[File | None, FILE] = None
+    """Also write the results as JSON."""
+    plot: Annotated[File | None, FILE] = None
+    """Also draw the accuracy by scale, as a PNG (--task-vector)."""
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> EvaluateConfig:
+        if len(set(self.models)) < len(self.models):
+            raise ValueError(f"a model is given twice: {', '.join(self.models)}")
+        if self.task_vector is None and (self.scales is not None or self.plot is not None):
+            raise ValueError("--scales and --plot are about a task vector: give --task-vector")
+        if self.task_vector is not None and len(self.models) > 1:
+            raise ValueError(f"--task-vector is added to one model, found {len(self.models)}: {', '.join(self.models)}")
+        return self
+
+
+class ComposeConfig(Drawn):
+    """What `tvjax.jobs.compose` learns: coefficients of task vectors of one model."""
+
+    task_vectors: Annotated[Several[File], Typed("FILE...", argument=True), Field(min_length=1)]
+    """Task vectors of the model."""
+    model: Annotated[str, MODEL]
+    """The pre-trained model: folder or hub id."""
+    output: Annotated[File, FOLDER]
+    """Where the edited model goes."""
+    objective: Literal["few_shot", "entropy", "fix_match"] = "few_shot"
+    """few_shot learns from labelled examples, entropy and fix_match need no labels."""
+    blocks: Literal["leaf", "vector"] = "leaf"
+    """One coefficient for each leaf, or for each vector."""
+    partitions: Annotated[int, Field(ge=1, le=LARGEST_COUNT)] = 1
+    """Random parts of each block, a coefficient each."""
+    start: Literal["best", "zero"] | None = None
+    """best: from the one vector and scale of the least loss on the examples. Default: best for few_shot."""
+    tune: bool | None = None
+    """Train the leaves that the vectors move too, at 1 % of the rate. Default: for few_shot."""
+    validation: Annotated[str | None, Typed("DATA")] = None
+    """Labelled examples by which learning rate and epoch are chosen."""
+    learning_rate: Annotated[Several[float], Typed("RATE")] = ()
+    """One, or several to choose from."""
+    epochs: Annotated[int, Field(ge=1)] = 10
+    """Passes over the examples, at most."""
+    batch_size: BatchSize = 128
+    micro_batches: Annotated[int, Field(ge=1)] = 1
+    """Pieces of a batch, to save memory."""
+    flip: bool = True
+    """Whether a mirrored image is of the same class (fix_match)."""
+    state: Annotated[File | None, FOLDER] = None
+    """Keep the training's state here; a later run goes on."""
+    any_base: AnyBase = False
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates to try: as published, or several where there is something to choose by."""
+        if self.learning_rate:
+            return self.learning_rate
+        if self.validation is None:
+            return (0.1,) if self.objective == "few_shot" else (1e-3,)
+        return (0.03, 0.1, 0.3) if self.objective == "few_shot" else (1e-3, 1e-2)
+
+    @model_validator(mode="after")
+    def _can_choose(self) -> ComposeConfig:
+        if len(self.rates) > 1 and self.validation is None:
+            raise ValueError(f"{len(self.rates)} learning rates need labelled examples to choose by: give --validation")
+        return self
+
+
+class MergeConfig(Config):
+    """What `tvjax.jobs.merge` merges: task vectors of one model."""
+
+    task_vectors: Annotated[Several[File], Typed("FILE...", argument=True), Field(min_length=1)]
+    """Task vectors of one model."""
+    method: Annotated[str, Field(description=f"One of {', '.join(MERGES)}.")]
+    output: Annotated[File, Typed("PATH")]
+    """A task vector (.safetensors); or, with --model, a folder."""
+    options: Options = {}
+    model: Annotated[str | None, MODEL] = None
+    """The pre-trained model, to add the merged task vector to."""
+    scale: float = 1.0
+    """Factor of the merged task vector."""
+    seed: Seed = 0
+    dtype: DType = "float32"
+    """Of the task vector."""
+    any_base: AnyBase = False
+
+
+class ExtractConfig(Config):
+    """What `tvjax.jobs.extract` writes: the task vector of a fine-tuning."""
+
+    pretrained: Annotated[str, MODEL]
+    """The model before fine-tuning: folder or hub id."""
+    output: Annotated[File, FILE]
+    """Where the task vector goes (.safetensors)."""
+    finetuned: Annotated[str | None, MODEL] = None
+    """The fine-tuned model; the part that is taken suffices."""
+    adapter: Annotated[str | None, FOLDER] = None
+    """A LoRA adapter of PEFT instead: folder or hub id."""
+    part: Annotated[str | None, Typed("PATH"), Field(validation_alias=AliasChoices("part", "subtree"))] = None
+    """The part of the model to take, such as text; '' for all of it. Default: vision of a CLIP or a ViT, all of another
+    model."""
+    dtype: DType = "float32"
+    """Of the task vector."""
+    allow_config_differences: AllowConfigDifferences = False
+    any_base: AnyBase = False
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> ExtractConfig:
+        if (self.finetuned is None) == (self.adapter is None):
+            raise ValueError("give either --finetuned, a model, or --adapter, a LoRA adapter of PEFT")
+        return self
+
+
+class ApplyConfig(Config):
+    """What `tvjax.jobs.apply` adds: task vectors to the model that they were made for."""
+
+    task_vectors: Annotated[Several[File], Typed("FILE...", argument=True), Field(min_length=1)]
+    """Task vectors; several are added."""
+    model: Annotated[str, MODEL]
+    """The pre-trained model: folder or hub id."""
+    output: Annotated[File, FOLDER]
+    """Where the edited model goes."""
+    scale: float = 1.0
+    """Factor of the task vectors; -1 negates."""
+    dtype: DType | None = None
+    """Default: that of each tensor of the model."""
+    max_shard_size: Annotated[str | None, Typed("SIZE")] = None
+    """Of one file, such as 5GB; default: the files of the model."""
+    any_base: AnyBase = False
+
+
+class ConvertConfig(Config):
+    """What `tvjax.jobs.convert` writes: a model as another kind of checkpoint."""
+
+    source: Annotated[str, Typed("MODEL", argument=True)]
+    """Hugging Face or Orbax folder, hub id, or .pt file."""
+    output: Annotated[File, FOLDER]
+    """Where the model goes."""
+    to: Literal["huggingface", "orbax"] = "huggingface"
+    """The kind of checkpoint."""
+    dtype: DType | None = None
+    """Default: that of the model."""
+    max_shard_size: Annotated[str, Typed("SIZE")] = "5GB"
+    """Of one safetensors file."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    like: Annotated[str | None, MODEL] = None
+    """For a .pt file: a model of the same shape, for its config."""
+    allow_pickle: bool = False
+    """Open a .pt file that you trust; needs torch."""
+
+
+class InspectConfig(Config):
+    """What `tvjax.jobs.inspect` looks at: one thing, or two to compare."""
+
+    things: Annotated[Several[str], Typed("THING [THING]", argument=True), Field(min_length=1)]
+    """A model (folder or hub id), or a file of tvjax: a task vector, maps, coefficients. Two are compared."""
+    norms: bool | None = None
+    """Norms by block; every tensor is read. Default: for task vectors."""
+    sites: bool = False
+    """Where the leaves of a model meet activations; no weights are read."""
+    model: Annotated[str | None, MODEL] = None
+    """The pre-trained model of a task vector, for relative norms."""
+    plot: Annotated[File | None, FILE] = None
+    """Also draw a heat map, kind of leaf by depth (.png)."""
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> InspectConfig:
+        if len(self.things) > 2:
+            raise ValueError(f"{len(self.things)} things given, expected one, or two to compare")
+        if len(self.things) == 2 and (self.sites or self.model is not None or self.norms is False):
+            raise ValueError("--sites, --model and --no-norms are for one thing, found two")
+        if self.norms is False and (self.plot is not None or self.model is not None):
+            raise ValueError("--plot and --model need norms: leave --no-norms out")
+        if self.plot is not None and self.plot.suffix.lower() != ".png":
+            raise ValueError(f"--plot is {str(self.plot)!r}, expected the name of a file in .png")
+        return self

@@ -1,0 +1,102 @@
+"""Merges by their names, and their hyperparameters as a recipe has them."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import math
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax
+
+from tvjax import merge as methods
+from tvjax.jobs.configs import MERGES
+
+KINDS: dict[Any, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}  # by annotation
+WITH_DATA = ("regmean", "fisher")
+GIVEN = ("taus", "key", "base", "report")  # arguments that no option sets
+
+
+def find_merge(name: str, options: Mapping[str, Any], seed: int) -> Callable[..., Any]:
+    """The merge of a name, with its hyperparameters: a function of the task vectors, and of ``report``.
+
+    Args:
+      name: one of `MERGES`.
+      options: hyperparameters by name.
+      seed: of methods that draw at random.
+
+    Raises:
+      ValueError: no such merge, one that needs data, or hyperparameters that it does not have.
+    """
+    if name not in MERGES:
+        if name in WITH_DATA:
+            raise ValueError(
+                f"{name} needs data of every task, and a model that can be run (CLIP, ViT, or your own function): call "
+                f"tvjax.merge.{name} from Python"
+            )
+        raise ValueError(f"there is no merge {name!r}: choose among {', '.join(MERGES)}")
+    function = getattr(methods, name)
+    check_options(name, function, options, GIVEN)
+    arguments = read_settings(options)
+    if "key" in inspect.signature(function).parameters:
+        arguments["key"] = jax.random.key(seed)
+    return functools.partial(function, **arguments)
+
+
+def check_options(name: str, method: Callable[..., Any], options: Mapping[str, Any], given: Collection[str]) -> None:
+    """Raises a ValueError for a hyperparameter that a method lacks or is not given, or a value of another kind.
+
+    Args:
+      name: of the method.
+      method: a function whose keyword arguments are its hyperparameters.
+      options: hyperparameters by name.
+      given: arguments that the command gives itself.
+
+    >>> def ties(taus, *, density=0.2): ...
+    >>> check_options("ties", ties, {"densty": 0.5}, given=["taus"])
+    Traceback (most recent call last):
+    ValueError: ties has no option 'densty'; the nearest of density is 'density'
+    """
+    parameters = inspect.signature(method).parameters
+    known = [key for key in parameters if key not in given]
+    missing = [key for key in known if parameters[key].default is inspect.Parameter.empty and key not in options]
+    if missing:
+        raise ValueError(f"{name} needs the option {missing[0]} (--options {missing[0]}=...)")
+    for option, value in options.items():
+        if option not in known:
+            if not known:
+                raise ValueError(f"{name} has no options, found {option!r}")
+            near = difflib.get_close_matches(option, known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"{name} has no option {option!r}; the nearest of {', '.join(known)} is {near!r}")
+        kind = parameters[option].annotation
+        if kind in KINDS and (not isinstance(value, KINDS[kind]) or (isinstance(value, bool) and kind != "bool")):
+            raise ValueError(f"{name}: {option} is {value!r}, expected {kind}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}: {option} is {value}, expected a finite number")
+
+
+def read_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with what YAML cannot say: ``{by_depth: [0.2, 0.8], other: 0.5}``, and merges by their names.
+
+    >>> read_settings({"density": {"by_depth": [0.2, 0.8], "other": 0.5}})
+    {'density': ByDepth(values=(0.2, 0.8), other=0.5)}
+    """
+
+    def read(value: Any) -> Any:
+        if isinstance(value, Mapping) and not all(isinstance(key, str) for key in value):
+            raise ValueError(f"the keys of a setting are patterns of paths, found {sorted(map(str, value))}")
+        if isinstance(value, Mapping) and "by_depth" in value:
+            if set(value) != {"by_depth", "other"}:
+                raise ValueError(f"a setting by depth has by_depth and other, found {sorted(value)}")
+            return methods.ByDepth(tuple(value["by_depth"]), value["other"])
+        return [read(item) for item in value] if isinstance(value, list) else value
+
+    settings = {name: read(value) for name, value in options.items()}
+    if "merge" in settings:  # the merge inside KnOTS
+        inner = settings["merge"]
+        if inner not in MERGES or inner == "knots":
+            raise ValueError(f"merge: found {inner!r}, expected one of {', '.join(MERGES)}")
+        settings["merge"] = getattr(methods, inner)
+    return settings

@@ -1,0 +1,80 @@
+"""The models that a job names, each opened once."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import numpy as np
+
+from tvjax.checkpoints.folder import Checkpoint, open_checkpoint
+from tvjax.checkpoints.huggingface import Pretrained, from_pretrained
+from tvjax.checkpoints.processors import Processor
+from tvjax.data.images import Images
+from tvjax.data.loader import image_batches
+from tvjax.models.clip.config import CLIPConfig
+from tvjax.models.clip.modeling import vision_model
+from tvjax.tasks.zero_shot import unit_embeddings
+
+
+class Opened:
+    """A model by its name; what is asked of it is read when it is first asked for, and kept.
+
+    Attributes:
+      checkpoint: its folder, config and tensors.
+    """
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint = checkpoint
+
+    @property
+    def name(self) -> str:
+        """The folder or hub id."""
+        return self.checkpoint.name
+
+    @functools.cached_property
+    def config(self) -> Any:
+        """The config of its family."""
+        return self.checkpoint.config
+
+    @functools.cached_property
+    def pretrained(self) -> Pretrained:
+        """The model with its weights."""
+        return from_pretrained(self.checkpoint)
+
+    @functools.cached_property
+    def processor(self) -> Processor:
+        """What turns images and texts into its inputs."""
+        return self.checkpoint.processor
+
+    def release(self) -> None:
+        """Drops the weights, which are read again where they are asked for again."""
+        self.__dict__.pop("pretrained", None)
+
+    def embed(self, images: Images, batch_size: int) -> np.ndarray:
+        """Unit embeddings of images by the vision tower of a CLIP.
+
+        Raises:
+          ValueError: for another model, before its weights are read.
+        """
+        if not isinstance(self.config, CLIPConfig):
+            raise ValueError(
+                f"{self.name!r} is a {type(self.config).__name__}, which gives no embeddings to choose examples by: "
+                "take --select random"
+            )
+        model, pixels = self.pretrained.model, self.processor.pixels
+        return unit_embeddings(vision_model(model), image_batches(images, pixels, batch_size))
+
+
+class Models(contextlib.ExitStack):
+    """Opens models by their names, each once, until the block ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._opened: dict[str, Opened] = {}
+
+    def __getitem__(self, name: str) -> Opened:
+        if name not in self._opened:
+            self._opened[name] = Opened(self.enter_context(open_checkpoint(name)))
+        return self._opened[name]
