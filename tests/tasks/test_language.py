@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import tvjax as tv
-from tvjax import tasks
+from tvjax import compose, tasks
 from tvjax.data import Encoder, Images, Texts, open_examples
 from tvjax.evaluate import accuracy, choose_scale, fine_tune, predict, predictions
 from tvjax.models.chunked_loss import chunked
@@ -357,6 +357,17 @@ def test_models_that_a_task_cannot_score_are_named_with_it(lm):
             task.score(task.model(model), batch)
     with pytest.raises(ValueError, match="'next token' has no one class for each example"):
         predict(next_token.model(lm), inputs)
+
+
+def test_the_entropy_of_classes_is_not_that_of_tokens_and_their_padding(lm):
+    task, words = tasks.next_token(ENCODER), tasks.label_words(ENCODER, ["yes", "no"], "{one}+{two}: ")
+    model, batch = task.model(lm), next(iter(task.batches(lines(), 2)))
+    refused = r"logits of shape \[2, 16, 128\], expected \[batch, classes\]: .*label_words"
+    with pytest.raises(ValueError, match=refused):
+        compose.value(compose.entropy(model, batch.inputs), model.params, [batch.inputs], jax.random.key(0))
+    model, batch = words.model(lm), next(iter(words.batches(pairs(), 3)))
+    found = compose.value(compose.entropy(model, batch.inputs), model.params, [batch.inputs], jax.random.key(0))
+    assert 0 < found < np.log(2)
 
 
 def test_examples_that_a_task_does_not_take():

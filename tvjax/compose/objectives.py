@@ -197,7 +197,7 @@ def task_scores(model: ModelLike, outputs: PyTree) -> Float[Array, "batch classe
     """The scores of the classes in what a classifier returned: those of its loss, or else ``outputs["logits"]``.
 
     Raises:
-      ValueError: the outputs hold none.
+      ValueError: the outputs hold none, or those of tokens.
     """
     if hasattr(model.loss, "scores"):  # the losses of `tvjax.tasks`
         return model.loss.scores(model.loss_params, outputs)
@@ -206,6 +206,11 @@ def task_scores(model: ModelLike, outputs: PyTree) -> Float[Array, "batch classe
         raise ValueError(
             f"the model returns {found}, expected 'logits' among them: give it a task of classes (tvjax.tasks), or "
             "scores=(model, outputs) -> [batch, classes]"
+        )
+    if jnp.ndim(outputs["logits"]) != 2:
+        raise ValueError(
+            f"the model returns logits of shape {list(jnp.shape(outputs['logits']))}, expected [batch, classes]: a "
+            "model that scores every token is asked for classes with tvjax.tasks.label_words"
         )
     return outputs["logits"]
 
