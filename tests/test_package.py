@@ -12,7 +12,8 @@ import tvjax
 ROOT = Path(tvjax.__file__).parent
 # Each floor imports only from those before it.
 FLOORS = [
-    "tree", "arithmetic", "layers", "capture", "stages", "walk", "align", "transport", "merge", "compose", "models",
+    "tree", "finite", "arithmetic", "layers", "capture", "stages", "walk", "per_example", "align", "transport", "merge",
+    "compose", "models",
     "checkpoints", "data", "tasks", "evaluate", "report", "jobs", "demo", "cli",
 ]  # fmt: skip
 

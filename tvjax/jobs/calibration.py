@@ -9,11 +9,11 @@ from tvjax.data.images import Images
 from tvjax.data.loader import Loader, Processed
 from tvjax.jobs import inputs
 from tvjax.jobs.configs import PlanConfig, TransportConfig
-from tvjax.jobs.methods import check_pair, make_transport, read_depth, reads_examples
+from tvjax.jobs.methods import check_pair, read_depth, reads_examples
 from tvjax.jobs.opened import Models, Opened
 from tvjax.jobs.parts import Part, check_labels, find_part, has_head, head_labels, parameters, part_task_vector
 from tvjax.stages import Batch
-from tvjax.transport import Transport
+from tvjax.transport import Transport, make_transport
 
 
 class Prepared(NamedTuple):

@@ -14,7 +14,7 @@ SOURCES = (
     "a folder with one folder a class, an archive FILE.npz, a dataset hf:NAME?split=SPLIT, or digits:STYLE/PART; "
     "?part=0:0.8 takes a share of them"
 )
-TRANSPORTS = ("naive", "orthogonal_shift", "gradfix", "theseus", "bico")
+TRANSPORTS = ("naive", "orthogonal_shift", "gradfix", "theseus", "bico")  # and those of one's own, by register
 MERGES = (
     *("average", "task_arithmetic", "slerp", "karcher_mean", "ties", "dare", "della", "breadcrumbs", "model_stock"),
     *("sce", "tsv_m", "iso_c", "iso_cts", "knots", "wudi"),

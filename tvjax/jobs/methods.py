@@ -1,52 +1,13 @@
-"""Transports by their names, and what the configs of models say of whether one can be."""
+"""What a transport needs of its models and examples, and what their configs say of whether it can be."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from tvjax import transport as methods
 from tvjax.compose.tuned import SCALES
-from tvjax.jobs.configs import TRANSPORTS
 from tvjax.jobs.opened import Opened
 from tvjax.jobs.parts import has_head, sees
 from tvjax.transport import Transport
 
 SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "patch_size", "projection_dim")
-
-
-def make_transport(method: str, options: Mapping[str, Any] | None = None) -> Transport:
-    """The transport of a name, or the chain of several joined by ``+``.
-
-    Args:
-      method: the names.
-      options: hyperparameters; those of one link of a chain by ``link.name``.
-
-    Raises:
-      ValueError: an unknown name or hyperparameter, or links in an order that cannot be.
-
-    >>> make_transport("bico+gradfix", {"bico.rank": 0.5}).name
-    'bico+gradfix'
-    """
-    makers = (methods.identity, methods.orthogonal_shift, methods.gradfix, methods.theseus, methods.bico)
-    known = dict(zip(TRANSPORTS, makers, strict=True))
-    names = method.split("+")
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(
-            f"there is no method {unknown[0]!r}: choose among {', '.join(TRANSPORTS)}, or join some by '+'"
-        )
-    settings: dict[str, dict[str, Any]] = {name: {} for name in names}
-    for option, value in (options or {}).items():
-        link, dot, key = option.rpartition(".")
-        if dot and link not in settings:
-            raise ValueError(f"the option {option!r} is of {link!r}, which is not in {method!r}")
-        if not dot and len(names) > 1:
-            raise ValueError(f"say whose option {option!r} is: {' or '.join(f'{name}.{option}' for name in names)}")
-        settings[link or names[0]][key] = value
-    if settings.get("naive"):
-        raise ValueError(f"naive has no options, found {', '.join(map(repr, settings['naive']))}")
-    return methods.chain(*(known[name](**settings[name]) for name in names))
 
 
 def read_depth(text: str) -> str | list[int]:
