@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 import tvjax
@@ -28,6 +29,26 @@ def test_the_core_imports_neither_flax_nor_what_only_commands_need():
     code = f"import tvjax, sys; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_importing_is_quick_and_shows_everything():
+    code = (
+        "import sys, tvjax as tv; assert not {'jax', 'numpy', 'pydantic'} & set(sys.modules), 'not light'; "
+        "assert tv.__version__ and set(tv.__all__) <= set(dir(tv)); "
+        "tv.load, tv.save, tv.load_task_vector, tv.save_task_vector, tv.tasks.zero_shot, tv.jobs.transport"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_names_of_the_last_release_work_and_warn():
+    with pytest.warns(DeprecationWarning, match="tvjax.Rows is now called Stream"):
+        assert tvjax.Rows is tvjax.Stream
+    model = tvjax.single_stage(lambda p, x: x @ p["w"], {"w": jnp.eye(3)})
+    batches = [tvjax.Batch(jnp.eye(3))]
+    with pytest.warns(DeprecationWarning, match="argument host of fit is now called offload"):
+        tvjax.fit(tvjax.theseus(), model, model, batches, host=True)
+    with pytest.raises(TypeError, match="old name"):
+        tvjax.fit(tvjax.theseus(), model, model, batches, host=True, offload=True)
 
 
 def modules():

@@ -115,7 +115,7 @@ def plain_params(seed):
 @pytest.mark.parametrize("transport", [theseus(), bico()], ids=lambda t: t.name)
 def test_a_plain_function(transport):
     model = single_stage(plain, plain_params(0), loss=squared)
-    state = fit(transport, model, model, ROWS, check=True)
+    state = fit(transport, model, model, ROWS, check_gradients=True)
     tau = plain_params(5)
     moved = transport.apply(state, tau)
     if transport.name == "theseus":  # outputs of the first layer: 7 of 8 directions

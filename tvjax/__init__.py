@@ -4,8 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tvjax import capture, compose, merge, transport, tree
+    from tvjax import capture, checkpoints, compose, data, evaluate, jobs, merge, models, tasks, transport, tree
     from tvjax.arithmetic import add, analogy, apply, interpolate, negate, scale, task_vector
+    from tvjax.checkpoints import from_pretrained as load
+    from tvjax.checkpoints import load_tree as load_task_vector
+    from tvjax.checkpoints import save_pretrained as save
+    from tvjax.checkpoints import save_tree as save_task_vector
     from tvjax.layers import stack, unstack
     from tvjax.stages import Batch, Model, Stage, Stream, single_stage
     from tvjax.transport.base import State, Transport, chain, identity, scale_by
@@ -15,6 +19,7 @@ if TYPE_CHECKING:
     from tvjax.transport.leaf_report import leaf_report
     from tvjax.transport.orthogonal_shift import orthogonal_shift
     from tvjax.transport.permutation import transfusion
+    from tvjax.transport.plan import plan
     from tvjax.transport.theseus import theseus
 
 # Public names by module, imported on first use: the command line starts without JAX.
@@ -22,20 +27,39 @@ _NAMES = {
     "arithmetic": ("add", "analogy", "apply", "interpolate", "negate", "scale", "task_vector"),
     "layers": ("stack", "unstack"),
     "stages": ("Batch", "Model", "Stage", "Stream", "single_stage"),
+    "transport.plan": ("plan",),
     "transport": (
         *("State", "Transport", "bico", "chain", "fit", "gradfix", "identity", "leaf_report", "orthogonal_shift"),
         *("scale_by", "theseus", "transfusion", "transport_stages"),
     ),
 }
-_HOMES = {name: f"tvjax.{module}" for module, names in _NAMES.items() for name in names}
-_MODULES = ("capture", "compose", "merge", "transport", "tree")
+_HOMES = {name: (f"tvjax.{module}", name) for module, names in _NAMES.items() for name in names} | {
+    "load": ("tvjax.checkpoints", "from_pretrained"),
+    "load_task_vector": ("tvjax.checkpoints", "load_tree"),
+    "save": ("tvjax.checkpoints", "save_pretrained"),
+    "save_task_vector": ("tvjax.checkpoints", "save_tree"),
+}
+_MODULES = (
+    *("capture", "checkpoints", "compose", "data", "evaluate", "jobs", "merge", "models", "tasks", "transport", "tree"),
+)
+_RENAMED = {"Rows": "Stream"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return import_module(f"tvjax.{name}")
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("tvjax")
+    if name in _RENAMED:
+        from tvjax.renamed import warn
+
+        warn(f"tvjax.{name}", _RENAMED[name])
+        name = _RENAMED[name]
     if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+        module, own = _HOMES[name]
+        return getattr(import_module(module), own)
     raise AttributeError(f"module 'tvjax' has no attribute {name!r}")
 
 
@@ -46,9 +70,9 @@ def __dir__() -> list[str]:
 __all__ = [
     "Batch",
     "Model",
-    "Stream",
     "Stage",
     "State",
+    "Stream",
     "Transport",
     "add",
     "analogy",
@@ -56,20 +80,31 @@ __all__ = [
     "bico",
     "capture",
     "chain",
+    "checkpoints",
     "compose",
+    "data",
+    "evaluate",
     "fit",
     "gradfix",
     "identity",
     "interpolate",
+    "jobs",
     "leaf_report",
+    "load",
+    "load_task_vector",
     "merge",
+    "models",
     "negate",
     "orthogonal_shift",
+    "plan",
+    "save",
+    "save_task_vector",
     "scale",
     "scale_by",
     "single_stage",
     "stack",
     "task_vector",
+    "tasks",
     "theseus",
     "transfusion",
     "transport",

@@ -49,7 +49,7 @@ def interrupt_after(stages):
 def test_an_interrupted_fit_goes_on_to_the_same_state(tmp_path, models, batches, transport):
     whole = fit(transport, *models, batches)
     with pytest.raises(Interrupted):
-        fit(transport, *models, batches, store=TransportStore(tmp_path, DEPENDS_ON), progress=interrupt_after(2))
+        fit(transport, *models, batches, cache=TransportStore(tmp_path, DEPENDS_ON), progress=interrupt_after(2))
     kept = TransportStore(tmp_path, DEPENDS_ON).stages
     assert len(kept) == 2
     solved = []
@@ -57,7 +57,7 @@ def test_an_interrupted_fit_goes_on_to_the_same_state(tmp_path, models, batches,
     counting = transport._replace(
         links=(link._replace(fit=lambda pair: solved.append(pair.name) or link.fit(pair)), *transport.links[1:])
     )
-    state = fit(counting, *models, batches, store=TransportStore(tmp_path, DEPENDS_ON))
+    state = fit(counting, *models, batches, cache=TransportStore(tmp_path, DEPENDS_ON))
     assert sorted([*solved, *kept]) == sorted(stage.name for stage in models[1].stages)
     assert state.notes == whole.notes and state.paths == whole.paths
     for found, expected in zip(state.parts, whole.parts, strict=True):
@@ -85,8 +85,8 @@ def test_a_folder_with_other_things_is_refused_and_kept(tmp_path):
 
 
 def test_a_corrupt_file_is_named(tmp_path, models, batches):
-    fit(theseus(), *models, batches, store=TransportStore(tmp_path, DEPENDS_ON))
+    fit(theseus(), *models, batches, cache=TransportStore(tmp_path, DEPENDS_ON))
     file = next(tmp_path.glob("*blocks*1.safetensors"))
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match=f"{file.name}.* is no complete safetensors file"):
-        fit(theseus(), *models, batches, store=TransportStore(tmp_path, DEPENDS_ON))
+        fit(theseus(), *models, batches, cache=TransportStore(tmp_path, DEPENDS_ON))

@@ -110,7 +110,7 @@ def test_batches_sharded_over_a_mesh(tiny, fitted):
 @pytest.mark.parametrize("name", ["theseus", "bico", "gradfix"])
 def test_residual_streams_in_host_memory(tiny, fitted, name):
     transport, state = fitted(name)
-    kept = fit(transport, tiny.a, tiny.b, tiny.batches, host=True)
+    kept = fit(transport, tiny.a, tiny.b, tiny.batches, offload=True)
     assert_close(transport.apply(kept, tiny.tau), transport.apply(state, tiny.tau))
 
 
@@ -197,7 +197,7 @@ def test_sixteen_bit_parameters_and_task_vectors(tiny, fitted):
 
 def test_the_gradient_identity_can_be_checked_first(tiny):
     for transport in (theseus(), orthogonal_shift()):
-        fit(transport, tiny.a, tiny.b, tiny.batches, check=True)
+        fit(transport, tiny.a, tiny.b, tiny.batches, check_gradients=True)
 
 
 @pytest.mark.parametrize("method", [theseus, bico])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import tvjax
-from tvjax.align.procrustes import Rotation
+from tvjax.align.procrustes import OrthogonalMap
 from tvjax.transport import leaf_report
 from tvjax.transport.plan import plan
 
@@ -15,7 +15,7 @@ def abstract(arrays):
 
 
 def rotations(state):
-    return {name: r for part in state.parts for name, r in part.arrays.items() if isinstance(r, Rotation)}
+    return {name: r for part in state.parts for name, r in part.arrays.items() if isinstance(r, OrthogonalMap)}
 
 
 def assert_is_plan_of(found, state):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tvjax import Batch, fit, leaf_report, single_stage
-from tvjax.checkpoints.maps import TransportStore, load_state, save_state
+from tvjax.checkpoints.transport_state import TransportStore, load_state, save_state
 from tvjax.transport import chain, gradfix, make_transport, methods, register
-from tvjax.transport.base import Link, MapInfo, Part, Reads, Rule, Transport, register_state
+from tvjax.transport.base import Link, LinkState, MapInfo, Needs, Rule, Transport, register_state
 from tvjax.transport.plan import plan
 
 
@@ -25,11 +25,13 @@ class Means(NamedTuple):
 
 def mean_shift(*, strength: float = 1.0) -> Transport:
     """Adds ``strength * m_B m_A^T tau / |m_A|^2`` to the task vector: a toy that moves kernels of one shape."""
-    link = Link("mean_shift", "bridge", Reads(activations=True), _fit, partial(_transform, strength), same_shapes=True)
+    link = Link(
+        "mean_shift", "source_to_target", Needs(activations=True), _fit, partial(_transform, strength), same_shapes=True
+    )
     return Transport((link,))
 
 
-def _fit(pair) -> Part:
+def _fit(pair) -> LinkState:
     arrays, measures, rules, infos = {}, {}, [], []
     for leaf in pair.leaves:
         sites = [site for site in pair.target_table.sites if site.path == leaf.local and site.kind == "dense"]
@@ -49,7 +51,7 @@ def _fit(pair) -> Part:
         measures[name] = {"rows": jnp.float32(rows)}
         infos.append(MapInfo(name, leaf.shape, rows, leaf.shape[0]))
         rules.append(Rule(leaf.target, leaf.source, "shifted", leaf.shape, leaf.shape, why=name))
-    return Part("mean_shift", arrays, measures, tuple(rules), tuple(infos))
+    return LinkState("mean_shift", arrays, measures, tuple(rules), tuple(infos))
 
 
 def _transform(strength, part, flat):
@@ -116,6 +118,6 @@ def test_it_is_saved_and_resumed(case, tmp_path):
     assert isinstance(loaded.parts[0].arrays["model:w"], Means) and loaded.parts[0].maps == state.parts[0].maps
     np.testing.assert_array_equal(mean_shift().apply(loaded, tau)["w"], mean_shift().apply(state, tau)["w"])
     store = TransportStore(tmp_path / "maps", {"method": "mean_shift"})
-    fit(mean_shift(), source, target, batches, store=store)
-    resumed = fit(mean_shift(), source, target, [batches[0]], store=store)  # nothing is looked at again
+    fit(mean_shift(), source, target, batches, cache=store)
+    resumed = fit(mean_shift(), source, target, [batches[0]], cache=store)  # nothing is looked at again
     np.testing.assert_array_equal(resumed.parts[0].arrays["model:w"].source, state.parts[0].arrays["model:w"].source)

@@ -380,4 +380,4 @@ def test_a_check_that_compares_nothing_is_no_check():
     lookup = model(lambda p, x: p["table"][x].mean(1), {"table": normal(9, 6)})
     batch = Batch(jnp.ones((4, 5), jnp.int32), normal(4))
     with pytest.raises(ValueError, match="no stage has a parameter at an operation with a rule"):
-        fit(theseus(), lookup, lookup, [batch], check=True)
+        fit(theseus(), lookup, lookup, [batch], check_gradients=True)

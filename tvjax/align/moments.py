@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tvjax.align.procrustes import Rotation
+from tvjax.align.procrustes import OrthogonalMap
 from tvjax.align.products import product, wide
 
 
@@ -262,7 +262,7 @@ def output_factor(kernel: Array, bias: Array | None = None) -> Array:
 @partial(jax.jit, static_argnames=("center",))
 def residual(
     moments: Moments,
-    rotation: Rotation,
+    rotation: OrthogonalMap,
     center: bool = False,
     *,
     output_a: Array | None = None,
@@ -302,7 +302,7 @@ def residual(
 @partial(jax.jit, static_argnames=("center",))
 def similarity(
     moments: Moments,
-    rotation: Rotation,
+    rotation: OrthogonalMap,
     center: bool = False,
     *,
     output_a: Array | None = None,
@@ -340,7 +340,7 @@ def similarity(
 
 def _overlap(
     moments: Moments,
-    rotation: Rotation,
+    rotation: OrthogonalMap,
     center: bool,
     output_a: Array | None,
     output_b: Array | None,

@@ -32,7 +32,7 @@ _OVERSAMPLING = 16
 _POWER_ITERATIONS = 1
 
 
-class Rotation(NamedTuple):
+class OrthogonalMap(NamedTuple):
     """A partial isometry ``R = left @ right`` in factored form.
 
     Attributes:
@@ -47,7 +47,7 @@ class Rotation(NamedTuple):
     rank: Array
 
 
-def matrix(rotation: Rotation) -> Array:
+def matrix(rotation: OrthogonalMap) -> Array:
     """The dense map ``R = left @ right``, ``[d_a, d_b]``.
 
     >>> import jax.numpy as jnp
@@ -57,7 +57,7 @@ def matrix(rotation: Rotation) -> Array:
     return product(rotation.left, rotation.right)
 
 
-def apply_left(rotation: Rotation, kernel: Array) -> Array:
+def apply_left(rotation: OrthogonalMap, kernel: Array) -> Array:
     """``R^T K`` for ``K [d_a, ...]``: the input side of a kernel, moved to the target's coordinates.
 
     Args:
@@ -74,7 +74,7 @@ def apply_left(rotation: Rotation, kernel: Array) -> Array:
     return product(rotation.right.T, product(rotation.left.T, kernel))
 
 
-def apply_right(kernel: Array, rotation: Rotation) -> Array:
+def apply_right(kernel: Array, rotation: OrthogonalMap) -> Array:
     """``K R`` for ``K [..., d_a]``: the output side of a kernel, or a bias, moved to the target's coordinates.
 
     Args:
@@ -120,7 +120,7 @@ def polar(
     rank: int | float | None = None,
     method: Method = "svd",
     key: Array | None = None,
-) -> Rotation:
+) -> OrthogonalMap:
     """The polar factor ``R = U_k V_k^T`` of a cross-moment ``C = U S V^T``.
 
     Args:
@@ -168,24 +168,28 @@ def polar(
     else:
         left, values, right = _decompose(moment, k, method, key)
     edge = rank_tolerance * jnp.max(values)
-    return _determined(left, values, right, edge) if complete == "zero" else Rotation(left, right, _count(values, edge))
+    return (
+        _determined(left, values, right, edge)
+        if complete == "zero"
+        else OrthogonalMap(left, right, _count(values, edge))
+    )
 
 
-def _iterated(moment: Array, rank_tolerance: float | Array) -> Rotation:
+def _iterated(moment: Array, rank_tolerance: float | Array) -> OrthogonalMap:
     """The rotation without a decomposition; its cut is in the middle of the soft edge of `_determined`."""
     edge = jnp.maximum(jnp.asarray(rank_tolerance, moment.dtype), jnp.finfo(moment.dtype).eps)
     whole = polar_factor(moment, 0.75 * edge)
     rank = jnp.round(jnp.sum(jnp.square(whole))).astype(jnp.int32)
     if moment.shape[0] < moment.shape[1]:
-        return Rotation(jnp.eye(moment.shape[0], dtype=whole.dtype), whole, rank)
-    return Rotation(whole, jnp.eye(moment.shape[1], dtype=whole.dtype), rank)
+        return OrthogonalMap(jnp.eye(moment.shape[0], dtype=whole.dtype), whole, rank)
+    return OrthogonalMap(whole, jnp.eye(moment.shape[1], dtype=whole.dtype), rank)
 
 
-def _determined(left: Array, values: Array, right: Array, edge: Array) -> Rotation:
+def _determined(left: Array, values: Array, right: Array, edge: Array) -> OrthogonalMap:
     """The rotation of those singular directions that are determined: all above the edge, none below half of it."""
     above = jnp.where(edge > 0, 2 * values / jnp.where(edge > 0, edge, 1) - 1, jnp.sign(values))
     shares = jnp.clip(above, 0, 1)
-    return Rotation(left * shares, jnp.where(shares[:, None] > 0, right, 0), _count(values, edge))
+    return OrthogonalMap(left * shares, jnp.where(shares[:, None] > 0, right, 0), _count(values, edge))
 
 
 def _count(values: Array, edge: Array) -> Array:
@@ -203,7 +207,7 @@ def polar_of_product(
     rank: int | float | None = None,
     method: Method = "svd",
     key: Array | None = None,
-) -> Rotation:
+) -> OrthogonalMap:
     """`polar` of ``C = P M Q^T`` without forming C: a QR of each tall side and the decomposition of the small core.
 
     ``P = Q_P R_P`` and ``Q = Q_Q R_Q`` give ``C = Q_P (R_P M R_Q^T) Q_Q^T``, so the polar factor of the bracket,
@@ -256,7 +260,7 @@ def polar_of_product(
     small = product(p if core is None else product(p, core), q.T)
     rank = None if rank is None else min(k, *small.shape)
     rotation = polar(small, complete=complete, rank_tolerance=rank_tolerance, rank=rank, method=method, key=key)
-    return Rotation(
+    return OrthogonalMap(
         rotation.left if basis_p is None else product(basis_p, rotation.left),
         rotation.right if basis_q is None else product(rotation.right, basis_q.T),
         rotation.rank,

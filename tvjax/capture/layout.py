@@ -79,7 +79,7 @@ def grouped(shape: Sequence[int], rows: Sequence[int], channel: int, groups: int
     return Layout((channel,), moved, (channel + 1,), (("reshape", split),))
 
 
-class Record(NamedTuple):
+class Tap(NamedTuple):
     """Take the value ``make(read)`` of a region, in a layout, as activation `name`."""
 
     name: str
@@ -94,6 +94,6 @@ class Instrumentation:
 
     region: jaxprs.Region
     probes: dict[Any, list[tuple[str, Layout]]] = dataclasses.field(default_factory=lambda: defaultdict(list))
-    records: dict[Any, list[Record]] = dataclasses.field(default_factory=lambda: defaultdict(list))
+    records: dict[Any, list[Tap]] = dataclasses.field(default_factory=lambda: defaultdict(list))
     inner: dict[int, Instrumentation] = dataclasses.field(default_factory=dict)
     shapes: dict[str, jax.ShapeDtypeStruct] = dataclasses.field(default_factory=dict)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from tvjax.capture.cuts import cuts_of_output
-from tvjax.capture.layout import Layout, Record, cut_layout
+from tvjax.capture.layout import Layout, Tap, cut_layout
 from tvjax.capture.marks import Mark, Marks, block_slice, signed, vector_view, with_axes
 from tvjax.capture.region import RegionState, Var
 from tvjax.capture.sites import Site
@@ -38,7 +38,7 @@ class Recorder(RegionState):
             self.collection.names[key] = f"{mark.path}#{occurrence}:{suffix}"
         name = self.collection.names[key]
         if not any(r.name == name and r.role == role for r in self.plan.records[variable]):
-            self.plan.records[variable].append(Record(name, layout, role, make or _value_of(identity)))
+            self.plan.records[variable].append(Tap(name, layout, role, make or _value_of(identity)))
         return name
 
     def site(self, kind: str, mark: Mark, view: View, out: Var, layout: Layout, input_name: str | None) -> Site:

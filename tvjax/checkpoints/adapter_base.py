@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from tvjax.checkpoints.cards import is_hub_id
 from tvjax.checkpoints.folder import Checkpoint, open_checkpoint
 from tvjax.checkpoints.huggingface import Pretrained, read_leaf
+from tvjax.checkpoints.model_card import is_hub_id
 from tvjax.models.families import shapes_of
 
 _COMMIT = re.compile("[0-9a-f]{40}")

@@ -17,7 +17,6 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from tvjax import tree
-from tvjax.checkpoints.cards import model_card
 from tvjax.checkpoints.folder import open_checkpoint
 from tvjax.checkpoints.huggingface import (
     MAX_SHARD_SIZE,
@@ -28,6 +27,7 @@ from tvjax.checkpoints.huggingface import (
     write_checkpoint,
 )
 from tvjax.checkpoints.memory import Scratch, contiguous, to_jax
+from tvjax.checkpoints.model_card import model_card
 from tvjax.checkpoints.orbax import PARAMS, load_orbax, save_orbax
 from tvjax.checkpoints.safetensors import Fingerprint, cast, check_finite, fingerprint, tensor_header
 from tvjax.checkpoints.torch_files import load_tensors

@@ -13,10 +13,10 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from tvjax import tree
-from tvjax.checkpoints.cards import model_card
 from tvjax.checkpoints.folder import Checkpoint, Name, open_checkpoint
 from tvjax.checkpoints.huggingface import write_checkpoint
 from tvjax.checkpoints.memory import Scratch
+from tvjax.checkpoints.model_card import model_card
 from tvjax.checkpoints.provenance import check_made_for, check_same_base, check_same_config
 from tvjax.checkpoints.safetensors import (
     Fingerprint,

@@ -119,7 +119,7 @@ def best_start(
 ) -> Coefficients:
     """Coefficients with ONE task vector at one scale, the pair of the least objective on all examples at once.
 
-    Reads nothing but the training examples. Of ties the first vector and the smallest scale count.
+    Needs nothing but the training examples. Of ties the first vector and the smallest scale count.
 
     Args:
       params: theta_0.

@@ -16,7 +16,7 @@ from tvjax.evaluate.fine_tune import fine_tune
 from tvjax.evaluate.scale import choose_scale
 from tvjax.stages import Batch, Model, PyTree
 from tvjax.transport import State, Transport, bico, chain, fit, gradfix, orthogonal_shift, theseus
-from tvjax.transport.base import Part
+from tvjax.transport.base import LinkState
 
 # In the order of the tables.
 METHODS = (
@@ -122,7 +122,7 @@ class Bench(NamedTuple):
         labelled = fit(chain(bico(), gradfix()), *models, [examples], task=self.task)
         rotation, mask = labelled.parts
 
-        def state(*parts: Part) -> State:
+        def state(*parts: LinkState) -> State:
             return dataclasses.replace(labelled, parts=parts)
 
         fitted = {

@@ -130,7 +130,7 @@ def _fitted(
             depends_on["prompts"] = json.dumps(ready.prompts.templates)
         store = TransportStore(config.maps, depends_on)
     pairs = [] if ready.found is None else paired_batches(ready.found, source, target, config.batch_size)
-    return fit(ready.moving, *sides, pairs, depth=ready.depth, tokens=config.tokens, progress=progress, store=store)
+    return fit(ready.moving, *sides, pairs, depth=ready.depth, tokens=config.tokens, progress=progress, cache=store)
 
 
 def _chosen(config: TransportConfig, ready: Prepared, target: Opened, moved: PyTree) -> ChosenScale:

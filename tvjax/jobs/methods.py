@@ -29,12 +29,12 @@ def read_depth(text: str) -> str | list[int]:
 
 def reads_examples(moving: Transport) -> bool:
     """Whether a link of the transport looks at calibration examples."""
-    return any(link.reads.activations or link.reads.gradients for link in moving.links)
+    return any(link.needs.activations or link.needs.gradients for link in moving.links)
 
 
 def rotates(moving: Transport) -> bool:
     """Whether a link of the transport moves into a model of another shape."""
-    return any(link.space == "bridge" and not link.same_shapes for link in moving.links)
+    return any(link.space == "source_to_target" and not link.same_shapes for link in moving.links)
 
 
 def scales_of(moving: Transport) -> tuple[float, ...]:

@@ -23,7 +23,7 @@ import numpy as np
 from tvjax import tree
 from tvjax.capture import SiteTable, sites
 from tvjax.checkpoints import coefficients as coefficient_files
-from tvjax.checkpoints import maps as map_files
+from tvjax.checkpoints import transport_state as map_files
 from tvjax.checkpoints.folder import open_checkpoint
 from tvjax.checkpoints.safetensors import Fingerprint, open_tensors
 from tvjax.models.families import family_of_config

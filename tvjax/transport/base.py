@@ -31,7 +31,7 @@ Flat = dict[str, jax.Array]
 OptionsT = TypeVar("OptionsT", bound=tuple)
 
 
-class Piece(NamedTuple):
+class LeafUse(NamedTuple):
     """One way in which a leaf is used, in both models, and the maps of its two sides (None: identity).
 
     Attributes:
@@ -72,7 +72,7 @@ class Rule(NamedTuple):
     action: str
     shape: tuple[int, ...]
     source_shape: tuple[int, ...]
-    pieces: tuple[Piece, ...] = ()
+    pieces: tuple[LeafUse, ...] = ()
     why: str = ""
 
 
@@ -96,7 +96,7 @@ class MapInfo(NamedTuple):
 
 @partial(jax.tree_util.register_dataclass, data_fields=("arrays", "measures"), meta_fields=("link", "rules", "maps"))
 @dataclasses.dataclass(frozen=True)
-class Part:
+class LinkState:
     """The fitted state of one link.
 
     Attributes:
@@ -113,9 +113,9 @@ class Part:
     rules: tuple[Rule, ...]
     maps: tuple[MapInfo, ...] = ()
 
-    def merge(self, other: Part) -> Part:
+    def merge(self, other: LinkState) -> LinkState:
         """Both parts in one: the stages of a model, put together."""
-        return Part(
+        return LinkState(
             self.link,
             self.arrays | other.arrays,
             self.measures | other.measures,
@@ -139,7 +139,7 @@ class State:
       notes: what a user should know (rows fewer than dimensions, layers that were dropped, the task of the labels).
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[LinkState, ...]
     structure: Any
     paths: tuple[str, ...]
     sources: tuple[str, ...]
@@ -164,7 +164,7 @@ def register_state(kind: type) -> type:
     return kind
 
 
-class Reads(NamedTuple):
+class Needs(NamedTuple):
     """What a link needs while it is fitted."""
 
     activations: bool = False
@@ -177,19 +177,19 @@ class Link(NamedTuple):
 
     Attributes:
       name: of the method.
-      space: ``"bridge"`` (from the source's parameters to the target's), ``"target"`` (within the target's) or
-        ``"any"``.
-      reads: what `fit` looks at.
-      fit: ``(pair) -> Part`` for one pair of stages (`tvjax.transport.pair.Pair`).
+      space: ``"source_to_target"`` (from the source's parameters to the target's), ``"target"`` (within the
+        target's) or ``"any"``.
+      needs: what `fit` looks at.
+      fit: ``(pair) -> LinkState`` for one pair of stages (`tvjax.transport.pair.Pair`).
       transform: ``(part, flat task vector) -> flat task vector``.
       same_shapes: whether source and target leaf must have one shape.
     """
 
     name: str
-    space: Literal["bridge", "target", "any"]
-    reads: Reads
-    fit: Callable[[Any], Part]
-    transform: Callable[[Part, Flat], Flat]
+    space: Literal["source_to_target", "target", "any"]
+    needs: Needs
+    fit: Callable[[Any], LinkState]
+    transform: Callable[[LinkState, Flat], Flat]
     same_shapes: bool = False
 
 
@@ -206,7 +206,7 @@ class Transport(NamedTuple):
     @property
     def needs_gradients(self) -> bool:
         """Whether fitting needs labels and a loss."""
-        return any(link.reads.gradients for link in self.links)
+        return any(link.needs.gradients for link in self.links)
 
     def apply(self, state: State, tau: PyTree) -> PyTree:
         """The task vector in the target's parameters.
@@ -252,14 +252,14 @@ def chain(*transports: Transport) -> Transport:
         raise ValueError("chain() needs at least one transport; identity() is the one that does nothing")
     in_target: str | None = None
     for link in links:
-        if link.space == "bridge" and in_target is not None:
+        if link.space == "source_to_target" and in_target is not None:
             raise ValueError(
                 f"{link.name} takes task vectors of the source model, but after {in_target} they are the target's: "
                 f"put {link.name} first"
             )
         if link.space != "any":
             in_target = link.name
-    names = [link.name for link in links if link.reads != Reads(source=False)]
+    names = [link.name for link in links if link.needs != Needs(source=False)]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"{name} stands twice in one chain: its second pass would be fitted like the first")
@@ -269,20 +269,20 @@ def chain(*transports: Transport) -> Transport:
 def scale_by(factor: float | jax.Array) -> Transport:
     """Multiplies the task vector by a number."""
 
-    def transform(part: Part, flat: Flat) -> Flat:
+    def transform(part: LinkState, flat: Flat) -> Flat:
         return {path: leaf * jnp.asarray(factor, jnp.float32) for path, leaf in flat.items()}
 
     fit = partial(_nothing_to_fit, "scale_by", "scaled")
-    return Transport((Link("scale_by", "any", Reads(source=False), fit, transform),))
+    return Transport((Link("scale_by", "any", Needs(source=False), fit, transform),))
 
 
 def identity() -> Transport:
     """Leaves the task vector as it is: naive addition, the baseline of every table. Same shapes on both sides."""
     fit = partial(_nothing_to_fit, "identity", "passed through")
-    return Transport((Link("identity", "any", Reads(source=False), fit, lambda part, flat: flat),))
+    return Transport((Link("identity", "any", Needs(source=False), fit, lambda part, flat: flat),))
 
 
-def _nothing_to_fit(name: str, action: str, pair: Any) -> Part:
+def _nothing_to_fit(name: str, action: str, pair: Any) -> LinkState:
     rules = []
     for leaf in pair.leaves:
         if pair.moved:  # by an earlier link, into the target's parameters
@@ -291,7 +291,7 @@ def _nothing_to_fit(name: str, action: str, pair: Any) -> Part:
             rules.append(Rule(leaf.target, leaf.source, action, leaf.shape, leaf.source_shape))
         else:
             rules.append(Rule(leaf.target, "", "unmatched", leaf.shape, (), why="the source has no such leaf"))
-    return Part(name, {}, {}, tuple(rules))
+    return LinkState(name, {}, {}, tuple(rules))
 
 
 def make_options(name: str, kind: type[OptionsT], options: Mapping[str, Any]) -> OptionsT:

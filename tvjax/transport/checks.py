@@ -66,7 +66,7 @@ def check_models(transport: Transport, source: Model, target: Model) -> None:
     for model in (source, target):
         tree.check_arrays(model.params)
     if transport.needs_gradients:
-        reads_source = any(link.reads.gradients and link.reads.source for link in transport.links)
+        reads_source = any(link.needs.gradients and link.needs.source for link in transport.links)
         for name, model in (("source", source), ("target", target)):
             if not model.has_loss and (name == "target" or reads_source):
                 raise ValueError(
@@ -78,7 +78,9 @@ def check_models(transport: Transport, source: Model, target: Model) -> None:
             {path: tuple(jnp.shape(leaf)) for path, leaf in tree.flatten(model.params).items()}
             for model in (source, target)
         ]
-        repeats = first is not None and first.space == "bridge"  # its layers may be paired, where the depths differ
+        repeats = (
+            first is not None and first.space == "source_to_target"
+        )  # its layers may be paired, where the depths differ
         for path in {**shapes[1], **shapes[0]}:
             found = [s.get(path) for s in shapes]
             if found[0] == found[1] or (repeats and None in found):

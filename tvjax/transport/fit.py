@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from tvjax import tree
 from tvjax.align import tokens as token_alignment
 from tvjax.finite import check_finite
+from tvjax.renamed import renamed_arguments
 from tvjax.stages import Batch, Model
-from tvjax.transport.base import Flat, Part, State, Transport, check_leaves
+from tvjax.transport.base import Flat, LinkState, State, Transport, check_leaves
 from tvjax.transport.checks import check_batches, check_common_leaves, check_models, check_stages, views_of
 from tvjax.transport.pair import Pair
 from tvjax.transport.pairing import pair_stages
@@ -28,16 +29,17 @@ Batches = Iterable[Batch | tuple[Batch, Batch]]
 Progress = Callable[[int, int, str], None]
 
 
-class PartStore(Protocol):
+class StateCache(Protocol):
     """Where the fitted parts of stages are kept, so that a run that was interrupted goes on."""
 
-    def load(self, stage: str) -> tuple[Part, ...] | None:
+    def load(self, stage: str) -> tuple[LinkState, ...] | None:
         """The parts of a stage of the target, one for each link; None where they are not kept."""
 
-    def save(self, stage: str, parts: tuple[Part, ...]) -> None:
+    def save(self, stage: str, parts: tuple[LinkState, ...]) -> None:
         """Keeps the parts of a stage."""
 
 
+@renamed_arguments(check="check_gradients", host="offload", store="cache")
 def fit(
     transport: Transport,
     source: Model,
@@ -46,11 +48,11 @@ def fit(
     *,
     depth: str | Sequence[int] | Mapping[str, str | Sequence[int]] = "uniform",
     tokens: token_alignment.Mode = "interpolate",
-    check: bool = False,
-    host: bool = False,
+    check_gradients: bool = False,
+    offload: bool = False,
     task: str = "",
     progress: Progress | None = None,
-    store: PartStore | None = None,
+    cache: StateCache | None = None,
 ) -> State:
     """Fits a transport on a pair of models.
 
@@ -66,11 +68,11 @@ def fit(
         groups to these.
       tokens: how rows are matched where the models see different tokens: ``"interpolate"``, ``"class_token"`` or
         ``"mean"``.
-      check: verify the gradient identity once for each kind of target stage before fitting.
-      host: keep residual streams in host memory.
+      check_gradients: verify the gradient identity once for each kind of target stage before fitting.
+      offload: keep residual streams in host memory.
       task: name of the task whose labels are used; noted in the state.
       progress: called with (stages done, stages in all, name of the stage).
-      store: keeps what is fitted, stage by stage, and gives it back to a later run
+      cache: keeps what is fitted, stage by stage, and gives it back to a later run
         (`tvjax.checkpoints.TransportStore`).
 
     Returns:
@@ -80,14 +82,15 @@ def fit(
       ValueError: models that cannot be matched, missing labels or loss, no rows, parameters, inputs or gradients of the
         loss that are not finite; the message names what and where.
     """
-    parts: tuple[Part, ...] | None = None
-    stream = Fitting(transport, source, target, batches, depth, tokens, check, host, task, progress, store)
+    parts: tuple[LinkState, ...] | None = None
+    stream = Fitting(transport, source, target, batches, depth, tokens, check_gradients, offload, task, progress, cache)
     for _, found in stream:
         parts = found if parts is None else tuple(a.merge(b) for a, b in zip(parts, found, strict=True))
     assert parts is not None
     return stream.state(parts, stream.notes(parts))
 
 
+@renamed_arguments(check="check_gradients", host="offload")
 def transport_stages(
     transport: Transport,
     source: Model,
@@ -97,8 +100,8 @@ def transport_stages(
     *,
     depth: str | Sequence[int] | Mapping[str, str | Sequence[int]] = "uniform",
     tokens: token_alignment.Mode = "interpolate",
-    check: bool = False,
-    host: bool = False,
+    check_gradients: bool = False,
+    offload: bool = False,
     task: str = "",
     progress: Progress | None = None,
 ) -> list[PyTree]:
@@ -114,8 +117,8 @@ def transport_stages(
       taus: task vectors of the source.
       depth: as in `fit`.
       tokens: as in `fit`.
-      check: as in `fit`.
-      host: as in `fit`.
+      check_gradients: as in `fit`.
+      offload: as in `fit`.
       task: as in `fit`.
       progress: as in `fit`.
 
@@ -130,7 +133,7 @@ def transport_stages(
     for number, tau in enumerate(taus):
         check_leaves(tau, shapes)
         check_finite(tau, f"task vector {number}")
-    stream = Fitting(transport, source, target, batches, depth, tokens, check, host, task, progress)
+    stream = Fitting(transport, source, target, batches, depth, tokens, check_gradients, offload, task, progress)
     flats = [{path: jnp.asarray(leaf, jnp.float32) for path, leaf in tree.flatten(tau).items()} for tau in taus]
     moved: list[Flat] = [{} for _ in taus]
     for pair, found in stream:
@@ -159,14 +162,15 @@ class Fitting:
         batches: Any,
         depth: Any,
         tokens: token_alignment.Mode,
-        check: bool = False,
-        host: bool = False,
+        check_gradients: bool = False,
+        offload: bool = False,
         task: str = "",
         progress: Progress | None = None,
-        store: PartStore | None = None,
+        cache: StateCache | None = None,
     ):
         self.transport, self.source, self.target = transport, source, target
-        self.tokens, self.check, self.task, self.progress, self.store = tokens, check, task, progress, store
+        self.tokens, self.check_gradients, self.task = tokens, check_gradients, task
+        self.progress, self.cache = progress, cache
         self.depth = depth
         if tokens not in get_args(token_alignment.Mode):
             raise ValueError(f"tokens must be one of {get_args(token_alignment.Mode)}, found {tokens!r}")
@@ -178,12 +182,12 @@ class Fitting:
             if unknown:
                 raise ValueError(f"calibration batches are given for {unknown}, which are no links of {transport.name}")
         self._known: dict[int, tuple[Any, tuple[Walk, Walk]]] = {}  # links that share batches share their walks
-        self.walks = [self._walks(link.name, link.reads, batches, host) for link in transport.links]
+        self.walks = [self._walks(link.name, link.needs, batches, offload) for link in transport.links]
         walks = next((w for w in self.walks if w is not None), None)
         self.pairing = pair_stages(source, target, depth, walks, tokens)
         check_common_leaves(source, target, self.pairing)
 
-    def _walks(self, name: str, reads: Any, batches: Any, host: bool) -> tuple[Walk, Walk] | None:
+    def _walks(self, name: str, reads: Any, batches: Any, offload: bool) -> tuple[Walk, Walk] | None:
         if not reads.activations and not reads.gradients:
             return None
         if isinstance(batches, Mapping):
@@ -196,7 +200,7 @@ class Fitting:
             views = [views_of(batch) for batch in batches]
             check_batches(name, views)
             source, target = (
-                Walk(model, [view[side] for view in views], host)
+                Walk(model, [view[side] for view in views], offload)
                 for side, model in enumerate((self.source, self.target))
             )
             known[key] = batches, (source, target)
@@ -205,9 +209,9 @@ class Fitting:
             raise ValueError(f"{name} reads gradients, so its calibration batches need labels: Batch(inputs, labels)")
         return walks
 
-    def __iter__(self) -> Iterator[tuple[Pair, tuple[Part, ...]]]:
+    def __iter__(self) -> Iterator[tuple[Pair, tuple[LinkState, ...]]]:
         read = next((walks for walks in self.walks if walks is not None), None)
-        if self.check and read is not None:
+        if self.check_gradients and read is not None:
             check_stages(read[1])
         order = list(enumerate(self.pairing))
         if self.transport.needs_gradients:
@@ -220,14 +224,14 @@ class Fitting:
             for link, walks, board in zip(self.transport.links, self.walks, boards, strict=True):
                 a, b = walks or bare
                 pairs.append(Pair(a, source_index, b, target_index, self.tokens, board, moved, self.depth))
-                moved = moved or link.space == "bridge"
+                moved = moved or link.space == "source_to_target"
             stage = pairs[0].name
-            parts = None if self.store is None else self.store.load(stage)
+            parts = None if self.cache is None else self.cache.load(stage)
             if parts is None:
                 parts = tuple(link.fit(pair) for link, pair in zip(self.transport.links, pairs, strict=True))
                 waiting = any(any(board.values()) for board in boards)  # a later stage needs what this one left
-                if self.store is not None and not waiting:
-                    self.store.save(stage, parts)
+                if self.cache is not None and not waiting:
+                    self.cache.save(stage, parts)
             if self.progress is not None:
                 self.progress(done + 1, len(order), stage)
             yield pairs[0], parts
@@ -237,11 +241,11 @@ class Fitting:
     def _release(self, rest: list[tuple[int, int]]) -> None:
         """Forgets the residual streams that the rest of the pairs, (target, source), does not need."""
         needed = [source for _, source in rest], [target for target, _ in rest]
-        reads = [(link.reads, walks) for link, walks in zip(self.transport.links, self.walks, strict=True) if walks]
-        for link_reads, (source, target) in reads:  # two links may share one walk: all ask before one forgets
-            if link_reads.gradients:
+        reads = [(link.needs, walks) for link, walks in zip(self.transport.links, self.walks, strict=True) if walks]
+        for link_needs, (source, target) in reads:  # two links may share one walk: all ask before one forgets
+            if link_needs.gradients:
                 target.cotangents(max(needed[1]))
-            if link_reads.gradients and link_reads.source:
+            if link_needs.gradients and link_needs.source:
                 source.cotangents(max(needed[0]))
         for _, walks in reads:
             for walk, stages in zip(walks, needed, strict=True):
@@ -250,7 +254,7 @@ class Fitting:
                 else:
                     walk.release_before(min(stages))
 
-    def notes(self, parts: tuple[Part, ...]) -> tuple[str, ...]:
+    def notes(self, parts: tuple[LinkState, ...]) -> tuple[str, ...]:
         """What the user should know of these parts."""
         notes = []
         for part in parts:
@@ -269,7 +273,7 @@ class Fitting:
             notes.append(f"fitted with the labels of {self.task}: for another task, fit again")
         return tuple(notes)
 
-    def state(self, parts: tuple[Part, ...], notes: tuple[str, ...]) -> State:
+    def state(self, parts: tuple[LinkState, ...], notes: tuple[str, ...]) -> State:
         """The state that these parts make."""
         paths, sources = (tuple(tree.flatten(model.params)) for model in (self.target, self.source))
         return State(parts, jax.tree.structure(self.target.params), paths, sources, notes)

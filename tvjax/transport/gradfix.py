@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from tvjax.per_example import ExampleGradients
-from tvjax.transport.base import Flat, Link, Part, Reads, Rule, Transport, make_options
+from tvjax.transport.base import Flat, Link, LinkState, Needs, Rule, Transport, make_options
 
 if TYPE_CHECKING:
     from tvjax.transport.pair import Pair
@@ -72,7 +72,7 @@ def gradfix(**options: Any) -> Transport:
         raise ValueError(f"noise_floor must lie in [0, 1), found {masking.noise_floor}")
     if masking.chunk < 1:
         raise ValueError(f"chunk must be 1 or more, found {masking.chunk}")
-    reads = Reads(gradients=True, source=False)
+    reads = Needs(gradients=True, source=False)
     transform = partial(_transform, masking)
     return Transport((Link("gradfix", "target", reads, partial(_fit, masking), transform, same_shapes=True),))
 
@@ -121,7 +121,7 @@ class _Vote:
         return hash(self.settings)
 
 
-def _fit(masking: Masking, pair: Pair) -> Part:
+def _fit(masking: Masking, pair: Pair) -> LinkState:
     if "votes" not in pair.board:
         vote = _Vote(masking.vote, masking.noise_floor)
         pair.board["votes"] = ExampleGradients(pair.target, vote, masking.chunk)
@@ -141,10 +141,10 @@ def _fit(masking: Masking, pair: Pair) -> Part:
         narrow = masking.vote == "majority" and voters < 128
         arrays[leaf.target] = votes.astype(jnp.int8) if narrow else votes.astype(jnp.float32)
         measures[leaf.target] = {"ties": jnp.mean(votes == 0, dtype=jnp.float32), "voters": jnp.float32(voters)}
-    return Part("gradfix", arrays, measures, tuple(rules))
+    return LinkState("gradfix", arrays, measures, tuple(rules))
 
 
-def _transform(masking: Masking, part: Part, flat: Flat) -> Flat:
+def _transform(masking: Masking, part: LinkState, flat: Flat) -> Flat:
     rules = {rule.target: rule for rule in part.rules}
     moved = {}
     for path, leaf in flat.items():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
 
-from tvjax.transport.base import Flat, Link, Part, Reads, Rule, Transport, make_options
+from tvjax.transport.base import Flat, Link, LinkState, Needs, Rule, Transport, make_options
 
 if TYPE_CHECKING:
     from tvjax.transport.pair import Pair
@@ -41,11 +41,11 @@ def orthogonal_shift(**options: Any) -> Transport:
     'orthogonal_shift'
     """
     beta = make_options("orthogonal_shift", Options, options).beta
-    link = Link("orthogonal_shift", "bridge", Reads(), _fit, partial(_transform, beta), same_shapes=True)
+    link = Link("orthogonal_shift", "source_to_target", Needs(), _fit, partial(_transform, beta), same_shapes=True)
     return Transport((link,))
 
 
-def _fit(pair: Pair) -> Part:
+def _fit(pair: Pair) -> LinkState:
     shifts, rules = {}, []
     for leaf in pair.leaves:
         rule = Rule(leaf.target, leaf.source or "", "shifted", leaf.shape, leaf.source_shape)
@@ -56,10 +56,10 @@ def _fit(pair: Pair) -> Part:
         shifts[leaf.target] = pair.target_leaves[leaf.local].astype(jnp.float32) - pair.source_leaves[
             leaf.local
         ].astype(jnp.float32)
-    return Part("orthogonal_shift", shifts, {}, tuple(rules))
+    return LinkState("orthogonal_shift", shifts, {}, tuple(rules))
 
 
-def _transform(beta: float, part: Part, flat: Flat) -> Flat:
+def _transform(beta: float, part: LinkState, flat: Flat) -> Flat:
     moved = {}
     for rule in part.rules:
         if rule.source not in flat:

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from tvjax import tree
 from tvjax.align.permutations import Match, Progress, Symmetry, axes, match_weights, permutation_names, permute
-from tvjax.transport.base import Flat, Link, Part, Reads, Rule, Transport
+from tvjax.transport.base import Flat, Link, LinkState, Needs, Rule, Transport
 
 if TYPE_CHECKING:
     from tvjax.transport.pair import Pair
@@ -48,11 +48,11 @@ def transfusion(symmetry: Symmetry, *, key: Array, progress: Progress | None = N
     Source: Rinaldi et al., ICML 2025, arXiv 2505.22697; `match_weights` says where we deviate.
     """
     fit = partial(_fit, symmetry, key, progress)
-    link = Link("transfusion", "bridge", Reads(), fit, partial(_transform, symmetry), same_shapes=True)
+    link = Link("transfusion", "source_to_target", Needs(), fit, partial(_transform, symmetry), same_shapes=True)
     return Transport((link,))
 
 
-def _fit(symmetry: Symmetry, key: Array, progress: Progress | None, pair: Pair) -> Part:
+def _fit(symmetry: Symmetry, key: Array, progress: Progress | None, pair: Pair) -> LinkState:
     for leaf in pair.leaves:
         if leaf.source != leaf.target:
             raise ValueError(
@@ -78,9 +78,9 @@ def _fit(symmetry: Symmetry, key: Array, progress: Progress | None, pair: Pair) 
         rules.append(rule)
         after = permute(symmetry, match.permutations, {leaf.target: before})[leaf.target]
         measures[leaf.target] = {"cosine": tree.cosine(after, target), "cosine_before": tree.cosine(before, target)}
-    return Part("transfusion", arrays, measures, tuple(rules))
+    return LinkState("transfusion", arrays, measures, tuple(rules))
 
 
-def _transform(symmetry: Symmetry, part: Part, flat: Flat) -> Flat:
+def _transform(symmetry: Symmetry, part: LinkState, flat: Flat) -> Flat:
     covered = {rule.target: flat[rule.source] for rule in part.rules if rule.source in flat}
     return permute(symmetry, part.arrays, covered)

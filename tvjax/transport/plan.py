@@ -17,7 +17,7 @@ from tvjax import tree
 from tvjax.align import tokens as token_alignment
 from tvjax.capture import SiteTable
 from tvjax.stages import Model, local_params, owner_paths
-from tvjax.transport.base import MapInfo, Part, State, Transport
+from tvjax.transport.base import LinkState, MapInfo, State, Transport
 from tvjax.transport.fit import Batches, Fitting
 from tvjax.transport.leaf_report import LeafReport, leaf_report
 from tvjax.transport.pair import Pair, owner_of_leaves
@@ -93,7 +93,7 @@ def plan(
     ([('w', 'rotated')], [(3, 5), (3, 5)])
     """
     notes: tuple[str, ...] = ()
-    if any(link.reads.activations or link.reads.gradients for link in transport.links):
+    if any(link.needs.activations or link.needs.gradients for link in transport.links):
         planned = _without_activations(depth)
         notes = (
             () if planned == depth else ("source layers are paired by cka when they have been run; shown is uniform",)
@@ -105,8 +105,8 @@ def plan(
     def traced(source: Model, target: Model, batches: Any) -> State:
         nonlocal streams
         work = Fitting(transport, source, target, batches, depth, tokens)
-        work.store = _OncePerKind(work)
-        parts: tuple[Part, ...] | None = None
+        work.cache = _OncePerKind(work)
+        parts: tuple[LinkState, ...] | None = None
         walks = next(filter(None, work.walks), None)
         for pair, found in work:
             stages[pair.name] = _planned_stage(transport, pair, walks, found)
@@ -142,9 +142,9 @@ class _OncePerKind:
         partners = [work.source.stages[index] for index in work.pairing]
         self.pairs = {b.name: (a, b) for a, b in zip(partners, work.target.stages, strict=True)}
         self.owner = owner_of_leaves(work.target)
-        self.known: dict[Any, tuple[str, tuple[Part, ...]]] = {}
+        self.known: dict[Any, tuple[str, tuple[LinkState, ...]]] = {}
 
-    def load(self, stage: str) -> tuple[Part, ...] | None:
+    def load(self, stage: str) -> tuple[LinkState, ...] | None:
         """The parts of a stage of a known kind."""
         if (kind := self._kind(stage)) not in self.known:
             return None
@@ -157,10 +157,10 @@ class _OncePerKind:
         for link, part in zip(self.links, parts, strict=True):
             inputs = targets if moved or link.space == "target" else sources
             renamed.append(_renamed(part, f"{like}:", f"{stage}:", inputs, targets))
-            moved = moved or link.space == "bridge"
+            moved = moved or link.space == "source_to_target"
         return tuple(renamed)
 
-    def save(self, stage: str, parts: tuple[Part, ...]) -> None:
+    def save(self, stage: str, parts: tuple[LinkState, ...]) -> None:
         """Keeps the parts of the first stage of a kind."""
         self.known[self._kind(stage)] = stage, parts
 
@@ -178,7 +178,7 @@ class _OncePerKind:
         return functions, shapes, owned
 
 
-def _renamed(part: Part, like: str, stage: str, sources: dict[str, str], targets: dict[str, str]) -> Part:
+def _renamed(part: LinkState, like: str, stage: str, sources: dict[str, str], targets: dict[str, str]) -> LinkState:
     """A part under the names of another stage: maps begin with its name, masks are called by its leaves."""
 
     def name(old: str) -> str:
@@ -195,11 +195,11 @@ def _renamed(part: Part, like: str, stage: str, sources: dict[str, str], targets
         for rule in part.rules
     ]
     maps = tuple(info._replace(name=name(info.name)) for info in part.maps)
-    return Part(part.link, {name(old): array for old, array in part.arrays.items()}, {}, tuple(rules), maps)
+    return LinkState(part.link, {name(old): array for old, array in part.arrays.items()}, {}, tuple(rules), maps)
 
 
 def _planned_stage(
-    transport: Transport, pair: Pair, walks: tuple[Walk, Walk] | None, parts: Sequence[Part]
+    transport: Transport, pair: Pair, walks: tuple[Walk, Walk] | None, parts: Sequence[LinkState]
 ) -> PlannedStage:
     partner = pair.source.model.stages[pair.source_index].name
     if walks is None:

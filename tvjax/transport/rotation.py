@@ -26,15 +26,15 @@ import jax.numpy as jnp
 
 from tvjax.align import moments as mm
 from tvjax.align import procrustes, tokens
-from tvjax.align.procrustes import Rotation
+from tvjax.align.procrustes import OrthogonalMap
 from tvjax.align.products import product, wide
 from tvjax.align.rows import RowAxes, alignment, arranged, check_streams, on_tokens, padding_mask, row_axes
 from tvjax.capture import Captured, Site, SiteTable
 from tvjax.capture.axes import PART
 from tvjax.capture.views import apply_view, restore_view
-from tvjax.transport.base import Flat, Link, MapInfo, Part, Piece, Reads, Transport, register_state
-from tvjax.transport.maps import Map, SitePair, maps_and_rules
-from tvjax.transport.statistics import Options, Statistics, matmul, per_layer
+from tvjax.transport.base import Flat, LeafUse, Link, LinkState, MapInfo, Needs, Transport, register_state
+from tvjax.transport.rules import Map, SitePair, maps_and_rules
+from tvjax.transport.statistics import MomentAccumulator, Options, matmul, per_layer
 
 if TYPE_CHECKING:
     from tvjax.transport.pair import Pair
@@ -64,22 +64,22 @@ def rotation(name: str, inputs: str, outputs: str, options: Options) -> Transpor
         raise ValueError(
             "dtype='float64' needs JAX with 64 bits: set jax_enable_x64 (JAX_ENABLE_X64=1 in the environment) first"
         )
-    reads = Reads(activations=True, gradients="gradient" in inputs + outputs)
+    reads = Needs(activations=True, gradients="gradient" in inputs + outputs)
     fit = partial(_fit, name, inputs, outputs, options)
-    return Transport((Link(name, "bridge", reads, fit, partial(_transform, options)),))
+    return Transport((Link(name, "source_to_target", reads, fit, partial(_transform, options)),))
 
 
-register_state(Rotation)
+register_state(OrthogonalMap)
 
 # -- fitting --------------------------------------------------------------------------------------------------------
 
 
-def _fit(name: str, inputs: str, outputs: str, options: Options, pair: Pair) -> Part:
+def _fit(name: str, inputs: str, outputs: str, options: Options, pair: Pair) -> LinkState:
     for stage, sites_of_stage in zip(pair.stages, (pair.source_table, pair.target_table), strict=True):
         check_streams(stage, sites_of_stage)
     table, rules = maps_and_rules(inputs, outputs, options, pair)
     observed = [found for found in table.maps.values() if not found.linear]
-    statistics = {found.name: Statistics(options) for found in observed}
+    statistics = {found.name: MomentAccumulator(options) for found in observed}
     names = [_names(observed, model) for model in (0, 1)]
     for batch in range(pair.batches):
         seen = (
@@ -89,7 +89,7 @@ def _fit(name: str, inputs: str, outputs: str, options: Options, pair: Pair) -> 
         for found in observed:
             for sites in found.sites:
                 statistics[found.name].add(*_aligned_rows(pair, batch, found.side, sites, seen))
-    arrays: dict[str, Rotation] = {}
+    arrays: dict[str, OrthogonalMap] = {}
     measures: dict[str, dict[str, jax.Array]] = {}
     infos = []
     for found in table.maps.values():
@@ -109,7 +109,7 @@ def _fit(name: str, inputs: str, outputs: str, options: Options, pair: Pair) -> 
         measures[found.name] = {"rank": arrays[found.name].rank, "residual": residual, "rows": rows.count()}
         infos.append(_info(found, arrays[found.name], rows.seen, pair))
     used = {name for rule in rules for piece in rule.pieces for name in (piece.inner, piece.outer)}
-    return Part(
+    return LinkState(
         name,
         {key: value for key, value in arrays.items() if key in used},
         {key: value for key, value in measures.items() if key in used},
@@ -118,7 +118,7 @@ def _fit(name: str, inputs: str, outputs: str, options: Options, pair: Pair) -> 
     )
 
 
-def _info(found: Map, rotation: Rotation, rows: int, pair: Pair) -> MapInfo:
+def _info(found: Map, rotation: OrthogonalMap, rows: int, pair: Pair) -> MapInfo:
     """What shapes tell of a map."""
     site_a, site_b = found.sites[0]
     of_image = found.side == "input" and site_b.kind == "conv"
@@ -204,7 +204,7 @@ def _rows_of(
 # -- applying -------------------------------------------------------------------------------------------------------
 
 
-def _transform(options: Options, part: Part, flat: Flat) -> Flat:
+def _transform(options: Options, part: LinkState, flat: Flat) -> Flat:
     moved: Flat = {}
     covered = all(rule.source in flat for rule in part.rules if rule.source)
     for rule in part.rules:
@@ -228,7 +228,7 @@ def _transform(options: Options, part: Part, flat: Flat) -> Flat:
 
 
 def _rotate(
-    piece: Piece, maps: dict[str, Rotation], leaf: jax.Array, shape: tuple[int, ...], options: Options
+    piece: LeafUse, maps: dict[str, OrthogonalMap], leaf: jax.Array, shape: tuple[int, ...], options: Options
 ) -> jax.Array:
     if piece.kind == "positions":
         table = leaf.reshape(-1, leaf.shape[-1])
@@ -253,7 +253,7 @@ def _rotate(
     return restore_view(piece.target_view, value, shape)
 
 
-def _rotate_inputs(taps: int, inner: Rotation, kernel: jax.Array) -> jax.Array:
+def _rotate_inputs(taps: int, inner: OrthogonalMap, kernel: jax.Array) -> jax.Array:
     """``R_in^T K`` at every tap of a kernel ``[channels * taps, d_out]``."""
     if taps == 1:
         return procrustes.apply_left(inner, kernel)
@@ -261,7 +261,9 @@ def _rotate_inputs(taps: int, inner: Rotation, kernel: jax.Array) -> jax.Array:
     return moved.reshape(-1, kernel.shape[-1])
 
 
-def _rotate_blocks(piece: Piece, inner: Rotation | None, outer: Rotation | None, kernel: jax.Array) -> jax.Array:
+def _rotate_blocks(
+    piece: LeafUse, inner: OrthogonalMap | None, outer: OrthogonalMap | None, kernel: jax.Array
+) -> jax.Array:
     """The diagonal blocks of ``R_in^T diag(K_1, .., K_G) R_out``, ``[groups, channels * taps, d_out]``.
 
     ``K'_b = sum_a R_in[a, b]^T K_a R_out[a, b]``; with blocks of one entry this is the rule of a scale.
@@ -277,5 +279,5 @@ def _rotate_blocks(piece: Piece, inner: Rotation | None, outer: Rotation | None,
     return moved.reshape(groups_b, -1, moved.shape[-1])
 
 
-def _rotate_scale(inner: Rotation, outer: Rotation, scale: jax.Array) -> jax.Array:
+def _rotate_scale(inner: OrthogonalMap, outer: OrthogonalMap, scale: jax.Array) -> jax.Array:
     return matmul((procrustes.matrix(inner) * procrustes.matrix(outer)).T, scale)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from tvjax.align import moments as mm
 from tvjax.align import procrustes
-from tvjax.align.procrustes import Rotation
+from tvjax.align.procrustes import OrthogonalMap
 from tvjax.align.products import product
 
 SAMPLE = 256  # rows on which the residual of a map is measured
@@ -60,7 +60,7 @@ class Options(NamedTuple):
     rescale: bool = False
 
 
-class Statistics:
+class MomentAccumulator:
     """The rows of one task, kept while they are fewer than the dimensions, then summed into moments."""
 
     def __init__(self, options: Options):
@@ -107,14 +107,14 @@ class Statistics:
             a, b = (x - jnp.sum(x * weights, -2, keepdims=True) / jnp.maximum(weights.sum(), 1) for x in (a, b))
         return a * weights, b * weights, a.ndim - 2
 
-    def solve(self) -> Rotation:
+    def solve(self) -> OrthogonalMap:
         """The map between the rows."""
         if self.moments is None:
             a, b, layers = self._kept_rows()
             return per_layer(layers, partial(_solve_rows, self.options))(a, b)
         return per_layer(self.moments.count.ndim, partial(_solve, self.options))(self.moments)
 
-    def solve_outputs(self, factor_a: jax.Array, factor_b: jax.Array) -> Rotation:
+    def solve_outputs(self, factor_a: jax.Array, factor_b: jax.Array) -> OrthogonalMap:
         """The map between the outputs ``[x, 1] @ factor.T`` of linear layers that read the rows."""
         if self.moments is None:
             a, b, layers = self._kept_rows()
@@ -128,7 +128,7 @@ class Statistics:
             return per_layer(layers, solve)(self.moments, core, factor_a, factor_b)
         return per_layer(layers, partial(_solve_outputs, self.options))(factor_a, core, factor_b)
 
-    def residual(self, found: Rotation, factors: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
+    def residual(self, found: OrthogonalMap, factors: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
         """``||H_A R - H_B|| / ||H_B||`` on a sample of the rows (of the outputs, where factors are given)."""
         assert self.sample is not None
         a, b, weights = self.sample
@@ -140,7 +140,9 @@ def _update(moments: Any, a: jax.Array, b: jax.Array, weights: jax.Array) -> Any
 
 
 @partial(jax.jit, static_argnames="center")
-def _residual(a: jax.Array, b: jax.Array, weights: jax.Array, found: Rotation, factors: Any, center: bool) -> jax.Array:
+def _residual(
+    a: jax.Array, b: jax.Array, weights: jax.Array, found: OrthogonalMap, factors: Any, center: bool
+) -> jax.Array:
     if factors is not None:
         a = matmul(_append(a, 1.0), jnp.swapaxes(factors[0], -1, -2))
         b = matmul(_append(b, 1.0), jnp.swapaxes(factors[1], -1, -2))
@@ -153,7 +155,7 @@ def _residual(a: jax.Array, b: jax.Array, weights: jax.Array, found: Rotation, f
 
 
 @partial(jax.jit, static_argnums=0)
-def _solve(options: Options, moments: Any) -> Rotation:
+def _solve(options: Options, moments: Any) -> OrthogonalMap:
     cross = mm.cross(moments, options.center)
     if options.whiten:
         cross = procrustes.whiten(cross, *mm.grams(moments, options.center), options.whiten, options.whiten_floor)
@@ -161,7 +163,7 @@ def _solve(options: Options, moments: Any) -> Rotation:
 
 
 @partial(jax.jit, static_argnums=0)
-def _solve_rows(options: Options, a: jax.Array, b: jax.Array) -> Rotation:
+def _solve_rows(options: Options, a: jax.Array, b: jax.Array) -> OrthogonalMap:
     if a.shape[0] >= min(a.shape[1], b.shape[1]):
         return _polar(options, product(a.T, b))
     return _polar_of_product(options, a.T, None, b.T)
@@ -170,28 +172,30 @@ def _solve_rows(options: Options, a: jax.Array, b: jax.Array) -> Rotation:
 @partial(jax.jit, static_argnums=0)
 def _solve_output_rows(
     options: Options, ones: jax.Array, a: jax.Array, b: jax.Array, factor_a: jax.Array, factor_b: jax.Array
-) -> Rotation:
+) -> OrthogonalMap:
     return _solve_rows(options, product(_append(a, ones), factor_a.T), product(_append(b, ones), factor_b.T))
 
 
 @partial(jax.jit, static_argnums=0)
-def _solve_outputs(options: Options, p: jax.Array, core: jax.Array, q: jax.Array) -> Rotation:
+def _solve_outputs(options: Options, p: jax.Array, core: jax.Array, q: jax.Array) -> OrthogonalMap:
     return _polar_of_product(options, p, core, q)
 
 
 @partial(jax.jit, static_argnums=0)
-def _solve_whitened_outputs(options: Options, moments: Any, core: jax.Array, p: jax.Array, q: jax.Array) -> Rotation:
+def _solve_whitened_outputs(
+    options: Options, moments: Any, core: jax.Array, p: jax.Array, q: jax.Array
+) -> OrthogonalMap:
     cross = product(product(p, core), q.T)
     gram_a, gram_b = mm.augmented_grams(moments, options.center)
     outputs = [product(product(factor, gram), factor.T) for factor, gram in ((p, gram_a), (q, gram_b))]
     return _polar(options, procrustes.whiten(cross, *outputs, options.whiten, options.whiten_floor))
 
 
-def _polar(options: Options, moment: jax.Array) -> Rotation:
+def _polar(options: Options, moment: jax.Array) -> OrthogonalMap:
     return _stored(procrustes.polar(moment, **_settings(options)))
 
 
-def _polar_of_product(options: Options, p: jax.Array, core: jax.Array | None, q: jax.Array) -> Rotation:
+def _polar_of_product(options: Options, p: jax.Array, core: jax.Array | None, q: jax.Array) -> OrthogonalMap:
     return _stored(procrustes.polar_of_product(p, core, q, **_settings(options)))
 
 
@@ -199,7 +203,7 @@ def _settings(options: Options) -> dict[str, Any]:
     return {name: getattr(options, name) for name in ("complete", "rank_tolerance", "rank", "method")}
 
 
-def _stored(found: Rotation) -> Rotation:
+def _stored(found: OrthogonalMap) -> OrthogonalMap:
     return found._replace(left=found.left.astype(jnp.float32), right=found.right.astype(jnp.float32))
 
 

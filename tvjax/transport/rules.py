@@ -9,7 +9,7 @@ from tvjax.align.rows import mismatch, row_axes, stream_of
 from tvjax.capture import Site
 from tvjax.capture.axes import NEW
 from tvjax.capture.views import View, is_slice, shape_after
-from tvjax.transport.base import Piece, Rule
+from tvjax.transport.base import LeafUse, Rule
 from tvjax.transport.statistics import Options
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _rule(leaf: Leaf, inputs: str, outputs: str, options: Options, pair: Pair, t
         elif site_b.kind == "scale" and options.scale_rule == "diagonal":
             inner = table.request("input", group)
         groups = (site_a.groups, site_b.groups) if site_a.groups and site_b.groups else None
-        pieces.append(Piece(site_b.kind, site_a.view, site_b.view, inner, outer, groups, site_b.taps))
+        pieces.append(LeafUse(site_b.kind, site_a.view, site_b.view, inner, outer, groups, site_b.taps))
     why = "its outputs have a meaning of their own" if pieces[0].outer is None else ""
     return rule._replace(pieces=tuple(pieces), why=why)
 
@@ -144,9 +144,9 @@ def _embedding_rule(
         site_a, site_b = sites[0]
         if site_a.d_in != site_b.d_in or site_a.taps != site_b.taps:
             return zeroed._replace(why="patch sizes differ")
-        piece = Piece("conv", site_a.view, site_b.view, None, table.request(outputs, (sites[0],)), None, site_b.taps)
+        piece = LeafUse("conv", site_a.view, site_b.view, None, table.request(outputs, (sites[0],)), None, site_b.taps)
     elif len(leaf.shape) == 1:
-        piece = Piece("bias", (), (), None, outer)
+        piece = LeafUse("bias", (), (), None, outer)
     else:
         view: View = ()
         if leaf.shape[:-1] != leaf.source_shape[:-1]:
@@ -155,7 +155,7 @@ def _embedding_rule(
             if tuple(layout.tokens for layout in layouts) != lengths:
                 return zeroed._replace(why="tables of different lengths and no patch grid")
             view = (("grid", *layouts),)
-        piece = Piece("positions", view, (), None, outer)
+        piece = LeafUse("positions", view, (), None, outer)
     return rule._replace(pieces=(piece,), why="embedding")
 
 

@@ -18,7 +18,7 @@ from tvjax.checkpoints.json_files import read_json, write_json
 from tvjax.checkpoints.safetensors import open_tensors, save_tensors
 from tvjax.stages import Stream
 from tvjax.transport import rotation  # noqa: F401 - registers what its states hold
-from tvjax.transport.base import STATE_TYPES, MapInfo, Part, Piece, Rule, State
+from tvjax.transport.base import STATE_TYPES, LeafUse, LinkState, MapInfo, Rule, State
 
 FORMAT = "tvjax transport 1"
 STAGE_FORMAT = "tvjax transport stage 1"
@@ -35,7 +35,7 @@ def save_state(path: str | os.PathLike[str], state: State) -> None:
 
 
 def load_state(path: str | os.PathLike[str]) -> State:
-    """Reads what `save_state` wrote; a transported task vector then comes as nested dicts.
+    """Needs what `save_state` wrote; a transported task vector then comes as nested dicts.
 
     Raises:
       ValueError: a file that is absent, corrupt, or no fitted transport.
@@ -46,7 +46,7 @@ def load_state(path: str | os.PathLike[str]) -> State:
 
 
 class TransportStore:
-    """What `tvjax.fit` has fitted, a file for each stage, in a folder: ``fit(..., store=...)`` goes on from there.
+    """What `tvjax.fit` has fitted, a file for each stage, in a folder: ``fit(..., cache=...)`` goes on from there.
 
     The folder belongs to one fit: it keeps what that depends on, and refuses anything else. A fit that went on gives
     the same maps; where it reads gradients, up to rounding.
@@ -58,7 +58,7 @@ class TransportStore:
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     for _ in range(2):  # the second time nothing is computed
     ...         store = TransportStore(f"{folder}/maps", {"source": "a fingerprint"})
-    ...         state = fit(theseus(), model, model, [Batch(jnp.eye(3))], store=store)
+    ...         state = fit(theseus(), model, model, [Batch(jnp.eye(3))], cache=store)
     ...     store.stages
     ('model',)
     """
@@ -94,7 +94,7 @@ class TransportStore:
         """The stages whose parts are kept."""
         return tuple(sorted(unquote(file.stem) for file in self.folder.glob("*.safetensors")))
 
-    def load(self, stage: str) -> tuple[Part, ...] | None:
+    def load(self, stage: str) -> tuple[LinkState, ...] | None:
         """The parts of a stage; None where they are not kept.
 
         Raises:
@@ -103,7 +103,7 @@ class TransportStore:
         file = self._file(stage)
         return _load_parts(file, STAGE_FORMAT)[0] if file.is_file() else None
 
-    def save(self, stage: str, parts: tuple[Part, ...]) -> None:
+    def save(self, stage: str, parts: tuple[LinkState, ...]) -> None:
         """Keeps the parts of a stage; a file is complete before it has its name."""
         _save_parts(self._file(stage), STAGE_FORMAT, parts, {})
 
@@ -111,7 +111,7 @@ class TransportStore:
         return self.folder / f"{quote(stage, safe='')}.safetensors"
 
 
-def _save_parts(path: str | os.PathLike[str], kind: str, parts: Sequence[Part], about: Mapping[str, Any]) -> None:
+def _save_parts(path: str | os.PathLike[str], kind: str, parts: Sequence[LinkState], about: Mapping[str, Any]) -> None:
     tensors: dict[str, jax.Array] = {}
     for number, part in enumerate(parts):
         for name, value in part.arrays.items():
@@ -132,7 +132,7 @@ def _save_parts(path: str | os.PathLike[str], kind: str, parts: Sequence[Part], 
     save_tensors(path, tensors, {"format": kind, "description": json.dumps(description, default=_plain)})
 
 
-def _load_parts(path: str | os.PathLike[str], kind: str) -> tuple[tuple[Part, ...], dict[str, Any]]:
+def _load_parts(path: str | os.PathLike[str], kind: str) -> tuple[tuple[LinkState, ...], dict[str, Any]]:
     with open_tensors(path) as file:
         if file.metadata.get("format") != kind:
             raise ValueError(f"{os.fspath(path)!r} holds no fitted transport: make it with save_state")
@@ -152,14 +152,14 @@ def _load_parts(path: str | os.PathLike[str], kind: str) -> tuple[tuple[Part, ..
                 )
             arrays[name] = fields["array"] if kind is None else STATE_TYPES[kind](**fields)
         maps = tuple(MapInfo(*map(_frozen, info)) for info in content["maps"])
-        parts.append(Part(content["link"], arrays, part["measures"], tuple(map(_rule, content["rules"])), maps))
+        parts.append(LinkState(content["link"], arrays, part["measures"], tuple(map(_rule, content["rules"])), maps))
     return tuple(parts), description
 
 
 def _rule(fields: Any) -> Rule:
     rule = Rule(*fields)
     pieces = tuple(
-        Piece(kind, _view(a), _view(b), inner, outer, _frozen(groups), taps)
+        LeafUse(kind, _view(a), _view(b), inner, outer, _frozen(groups), taps)
         for kind, a, b, inner, outer, groups, taps in rule.pieces
     )
     return rule._replace(shape=tuple(rule.shape), source_shape=tuple(rule.source_shape), pieces=pieces)
