@@ -289,10 +289,14 @@ def test_convert_there_and_back(tmp_path, to):
 
 def test_parameters_in_memory_are_edited_and_saved(tmp_path):
     settings, shapes, others = gpt2()
+    others = others | {"scale": np.ones(1, np.float64)}
     base = from_pretrained(write(tmp_path / "base", settings, values(shapes, 0) | others))
     doubled = jax.tree.map(lambda leaf: 2 * leaf, base.params)
     save_pretrained(base.with_params(doubled), tmp_path / "edited")
     check_same(read(tmp_path / "edited"), {key: 2 * x for key, x in values(shapes, 0).items()} | others)
+    save_pretrained(base, tmp_path / "half", dtype="bfloat16")
+    half = {key: x.astype(ml_dtypes.bfloat16) for key, x in values(shapes, 0).items()}
+    check_same(read(tmp_path / "half"), half | {**others, "scale": np.ones(1, ml_dtypes.bfloat16)})
     with pytest.raises(ValueError, match="1 parameters do not fit the GenericConfig: wte/weight is missing"):
         base.with_params({**doubled, "wte": {}})
     with pytest.raises(ValueError, match="no modelling code for model_type 'gpt2'.*: only extract, apply, merge"):

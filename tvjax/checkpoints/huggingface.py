@@ -176,7 +176,7 @@ def save_pretrained(
     if family is GENERIC and pretrained.folder is not None and has_weights(pretrained.folder):
         with open_checkpoint(pretrained.folder) as like:
             tensors |= {key: like.tensors.map(key) for key in like.others}
-            headers |= {key: like.tensors.headers[key] for key in like.others}
+        headers |= {key: tensor_header(key, tensors[key], dtype) for key in tensors.keys() - headers.keys()}
     file_of = plan_shards(headers, max_shard_size)
     if folder.is_dir() and any(folder.iterdir()):
         if len(set(file_of.values())) > 1:

@@ -32,6 +32,7 @@ class Merged(NamedTuple):
       base_model: the model that they say they were made for.
       norm: of the merged task vector, not scaled.
       leaf_report: the file of the report by leaf.
+      left: why tensors of the model take no part, by key.
       notes: what the user should know.
     """
 
@@ -42,6 +43,7 @@ class Merged(NamedTuple):
     base_model: str | None
     norm: float
     leaf_report: Path
+    left: Mapping[str, str]
     notes: tuple[str, ...]
 
 
@@ -63,7 +65,7 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> Merged:
     loaded, made = zip(*map(map_tree, config.task_vectors), strict=True)
     metadata = check_same_base(files, made, config.any_base)
     origin = streaming.Origin(files, made, config.any_base)
-    notes = []
+    left: Mapping[str, str] = {}
     with contextlib.ExitStack() as stack:
         base = None
         if config.model is not None and config.output.suffix != ".safetensors":
@@ -78,13 +80,13 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> Merged:
                 f"{len(made)} task vectors, merged by {config.method}, were added to the weights of the base model."
             )
             settings = {"method": config.method, **config.options}
-            applied = streaming.apply_trees(
+            left = streaming.apply_trees(
                 base, [tau], config.output, origin, scale=config.scale, action=action, settings=settings
-            )
-            notes += inputs.left(applied.left)
+            ).left
     about = {"method": config.method, "scale": config.scale, "task_vectors": files}
     report = report_name(config.output)
     inputs.write_json(report, {**about, "leaves": [row._asdict() for row in rows]})
+    notes = inputs.left(left)
     if partly:
         notes.append(
             f"{len(partly)} leaves ({next(iter(partly))}, ...) are not covered by every task vector, and count as "
@@ -98,6 +100,7 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> Merged:
         base_model=metadata.get("base_model"),
         norm=float(tree.norm(tau)),
         leaf_report=report,
+        left=left,
         notes=tuple(notes),
     )
 
