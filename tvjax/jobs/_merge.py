@@ -83,10 +83,10 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> Merged:
             left = streaming.apply_trees(
                 base, [tau], config.output, origin, scale=config.scale, action=action, settings=settings
             ).left
-    notes = [*inputs.left(left)]
     about = {"method": config.method, "scale": config.scale, "task_vectors": files}
     report = report_name(config.output)
     inputs.write_json(report, {**about, "leaves": [row._asdict() for row in rows]})
+    notes = inputs.left(left)
     if partly:
         notes.append(
             f"{len(partly)} leaves ({next(iter(partly))}, ...) are not covered by every task vector, and count as "
