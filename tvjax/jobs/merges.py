@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from tvjax import merge as methods
-from tvjax.jobs.configs import MERGES
+from tvjax.merge import registry
 
 KINDS: dict[Any, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}  # by annotation
 WITH_DATA = ("regmean", "fisher")
@@ -23,21 +23,22 @@ def find_merge(name: str, options: Mapping[str, Any], seed: int) -> Callable[...
     """The merge of a name, with its hyperparameters: a function of the task vectors, and of ``report``.
 
     Args:
-      name: one of `MERGES`.
+      name: of a merge of `tvjax.merge`, or of one's own (`tvjax.merge.register`).
       options: hyperparameters by name.
       seed: of methods that draw at random.
 
     Raises:
       ValueError: no such merge, one that needs data, or hyperparameters that it does not have.
     """
-    if name not in MERGES:
+    known = registry.merges()
+    if name not in known:
         if name in WITH_DATA:
             raise ValueError(
                 f"{name} needs data of every task, and a model that can be run (CLIP, ViT, or your own function): call "
                 f"tvjax.merge.{name} from Python"
             )
-        raise ValueError(f"there is no merge {name!r}: choose among {', '.join(MERGES)}")
-    function = getattr(methods, name)
+        raise ValueError(f"there is no merge {name!r}: choose among {', '.join(known)}")
+    function = known[name]
     check_options(name, function, options, GIVEN)
     arguments = read_settings(options)
     if "key" in inspect.signature(function).parameters:
@@ -96,7 +97,8 @@ def read_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     settings = {name: read(value) for name, value in options.items()}
     if "merge" in settings:  # the merge inside KnOTS
         inner = settings["merge"]
-        if inner not in MERGES or inner == "knots":
-            raise ValueError(f"merge: found {inner!r}, expected one of {', '.join(MERGES)}")
-        settings["merge"] = getattr(methods, inner)
+        known = registry.merges()
+        if inner not in known or inner == "knots":
+            raise ValueError(f"merge: found {inner!r}, expected one of {', '.join(known)}")
+        settings["merge"] = known[inner]
     return settings

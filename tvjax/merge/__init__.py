@@ -23,6 +23,8 @@ from tvjax.merge.tsv import tsv_m
 from tvjax.merge.views import matrix_views
 from tvjax.merge.wudi import wudi
 
+from tvjax.merge.registry import merges, register  # isort: skip - it names all of the above
+
 __all__ = [
     "Adapter",
     "ByDepth",
@@ -43,7 +45,9 @@ __all__ = [
     "knots_adapters",
     "matrix_views",
     "merge_adapters",
+    "merges",
     "model_stock",
+    "register",
     "regmean",
     "sce",
     "slerp",
