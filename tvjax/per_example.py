@@ -1,7 +1,9 @@
 """Gradients of single examples, reduced (signs, squares) and summed, stage by stage from the last to the first.
 
 The sign of a sum is not the sum of signs: what reduces the gradient of ONE example needs all of it, so the uses of a
-tied leaf are added up over the stages that share it BEFORE they are reduced.
+tied leaf are added up over the stages that share it BEFORE they are reduced. What stages hand on may hold arrays
+without an example axis (a position bias, the texts of a zero-shot head): all examples read them, and what flows back to
+them is kept by example.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ class ExampleGradients:
         self._readers = Counter(path for paths in reads for path in paths)
         self._first = {path: index for index in reversed(range(len(reads))) for path in reads[index]}
         self._waiting: dict[str, dict[int, jax.Array]] = {}  # gradients by example of tied leaves, by batch
+        self._back: dict[tuple[int, int], list[jax.Array]] = {}  # by example, where a stage returns shared arrays
         self.examples = sum(jax.tree.leaves(batch.inputs)[0].shape[0] for batch in walk.batches)
 
     def __bool__(self) -> bool:
@@ -55,18 +58,7 @@ class ExampleGradients:
         tied = frozenset(local for local in floating if self._readers[owners[local]] > 1)
         sums: Flat = {}
         for batch in range(len(walk.batches)):
-            found, examples, down = per_example_gradients(
-                stage.function,
-                tied,
-                self.reduce,
-                self.chunk,
-                index > 0,
-                params,
-                walk.carries(index)[batch],
-                walk.cotangents(index)[batch],
-            )
-            if down is not None:
-                walk.keep_cotangent(index - 1, batch, down)
+            found, examples = self._pull(index, batch, tied, self.reduce)
             for local, value in found.items():
                 path = owners[local]
                 sums[path] = sums[path] + value if path in sums else value
@@ -79,19 +71,81 @@ class ExampleGradients:
             sums[path] = sum(parts[1:], parts[0])
         return sums
 
+    def _pull(self, index: int, batch: int, tied: frozenset[str], reduce: Reduction) -> tuple[Flat, Flat]:
+        """One batch through a stage, backwards; what leaves it downwards is kept."""
+        walk = self.walk
+        carry, count = walk.carries(index)[batch], _count(walk, batch)
+        function, params = walk.model.stages[index].function, walk.params(index)
+        found, examples, down = per_example_gradients(
+            function, tied, reduce, self.chunk, index > 0, count, params, carry, self._cotangent(index, batch)
+        )
+        self._back.pop((index, batch), None)
+        if down is not None:
+            shared = [not _is_example(leaf, count) for leaf in jax.tree.leaves(carry) if is_floating(leaf)]
+            if any(shared):
+                self._back[index - 1, batch] = down
+            whole = [d.sum(0) if is_shared else d for d, is_shared in zip(down, shared, strict=True)]
+            walk.keep_cotangent(index - 1, batch, whole)
+        return found, examples
+
+    def _cotangent(self, index: int, batch: int) -> list[jax.Array]:
+        """The gradient of each example's loss with respect to what a stage returns, the examples first."""
+        walk = self.walk
+        if (index, batch) in self._back:
+            return self._back[index, batch]
+        stage, count = walk.model.stages[index], _count(walk, batch)
+        out = jax.eval_shape(stage.function, walk.params(index), walk.carries(index)[batch])
+        if all(_is_example(leaf, count) for leaf in jax.tree.leaves(out) if is_floating(leaf)):
+            return walk.cotangents(index)[batch]
+        if index == len(walk.model.stages) - 1:
+            labels = walk.batches[batch].labels
+            return _loss_by_example(
+                walk.model.loss, count, walk.model.loss_params, walk.carries(index + 1)[batch], labels
+            )
+        self._pull(index + 1, batch, frozenset(), _nothing)  # a later stage was read from a file
+        return self._back[index, batch]
+
+
+def _nothing(gradients: Flat) -> Flat:
+    return {}
+
+
+def _count(walk: Walk, batch: int) -> int:
+    return int(jax.tree.leaves(walk.batches[batch].inputs)[0].shape[0])
+
+
+def _is_example(leaf: Any, count: int) -> bool:
+    return tuple(jnp.shape(leaf)[:1]) == (count,)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _loss_by_example(loss: Any, count: int, loss_params: PyTree, outputs: PyTree, labels: PyTree) -> list[jax.Array]:
+    """``dL_n / d outputs``: rows of what has an example axis, ``[examples, *array]`` of what has none."""
+    floating, rebuild = differentiable(outputs)
+
+    def losses(floating: list[jax.Array]) -> jax.Array:
+        return loss(loss_params, rebuild(floating), labels)
+
+    found = jax.grad(lambda floating: jnp.sum(losses(floating)))(floating)
+    for i, leaf in enumerate(floating):
+        if not _is_example(leaf, count):
+            found[i] = jax.jacrev(lambda x, i=i: losses([*floating[:i], x, *floating[i + 1 :]]))(leaf)
+    return found
+
 
 @partial(jax.jit, static_argnums=0)
 def _reduced(reduce: Reduction, gradients: jax.Array) -> jax.Array:
     return jax.vmap(lambda g: reduce({"": g})[""])(gradients).sum(0)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
 def per_example_gradients(
     function: Any,
     tied: frozenset[str],
     reduce: Reduction,
     chunk: int,
     downwards: bool,
+    samples: int,
     params: PyTree,
     carry: PyTree,
     cotangent: list[jax.Array],
@@ -106,43 +160,43 @@ def per_example_gradients(
       reduce: one sample's gradients by path -> what is summed, by path.
       chunk: samples at once, at most; the largest such number that divides the batch.
       downwards: whether the cotangent of the carry is wanted.
+      samples: how many there are.
       params: local parameters.
-      carry: of the batch, the example axis first on every leaf.
-      cotangent: of the stage's floating outputs.
+      carry: of the batch; a leaf whose first axis is not that of the examples is shared by all of them.
+      cotangent: of the stage's floating outputs, of each example: rows, or ``[batch, *array]`` of shared ones.
 
     Returns:
-      Sums by local path; per-sample gradients ``[batch, *leaf]`` of tied leaves; the cotangent of the carry.
-
-    Raises:
-      ValueError: a carry whose leaves are not all of one number of examples.
+      Sums by local path; per-sample gradients ``[batch, *leaf]`` of tied leaves; the cotangent of the carry, made as
+      that of the outputs.
     """
-    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((carry, cotangent))}
-    if len(lengths) != 1 or lengths == {()}:
-        raise ValueError(
-            "gradients by sample need the example axis first on every array between stages, of one length; found "
-            f"{sorted(lengths)}: fit on one tower of a CLIP, with the class embeddings in its loss"
-        )
-    ((samples,),) = lengths
     params = jax.tree.map(_at_least_float32, params)  # a gradient in 16 bits is mostly rounding
     names = [path for path, leaf in tree.flatten(params).items() if is_floating(leaf)]
     chunk = max(size for size in range(1, min(chunk, samples) + 1) if samples % size == 0)
 
-    def one_sample(carry: PyTree, cotangent: list[jax.Array]) -> Any:
-        carry = jax.tree.map(lambda x: x[None], carry)
-        floating, rebuild = differentiable(carry)
+    leaves, structure = jax.tree.flatten(carry)
+    own_rows = [_is_example(leaf, samples) for leaf in leaves]
+    rows = [leaf for leaf, is_row in zip(leaves, own_rows, strict=True) if is_row]
+
+    def one_sample(rows: list[jax.Array], cotangent: list[jax.Array]) -> Any:
+        mine = iter(rows)
+        carry = [next(mine)[None] if is_row else leaf for leaf, is_row in zip(leaves, own_rows, strict=True)]
+        floating, rebuild = differentiable(jax.tree.unflatten(structure, carry))
         moving, rebuild_params = differentiable(params)
         out, pull = jax.vjp(lambda p, f: differentiable(function(rebuild_params(p), rebuild(f)))[0], moving, floating)
-        gradients, down = pull(cast_like([c[None] for c in cotangent], out))
+        cotangent = [c.reshape(o.shape) for c, o in zip(cotangent, out, strict=True)]
+        gradients, down = pull(cast_like(cotangent, out))
         flat = dict(zip(names, gradients, strict=True))
         own = reduce({path: g for path, g in flat.items() if path not in tied})
-        return own, {path: flat[path] for path in tied}, [d[0] for d in down] if downwards else None
+        is_row = [row for row, leaf in zip(own_rows, leaves, strict=True) if is_floating(leaf)]
+        down = [d[0] if row else d for d, row in zip(down, is_row, strict=True)]
+        return own, {path: flat[path] for path in tied}, down if downwards else None
 
     def one_chunk(total: dict[str, jax.Array], inputs: Any) -> Any:
         own, kept, down = jax.vmap(one_sample)(*inputs)
         return jax.tree.map(lambda t, v: t + jnp.sum(v, 0, dtype=t.dtype), total, own), (kept, down)
 
-    chunks = jax.tree.map(lambda x: x.reshape(samples // chunk, chunk, *x.shape[1:]), (carry, cotangent))
-    shapes = jax.eval_shape(one_sample, *jax.tree.map(lambda x: x[0], (carry, cotangent)))[0]
+    chunks = jax.tree.map(lambda x: x.reshape(samples // chunk, chunk, *x.shape[1:]), (rows, cotangent))
+    shapes = jax.eval_shape(one_sample, *jax.tree.map(lambda x: x[0], (rows, cotangent)))[0]
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     total, stacked = jax.lax.scan(one_chunk, zero, chunks)
     kept, down = jax.tree.map(lambda x: x.reshape(samples, *x.shape[2:]), stacked)
