@@ -192,16 +192,7 @@ def train(
         choose by, a rule to stop without one, pieces that do not divide a batch, or a store of another training.
     """
     rates = sorted(float(rate) for rate in learning_rates)
-    if not rates or epochs < 1 or micro_batches < 1 or (batches_per_epoch is not None and batches_per_epoch < 1):
-        raise ValueError(
-            f"found learning_rates {rates}, epochs {epochs}, batches_per_epoch {batches_per_epoch} and micro_batches "
-            f"{micro_batches}, expected one of each at least"
-        )
-    if score is None and (len(rates) > 1 or stop is not None):
-        raise ValueError(
-            f"found {len(rates)} learning rates{' and a rule to stop' if stop else ''} but no score, expected one to "
-            "choose by: score=lambda params: accuracy(model.replace(params=params), validation).fraction"
-        )
+    _check_counts(rates, epochs, batches_per_epoch, micro_batches, score, stop)
     sizes, steps = _sizes(objective, batch_size, batches_per_epoch, micro_batches)
     placements = tuple(_placements(term.examples) for term in objective)
     objective, fixed = jax.tree.map(jnp.asarray, (objective, fixed))
@@ -376,6 +367,26 @@ def _written(array: np.ndarray, index: tuple[int, int], entry: Any) -> np.ndarra
     copy = np.array(array)
     copy[index] = entry
     return copy
+
+
+def _check_counts(
+    rates: Sequence[float],
+    epochs: int,
+    batches_per_epoch: int | None,
+    micro_batches: int,
+    score: Score | None,
+    stop: Stop | None,
+) -> None:
+    if not rates or epochs < 1 or micro_batches < 1 or (batches_per_epoch is not None and batches_per_epoch < 1):
+        raise ValueError(
+            f"found learning_rates {rates}, epochs {epochs}, batches_per_epoch {batches_per_epoch} and micro_batches "
+            f"{micro_batches}, expected one of each at least"
+        )
+    if score is None and (len(rates) > 1 or stop is not None):
+        raise ValueError(
+            f"found {len(rates)} learning rates{' and a rule to stop' if stop else ''} but no score, expected one to "
+            "choose by: score=lambda params: accuracy(model.replace(params=params), validation).fraction"
+        )
 
 
 def _sizes(
