@@ -29,7 +29,7 @@ def idle(monkeypatch):
     def run(*args, **kwargs):
         raise AssertionError("a stage was run")
 
-    for name in ("carries", "observe", "votes", "table"):
+    for name in ("carries", "observe", "cotangents", "table"):
         monkeypatch.setattr(Walk, name, run)
 
 
