@@ -27,7 +27,7 @@ from tvjax.models.differences import function_values, to_text
 from tvjax.models.families import GENERIC, Family, family_of_settings, shapes_of
 from tvjax.models.generic import shapes_of_tensors
 from tvjax.models.key_table import Source, check_copies, find_sources
-from tvjax.models.settings import Settings
+from tvjax.models.settings import NoCode, Settings, check_not_quantised
 from tvjax.stages import PyTree
 
 if TYPE_CHECKING:
@@ -84,7 +84,13 @@ class Checkpoint:
         """The family of the model."""
         settings = self.settings
         with self._naming_config():
-            return family_of_settings(settings)
+            check_not_quantised(settings)
+            family = family_of_settings(settings)
+            try:
+                family.config.from_dict(settings)
+            except NoCode:  # arithmetic needs no modelling code
+                return GENERIC
+            return family
 
     @functools.cached_property
     def config(self) -> Any:

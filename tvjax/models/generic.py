@@ -44,18 +44,7 @@ class GenericConfig:
 
     @classmethod
     def from_dict(cls, settings: Settings) -> GenericConfig:
-        """The config of a ``config.json``.
-
-        Raises:
-          ValueError: of quantised weights, whose integers take no arithmetic.
-        """
-        quantised = settings.get("quantization_config")
-        if quantised:
-            method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
-            raise ValueError(
-                f"the weights are quantised ({method}), which takes no arithmetic: load the model with transformers, "
-                "call dequantize(), and save it"
-            )
+        """The config of a ``config.json``."""
         return cls(settings)
 
     def to_dict(self) -> dict[str, Any]:

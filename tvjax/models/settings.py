@@ -97,3 +97,18 @@ def _square(name: str, size: int | list[int]) -> int:
     if len(set(sides)) != 1:
         raise ValueError(f"{name} is {size}, expected a square: images and patches of unequal sides are not supported")
     return sides[0]
+
+
+class NoCode(ValueError):
+    """A config of a known family that asks for what its modelling code does not compute."""
+
+
+def check_not_quantised(settings: Settings) -> None:
+    """Raises a ValueError of quantised weights, whose integers take no arithmetic."""
+    quantised = settings.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
+        raise ValueError(
+            f"the weights are quantised ({method}), which takes no arithmetic: load the model with transformers, "
+            "call dequantize(), and save it"
+        )

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from tvjax.models.settings import Settings, architecture, fields, part
+from tvjax.models.settings import NoCode, Settings, architecture, fields, part
 from tvjax.models.transformer import ACTIVATIONS
 
 _ARCHITECTURES = {
@@ -53,7 +53,7 @@ class Rope:
 
     def __post_init__(self) -> None:
         if self.kind not in _ROPE_TYPES:
-            raise ValueError(f"rope_type {self.kind!r} is not supported, only {', '.join(_ROPE_TYPES)}")
+            raise NoCode(f"rope_type {self.kind!r} is not supported, only {', '.join(_ROPE_TYPES)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,7 @@ class LlamaConfig:
         model_type = settings["model_type"]
         name = architecture(settings, _ARCHITECTURES)
         if name != _ARCHITECTURES[model_type]:
-            raise ValueError(f"architecture {name!r} is not supported, only {_ARCHITECTURES[model_type]}")
+            raise NoCode(f"architecture {name!r} is not supported, only {_ARCHITECTURES[model_type]}")
         found = {**_DEFAULTS[model_type], **settings}
         bias = found.get("attention_bias") or False
         found |= {"attention_bias": model_type == "qwen2" or bias, "output_bias": model_type != "qwen2" and bias}
@@ -181,7 +181,7 @@ def _rope(settings: Settings, longest: int) -> Rope:
     given: Mapping[str, Any] = part(settings, "rope_parameters") or part(settings, "rope_scaling")
     found = {"rope_theta": settings.get("rope_theta", Rope.theta), "original_max_position_embeddings": longest, **given}
     if found.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise ValueError("partial_rotary_factor is not 1: heads that positions rotate in part are not supported")
+        raise NoCode("partial_rotary_factor is not 1: heads that positions rotate in part are not supported")
     values = {"theta": found["rope_theta"], "kind": found.get("rope_type", found.get("type", "default"))}
     for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
         if values["kind"] != "default" and found.get(name) is not None:
@@ -201,5 +201,5 @@ def _windows(kinds: Any, window: int | None) -> dict[str, Any]:
         raise ValueError(f"layer_types is {kinds!r}, expected a list of {' and '.join(known)}")
     sliding = [known[kind] for kind in kinds]
     if sliding != sorted(sliding):
-        raise ValueError("layer_types has full attention after sliding attention: only the first blocks may be full")
+        raise NoCode("layer_types has full attention after sliding attention: only the first blocks may be full")
     return {"max_window_layers": sliding.count(False), "sliding_window": window if any(sliding) else None}
