@@ -278,7 +278,8 @@ def label_words(encoder: Encoder, words: Sequence[str], template: str = "", star
     loss = FIRST_WORD if start is not None else NEXT_WORD
 
     def model(given: Model) -> Model:
-        return given.with_loss(loss, {"words": jnp.asarray(_first_tokens(encoder, words), jnp.int32)})
+        first = _first_tokens(encoder, words, "?" if start is None else "")
+        return given.with_loss(loss, {"words": jnp.asarray(first, jnp.int32)})
 
     def batches(examples: Examples, size: int) -> Loader:
         loader = text_batches(loss.task, examples, encoder, size, words, template)
@@ -321,15 +322,18 @@ NEXT_WORD = ClassLoss("label words of a causal language model", _next_word)
 FIRST_WORD = ClassLoss("label words of a decoder", _first_word)
 
 
-def _first_tokens(encoder: Encoder, words: Sequence[str]) -> list[int]:
-    """The token by which each word is told from the others.
+def _first_tokens(encoder: Encoder, words: Sequence[str], before: str) -> list[int]:
+    """The token by which each word is told from the others, where it follows `before`.
+
+    Many tokenizers give a word other tokens at the beginning of a text than within it.
 
     Raises:
       ValueError: for words without one, or two with the same.
     """
-    rows = encoder.rows(words)
-    # what a tokenizer puts before every text is no part of a word
-    opening = min(_common(rows[0], other) for other in (*rows[1:], *encoder.rows(["0", "?", " A"])))
+    rows = encoder.rows([before + word for word in words])
+    # what comes before, and what a tokenizer puts before every text, is no part of a word
+    others = (*rows[1:], *encoder.rows([before] if before else ["0", "?", " A"]))
+    opening = min(_common(rows[0], other) for other in others)
     rows = [row[opening:] for row in rows]
     first: dict[int, str] = {}
     for word, row in zip(words, rows, strict=True):
