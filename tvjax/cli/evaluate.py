@@ -24,10 +24,10 @@ def evaluate(
 ) -> None:
     """Accuracy with its 95 % interval (Wilson), and how sure a difference on the same examples is.
 
-    That of a CLIP is zero-shot, that of a ViT by its own head, that of a language model by the words of the classes that
-    it would say next, or on texts without classes that of the next token, with the perplexity. With several models every pair is compared: the
-    difference of accuracies with an interval for the same examples, McNemar's exact test, and how often the two predict
-    the same.
+    That of a CLIP is zero-shot, that of a ViT by its own head, that of a language model by the words of the classes
+    that it would say next; on texts without classes that of the next token, with the perplexity. With several models
+    every pair is compared: the difference of accuracies with an interval for the same examples, McNemar's exact test,
+    and how often the two predict the same.
     """
     from tvjax import jobs
 

@@ -1,4 +1,4 @@
-"""Accuracies and perplexities of models on the same examples, one beside the other, or along the scale of a task vector."""
+"""How well models do on the same examples, one beside the other, or along the scale of a task vector."""
 
 from __future__ import annotations
 
@@ -51,8 +51,10 @@ class Evaluated(NamedTuple):
 
 
 def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evaluated:
-    """Accuracy with its 95 % interval (Wilson) and how sure a difference is: zero-shot, by a model's own head, by the
-    words that a language model says next; of texts without classes that of the next token, with the perplexity.
+    """Accuracy with its 95 % interval (Wilson), and how sure a difference is.
+
+    It is zero-shot, by a model's own head, or by the words that a language model says next; on texts without classes it
+    is that of the next token, with the perplexity.
 
     Args:
       config: the models and the examples.

@@ -132,9 +132,7 @@ def _fitted(
             depends_on["classes"] = json.dumps(ready.found.class_names)
             depends_on["prompts"] = json.dumps(ready.prompts.templates)
         store = TransportStore(config.maps, depends_on)
-    pairs, loader = [], None
-    if ready.found is not None:
-        pairs, loader = paired_batches(ready, source, target, config.batch_size)
+    pairs, loader = ([], None) if ready.found is None else paired_batches(ready, source, target, config.batch_size)
     options: dict[str, Any] = {"depth": ready.depth, "tokens": config.tokens, "progress": progress, "cache": store}
     state = fit(ready.moving, *sides, pairs, **options)
     return dataclasses.replace(state, notes=(*inputs.notes_of(loader), *state.notes))

@@ -63,7 +63,7 @@ class OwnHead:
         return model
 
     def labels(self, opened: Opened) -> tuple[str, ...] | None:
-        """The names of the classes of a model's own head; empty where they are only numbered, None where it has none."""
+        """The names of the classes of the model's own head; empty where they are only numbered, None without a head."""
         names = opened.checkpoint.settings.get("id2label") or {}
         labels = tuple(str(names[key]) for key in sorted(names, key=int))
         return () if all(label == f"LABEL_{number}" for number, label in enumerate(labels)) else labels

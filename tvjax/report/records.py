@@ -26,7 +26,7 @@ def of_accuracy(accuracy: Accuracy) -> Record:
 
 
 def of_model(predicted: Predictions, class_names: Sequence[str], reference: Accuracy | None = None) -> Record:
-    """The accuracy of a model, as a share of the reference's, and of each class; without classes also the perplexity."""
+    """The accuracy of a model, as a share of the reference's, and of each class; of tokens also the perplexity."""
     own = zip(class_names, predicted.by_class(len(class_names)), strict=True) if class_names else ()
     return {
         **of_accuracy(predicted.accuracy),

@@ -74,7 +74,8 @@ def evaluation_table(
     """One row for each model: accuracy in per cent and its 95 % interval.
 
     Args:
-      rows: with ``model``, ``accuracy``, ``interval``, ``correct``, ``total``, ``normalised``; ``perplexity`` of tokens.
+      rows: with ``model``, ``accuracy``, ``interval``, ``correct``, ``total``, ``normalised``; of tokens also
+        ``perplexity``.
       title: above the table.
       reference: the same of the model that accuracies are normalised by; its row comes last.
 
