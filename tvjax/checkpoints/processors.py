@@ -13,7 +13,6 @@ from jaxtyping import Float
 
 from tvjax.checkpoints.folder import Name, open_checkpoint
 from tvjax.checkpoints.json_files import read_json
-from tvjax.data.tokens import Encoder
 from tvjax.models.clip.config import LEGACY_END_TOKEN
 
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -66,7 +65,7 @@ class Processor:
           ValueError: for a model without a tokenizer; for a tokenizer that knows more tokens than the model has
             embeddings for, or does not end a text with the token that the model's config names.
         """
-        self._check_tokenizer()
+        self.check_tokenizer()
         batch = self.tokenizer(
             list(texts), padding="max_length", truncation=True, max_length=self.length, return_tensors="np"
         )
@@ -74,24 +73,13 @@ class Processor:
         self._check(texts, ids)
         return {"tokens": ids, "mask": np.asarray(batch["attention_mask"], bool)}
 
-    def encoder(self, length: int = 512) -> Encoder:
-        """Texts to token ids for a language model, in batches as long as their longest text.
-
-        Args:
-          length: tokens that are kept of a text; the model may take fewer.
-
-        Raises:
-          ValueError: for a model without a tokenizer, or one that knows more tokens than the model has embeddings for.
-        """
-        self._check_tokenizer()
-        self._check_vocabulary(len(self.tokenizer))
-        return Encoder(self.tokenizer, min(length, self.length))
-
-    def _check_tokenizer(self) -> None:
+    def check_tokenizer(self) -> None:
+        """Raises a ValueError without a tokenizer, or for one of more tokens than the model has embeddings for."""
         if self.tokenizer is None:
             raise ValueError(
                 "the folder has neither tokenizer.json nor vocab.json: copy the one of the original folder"
             )
+        self._check_vocabulary(len(self.tokenizer))
 
     def _check_vocabulary(self, known: int) -> None:
         if self.vocabulary is not None and known > self.vocabulary:
@@ -102,7 +90,7 @@ class Processor:
 
     def _check(self, texts: Sequence[str], ids: np.ndarray) -> None:
         """Raises a ValueError unless the tokenizer and the model that the config describes belong together."""
-        self._check_vocabulary(max(len(self.tokenizer), int(ids.max(initial=0)) + 1))
+        self._check_vocabulary(int(ids.max(initial=0)) + 1)
         if self.end_token in (None, LEGACY_END_TOKEN):
             return
         endless = [text for text, row in zip(texts, ids, strict=True) if self.end_token not in row]

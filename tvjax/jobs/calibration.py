@@ -70,12 +70,14 @@ def prepare(config: TransportConfig | PlanConfig, models: Models) -> Prepared:
         found = _calibration(config, moving, labelled if moving.needs_gradients else prompts, target)
         for model in (source, target) if moving.needs_gradients else ():
             check_labels(model, found.class_names, config.classes is not None)
-            way.check(model, found, prompts)
+            if isinstance(config, TransportConfig):  # a plan of images needs no tokenizer
+                way.check(model, found, prompts)
         way.check_alike((source, target), found, prompts)
     if config.validation is not None:
         held_out = inputs.read_examples(config.validation, labelled, (target,), "choosing a scale")
         check_labels(target, held_out.class_names, config.classes is not None)
-        way.check(target, held_out, prompts)
+        if isinstance(config, TransportConfig):
+            way.check(target, held_out, prompts)
     return Prepared(moving, way, part, depth, prompts, found, held_out, notes)
 
 

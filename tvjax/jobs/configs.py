@@ -129,8 +129,8 @@ class EvaluateConfig(Examples):
     """What `tvjax.jobs.evaluate` measures: models on the same examples."""
 
     models: Annotated[Several[str], Typed("MODEL...", argument=True), Field(min_length=1)]
-    """Folders or hub ids: CLIPs and ViTs, or language models. A vision tower alone goes with the text tower of the first
-    full CLIP."""
+    """Folders or hub ids: CLIPs and ViTs, or language models. A vision tower alone goes with the text tower of the
+    first full CLIP."""
     reference: Annotated[str | None, MODEL] = None
     """A fine-tuned model: accuracies are given as shares of its own too."""
     task_vector: Annotated[File | None, FILE] = None

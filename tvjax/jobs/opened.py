@@ -50,15 +50,16 @@ class Opened:
         return self.checkpoint.processor
 
     def encoder(self, length: int) -> Encoder:
-        """Texts to the tokens of a language model.
+        """Texts to the tokens of a language model, so many of a text.
 
         Raises:
           ValueError: for a model without a tokenizer, or one that does not fit.
         """
         try:
-            return self.processor.encoder(length)
+            self.processor.check_tokenizer()
         except ValueError as error:
             raise ValueError(f"{self.name!r}: {error}") from error
+        return Encoder(self.processor.tokenizer, length)
 
     def release(self) -> None:
         """Drops the weights, which are read again where they are asked for again."""

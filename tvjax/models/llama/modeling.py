@@ -206,8 +206,8 @@ def llama(config: LlamaConfig, params: PyTree, dtype: DTypeLike = jnp.float32) -
     The inputs are ``{"tokens": [texts, length], "mask": [texts, length], "positions": [texts, length]}``; a missing
     mask means no padding, missing positions 0, 1, 2, ... The outputs are the mask and ``{"logits": [texts, length,
     vocabulary]}``, float32: of the token that follows each. Where the inputs also name the tokens that are ``wanted``
-    there, ``[texts, length]``, the outputs are ``losses``, ``predicted`` and ``finite`` in the place of the logits, which
-    are never held as a whole (`tvjax.models.chunked_loss`).
+    there, ``[texts, length]``, the outputs are ``losses``, ``predicted`` and ``finite`` in the place of the logits,
+    which are never held as a whole (`tvjax.models.chunked_loss`).
 
     Args:
       config: shape of the model.
