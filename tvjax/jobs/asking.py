@@ -15,6 +15,7 @@ from tvjax.data.examples import Examples
 from tvjax.data.images import Images
 from tvjax.data.texts import Texts
 from tvjax.jobs.opened import Opened
+from tvjax.models.families import GENERIC
 from tvjax.models.generic import no_code
 from tvjax.stages import Batch, Model, PyTree, tower
 from tvjax.tasks import Task, label_words, next_token, own_head, zero_shot
@@ -211,8 +212,11 @@ def asking(opened: Opened) -> OwnHead:
       ValueError: for a model without modelling code, or with nothing to read examples with.
     """
     family = opened.checkpoint.family
-    if not family.asked:
+    if family is GENERIC:
         raise ValueError(f"{opened.name!r}: {no_code(opened.checkpoint.settings.get('model_type'))}")
+    if family.asked not in _ASKING:
+        name = type(opened.config).__name__
+        raise ValueError(f"{opened.name!r} is a {name}, whose family is asked {family.asked!r}, none of {[*_ASKING]}")
     found = _ASKING[family.asked]
     found.config(opened)
     return found
