@@ -35,7 +35,7 @@ def recipe(tmp_path):
 def test_the_recipes_that_ship_are_sound(file):
     from tvjax.jobs.configs import MERGES
     from tvjax.jobs.merges import find_merge
-    from tvjax.jobs.methods import make_transport
+    from tvjax.transport import make_transport
 
     command = yaml.safe_load(file.read_text())["command"]
     found = parse([command, "--config", str(file)])

@@ -254,7 +254,8 @@ def label_words(encoder: Encoder, words: Sequence[str], template: str = "", star
     """Classification by the words of the classes: which of them a language model would say next.
 
     The score of a class is the log-probability of its word's first token, up to a constant, at the last token of the
-    text, which the mask tells; so a causal model must return the mask beside its scores.
+    text. A causal model is told where that is, ``"last": [batch]`` among the inputs, and must return that, or the mask,
+    beside its scores.
 
     Args:
       encoder: texts to tokens.
@@ -283,13 +284,15 @@ def label_words(encoder: Encoder, words: Sequence[str], template: str = "", star
 
     def batches(examples: Examples, size: int) -> Loader:
         loader = text_batches(loss.task, examples, encoder, size, words, template)
-        if start is None:
-            return loader
 
         def process(found: Sequence[Any], labels: Any) -> Processed:
             made = loader.process(found, labels)
-            first = np.full((len(found), 1), start, np.int32)
-            inputs = {**made.batch.inputs, "decoder_tokens": first, "decoder_mask": np.ones_like(first, bool)}
+            inputs = dict(made.batch.inputs)
+            if start is None:
+                inputs["last"] = np.asarray(_last(inputs["mask"]), np.int32)
+            else:
+                first = np.full((len(found), 1), start, np.int32)
+                inputs |= {"decoder_tokens": first, "decoder_mask": np.ones_like(first, bool)}
             return Processed(made.batch._replace(inputs=inputs), made.cut)
 
         return dataclasses.replace(loader, process=process)
@@ -299,11 +302,15 @@ def label_words(encoder: Encoder, words: Sequence[str], template: str = "", star
 
 def _next_word(loss_params: PyTree, outputs: PyTree) -> Float[Array, "batch classes"]:
     found = _scored(NEXT_WORD.task, outputs)
-    if "mask" not in outputs:
-        raise cannot_score(NEXT_WORD.task, outputs, f"{_EXPECTED}, and the 'mask' of the tokens")
-    mask = outputs["mask"]
-    last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+    if not {"last", "mask"} & set(outputs):
+        raise cannot_score(NEXT_WORD.task, outputs, f"{_EXPECTED}, and the 'mask' of the tokens or the 'last' of them")
+    last = outputs["last"] if "last" in outputs else _last(outputs["mask"])
     return _of_words(loss_params, outputs, jnp.take_along_axis(found, last[:, None, None], axis=1)[:, 0])
+
+
+def _last(mask: Bool[Any, "batch tokens"]) -> Int[Any, " batch"]:
+    """The place of each text's last token."""
+    return mask.shape[1] - 1 - mask[:, ::-1].argmax(1)
 
 
 def _first_word(loss_params: PyTree, outputs: PyTree) -> Float[Array, "batch classes"]:

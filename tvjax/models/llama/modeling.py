@@ -157,7 +157,7 @@ class Head(nnx.Module):
             self.head = _head(config, dtype, rngs)
 
     def __call__(self, carry: dict[str, Array]) -> dict[str, Array]:
-        """Replaces ``hidden``, ``positions`` and ``wanted``."""
+        """Replaces ``hidden``, ``mask``, ``positions`` and ``wanted``."""
         kernel = self.tokens[...].T if hasattr(self, "tokens") else self.head.kernel[...]
         return _scores(carry, self.final_norm(carry["hidden"]), kernel)
 
@@ -204,8 +204,8 @@ def llama(config: LlamaConfig, params: PyTree, dtype: DTypeLike = jnp.float32) -
     """The stages of a Llama and its parameters.
 
     The inputs are ``{"tokens": [texts, length], "mask": [texts, length], "positions": [texts, length]}``; a missing
-    mask means no padding, missing positions 0, 1, 2, ... The outputs are the mask and ``{"logits": [texts, length,
-    vocabulary]}``, float32: of the token that follows each. Where the inputs also name the tokens that are ``wanted``
+    mask means no padding, missing positions 0, 1, 2, ... The outputs are ``{"logits": [texts, length, vocabulary]}``,
+    float32: of the token that follows each. Where the inputs also name the tokens that are ``wanted``
     there, ``[texts, length]``, the outputs are ``losses``, ``predicted`` and ``finite`` in the place of the logits,
     which are never held as a whole (`tvjax.models.chunked_loss`).
 
@@ -282,7 +282,7 @@ def _scores(
     carry: dict[str, Array], hidden: Float[Array, "batch tokens width"], kernel: Float[Array, "width vocabulary"]
 ) -> dict[str, Array]:
     """The logits of the tokens that follow; where the carry names those that are wanted, only how likely these are."""
-    rest = {name: leaf for name, leaf in carry.items() if name not in ("hidden", "positions", "wanted")}
+    rest = {name: leaf for name, leaf in carry.items() if name not in ("hidden", "mask", "positions", "wanted")}
     if "wanted" in carry:
         losses, predicted, finite = chunked(hidden, kernel, carry["wanted"])
         return {**rest, "losses": losses, "predicted": predicted, "finite": finite}
