@@ -62,7 +62,7 @@ def test_nonsense_is_one_line_and_exit_code_2(arguments, message, capsys):
         ("wider", "gradfix", "gradfix needs towers of one shape: hidden_size is 8 in .* and 12"),
         ("wider", "naive", "identity needs towers of one shape"),
         ("finetuned", "bico", "has no text tower: give the full CLIP"),
-        ("wider", "bico", "bico looks at calibration images: give --images"),
+        ("wider", "bico", "bico looks at calibration images: give --data"),
     ],
 )
 def test_what_cannot_be_is_said_before_any_weight_is_read(

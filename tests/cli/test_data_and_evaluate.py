@@ -145,7 +145,7 @@ def test_named_tasks_give_names_and_prompts(models, tmp_path, evaluate, capfd):
     for words, message in (
         (["--task", "eurosatt"], "no task 'eurosatt'; the nearest"),
         (["--task", "digits"], "'digits' has images of many kinds"),
-        ([], "give --images, or --task"),
+        ([], "give --data, or --task"),
     ):
         assert run(["evaluate", models["same"], *words]) == 2
         assert re.search(message, capfd.readouterr().err)

@@ -12,8 +12,9 @@ from tvjax.cli.main import run
 from tvjax.data import open_examples
 from tvjax.data.embedded import model_folder
 from tvjax.jobs._evaluate import Evaluated
+from tvjax.jobs.asking import with_task
 from tvjax.jobs.opened import Models
-from tvjax.jobs.parts import with_task
+from tvjax.tasks import own_head
 
 
 def changed(before, after):
@@ -99,7 +100,8 @@ def test_composition_learns_by_the_head(vits, images, tmp_path):
 
 def test_the_loss_is_the_cross_entropy_of_the_head(vits):
     with Models() as models:
-        model = with_task(models[vits["source"]], ("polar bear", "cat"), ())
+        opened = models[vits["source"]]
+        model = with_task(opened, own_head(opened.processor, ("polar bear", "cat")))
     logits, labels = np.array([[1.0, -1.0], [0.5, 2.0]], np.float32), np.array([0, 1])
     expected = -(logits - np.log(np.exp(logits).sum(1, keepdims=True)))[np.arange(2), labels]
     np.testing.assert_allclose(model.loss(model.loss_params, {"logits": logits}, labels), expected, rtol=1e-6)

@@ -16,6 +16,7 @@ from tvjax.capture import check_gradient_identity
 from tvjax.checkpoints import from_pretrained, save_pretrained
 from tvjax.models.llama import LlamaConfig, Rope, init, llama
 from tvjax.stages import run_stage
+from tvjax.tasks import token_losses
 from tvjax.transport.leaf_report import leaf_report
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -57,6 +58,17 @@ def test_a_token_sees_none_that_come_later(config):
     before, after = (model(each)["logits"] for each in (inputs, changed))
     np.testing.assert_allclose(before[:, :4], after[:, :4], atol=1e-6)
     assert np.abs(before[:, 4:] - after[:, 4:]).max() > 1e-2
+
+
+@pytest.mark.parametrize("config", [CONFIG, TIED])
+def test_wanted_tokens_are_scored_in_the_place_of_logits(config):
+    model, inputs = make_model(config), make_inputs()
+    logits, wanted = model(inputs)["logits"], jnp.roll(inputs["tokens"], -1, 1)
+    found = model({**inputs, "wanted": wanted})
+    assert found.keys() == {"losses", "predicted", "finite"} and found["finite"].all()
+    expected = token_losses(logits, wanted, jnp.ones_like(inputs["mask"]))
+    np.testing.assert_allclose(found["losses"], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(found["predicted"], logits.argmax(-1))
 
 
 def test_padding_before_a_text_changes_nothing_when_positions_say_where_it_begins():

@@ -1,6 +1,7 @@
 """Losses and scores of tokens, and the tasks of language on hand-written models."""
 
 import json
+import re
 
 import chex
 import jax
@@ -254,6 +255,19 @@ def test_label_words(lm, one_stage_lm):
     loss = model.loss(model.loss_params, model(batches[1].inputs), batches[1].labels)
     two = jnp.array([alone[2][ord("y")], alone[2][ord("n")]])
     np.testing.assert_allclose(loss, -jax.nn.log_softmax(two)[:1], rtol=1e-4)
+
+
+def test_label_words_have_the_tokens_that_they_have_within_a_text():
+    """A tokenizer that begins every text with a space, as Llama's, joins it to that of a word at the beginning."""
+    pieces: dict[str, int] = {}
+
+    def tokenizer(texts):
+        rows = [re.findall("__|_?[a-z]+|.", "_" + text.replace(" ", "_")) for text in texts]
+        ids = [[pieces.setdefault(piece, len(pieces)) for piece in row] for row in rows]
+        return {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}
+
+    found = tasks.label_words(Encoder(tokenizer), [" yes", " no"]).model(Model({}, ())).loss_params["words"]
+    assert found.tolist() == [pieces["_yes"], pieces["_no"]]
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,8 @@ class Checkpoint:
         from tvjax.checkpoints.processors import read_processor
 
         known = (self.folder / "config.json").is_file() and self.family is not GENERIC
-        return read_processor(self.folder, getattr(self.config, "text", None) if known else None)
+        read = self.config if known and hasattr(self.config, "vocab_size") else None
+        return read_processor(self.folder, getattr(self.config, "text", read) if known else None)
 
     def identity(self, fingerprint: str) -> dict[str, str]:
         """Name, revision, config and fingerprint, as `tvjax.checkpoints.Pretrained.identity` has them."""

@@ -65,10 +65,7 @@ class Processor:
           ValueError: for a model without a tokenizer; for a tokenizer that knows more tokens than the model has
             embeddings for, or does not end a text with the token that the model's config names.
         """
-        if self.tokenizer is None:
-            raise ValueError(
-                "the folder has neither tokenizer.json nor vocab.json: copy the one of the original folder"
-            )
+        self.check_tokenizer()
         batch = self.tokenizer(
             list(texts), padding="max_length", truncation=True, max_length=self.length, return_tensors="np"
         )
@@ -76,14 +73,24 @@ class Processor:
         self._check(texts, ids)
         return {"tokens": ids, "mask": np.asarray(batch["attention_mask"], bool)}
 
-    def _check(self, texts: Sequence[str], ids: np.ndarray) -> None:
-        """Raises a ValueError unless the tokenizer and the model that the config describes belong together."""
-        known = max(len(self.tokenizer), int(ids.max(initial=0)) + 1)
+    def check_tokenizer(self) -> None:
+        """Raises a ValueError without a tokenizer, or for one of more tokens than the model has embeddings for."""
+        if self.tokenizer is None:
+            raise ValueError(
+                "the folder has neither tokenizer.json nor vocab.json: copy the one of the original folder"
+            )
+        self._check_vocabulary(len(self.tokenizer))
+
+    def _check_vocabulary(self, known: int) -> None:
         if self.vocabulary is not None and known > self.vocabulary:
             raise ValueError(
                 f"the tokenizer knows {known} tokens, but the model has embeddings for {self.vocabulary} (vocab_size "
                 "in config.json): copy the tokenizer of the model's original folder"
             )
+
+    def _check(self, texts: Sequence[str], ids: np.ndarray) -> None:
+        """Raises a ValueError unless the tokenizer and the model that the config describes belong together."""
+        self._check_vocabulary(int(ids.max(initial=0)) + 1)
         if self.end_token in (None, LEGACY_END_TOKEN):
             return
         endless = [text for text, row in zip(texts, ids, strict=True) if self.end_token not in row]
@@ -118,7 +125,7 @@ def read_processor(folder: Path, text: Any = None) -> Processor:
 
     Args:
       folder: of the files.
-      text: config of the text tower that the tokens are for; None where it is not known.
+      text: config of the text tower or language model that the tokens are for; None where it is not known.
     """
     for name in (*_IMAGE_FILES, *_TOKEN_FILES, "tokenizer_config.json"):
         if (folder / name).is_file() and not read_json(folder / name):
@@ -132,7 +139,9 @@ def read_processor(folder: Path, text: Any = None) -> Processor:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if text is None:
         return Processor(image_processor, tokenizer)
-    return Processor(image_processor, tokenizer, text.max_position_embeddings, text.vocab_size, text.eos_token_id)
+    return Processor(
+        image_processor, tokenizer, text.max_position_embeddings, text.vocab_size, getattr(text, "eos_token_id", None)
+    )
 
 
 def _import_transformers() -> Any:

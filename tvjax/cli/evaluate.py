@@ -22,11 +22,12 @@ def evaluate(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Accuracy with its 95 % interval (Wilson), and how sure a difference on the same images is.
+    """Accuracy with its 95 % interval (Wilson), and how sure a difference on the same examples is.
 
-    That of a CLIP is zero-shot, that of a ViT by its own head. With several models every pair is compared: the
-    difference of accuracies with an interval for the same images, McNemar's exact test, and how often the two predict
-    the same.
+    That of a CLIP is zero-shot, that of a ViT by its own head, that of a language model by the words of the classes
+    that it would say next; on texts without classes that of the next token, with the perplexity. With several models
+    every pair is compared: the difference of accuracies with an interval for the same examples, McNemar's exact test,
+    and how often the two predict the same.
     """
     from tvjax import jobs
 
@@ -39,15 +40,16 @@ def evaluate(
 def _tables(found: Evaluated, by_class: bool) -> list[Any]:
     from tvjax.report import tables
 
-    title = f"{'Zero-shot accuracy' if found.templates else 'Accuracy'} on {found.images['source']}, %"
+    kind = "Next-token accuracy" if not found.classes else "Zero-shot accuracy" if found.templates else "Accuracy"
+    title = f"{kind} on {found.images['source']}, %"
     shown: list[Any] = [tables.evaluation_table(found.models, title, found.reference)]
     if found.pairs:
-        shown.append(tables.pairs_table(found.pairs, "Differences on the same images, points (p: McNemar)"))
-        shown.append(tables.agreement_table(found.pairs, "Agreement, % of the images"))
+        shown.append(tables.pairs_table(found.pairs, "Differences on the same examples, points (p: McNemar)"))
+        shown.append(tables.agreement_table(found.pairs, "Agreement, % of the answers"))
     if found.curve is not None:
         shown.append(tables.curve_table(found.curve["points"], f"With {found.curve['task_vector']}, %"))
         best = found.curve["best_scale"]
-        shown.append(f"best: scale {best:g}; a scale is to be chosen on images that are no test")
+        shown.append(f"best: scale {best:g}; a scale is to be chosen on examples that are no test")
     if by_class:
         shown.append(tables.class_table(found.models, "By class, %"))
     return shown

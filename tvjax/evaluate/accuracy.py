@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -67,10 +68,12 @@ class Predictions(NamedTuple):
     Attributes:
       predicted: ``[n]`` classes or tokens.
       labels: ``[n]`` true ones.
+      losses: ``[n]``, minus the logarithm of the probability of each true one; None where they are not known.
     """
 
     predicted: np.ndarray
     labels: np.ndarray
+    losses: np.ndarray | None = None
 
     @property
     def right(self) -> np.ndarray:
@@ -81,6 +84,15 @@ class Predictions(NamedTuple):
     def accuracy(self) -> Accuracy:
         """The accuracy."""
         return Accuracy(int(self.right.sum()), self.right.size)
+
+    @property
+    def perplexity(self) -> float | None:
+        """``exp`` of the mean loss; None where losses are not known.
+
+        >>> Predictions(np.array([3]), np.array([3]), np.array([0.0])).perplexity
+        1.0
+        """
+        return None if self.losses is None else math.exp(self.losses.mean(dtype=np.float64))
 
     def by_class(self, classes: int) -> list[Accuracy | None]:
         """The accuracy on the examples of each class; None for a class without examples.
@@ -115,8 +127,8 @@ def of_batch(model: Model, batch: Batch) -> Predictions:
     """
     judged = judge(model, batch)
     check_judged(judged)
-    predicted, labels, counted = (np.asarray(part) for part in judged[:3])
-    return Predictions(predicted[counted], labels[counted])
+    predicted, labels, counted, losses = (np.asarray(part) for part in judged[:4])
+    return Predictions(predicted[counted], labels[counted], losses[counted])
 
 
 def joined(parts: Iterable[Predictions]) -> Predictions:
@@ -128,7 +140,9 @@ def joined(parts: Iterable[Predictions]) -> Predictions:
     found = list(parts)
     if not sum(part.labels.size for part in found):
         raise ValueError("there are no examples to evaluate on: give at least one batch")
-    return Predictions(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
+    predicted, labels = (np.concatenate(arrays) for arrays in zip(*(part[:2] for part in found), strict=True))
+    losses = [part.losses for part in found if part.losses is not None]
+    return Predictions(predicted, labels, np.concatenate(losses) if len(losses) == len(found) else None)
 
 
 def accuracy(model: Model, batches: Batch | Iterable[Batch]) -> Accuracy:

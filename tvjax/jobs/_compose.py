@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,16 +18,18 @@ from tvjax.compose.train import Trained
 from tvjax.data.augment import StrongView, WeakView
 from tvjax.data.examples import spelled
 from tvjax.data.images import Images
-from tvjax.data.loader import image_batches
+from tvjax.data.texts import Texts
 from tvjax.evaluate.accuracy import accuracy
 from tvjax.jobs import inputs
+from tvjax.jobs.asking import Prompts, asking, with_task
 from tvjax.jobs.calibration import of_head
 from tvjax.jobs.configs import ComposeConfig
 from tvjax.jobs.opened import Models, Opened
-from tvjax.jobs.parts import check_labels, has_head, sees, with_task
+from tvjax.jobs.parts import check_labels
 from tvjax.jobs.schema import Progress
 from tvjax.report.plots import plot_coefficients
-from tvjax.stages import Model, PyTree
+from tvjax.stages import Batch, Model, PyTree
+from tvjax.tasks import Task
 
 
 class Composed(NamedTuple):
@@ -58,12 +61,11 @@ class Composed(NamedTuple):
 
 
 class _Data(NamedTuple):
-    """The examples, the held-out ones, and what their classes are called."""
+    """The examples, the held-out ones, and how to ask."""
 
-    found: Images
-    held_out: Images | None
-    names: tuple[str, ...]
-    templates: tuple[str, ...]
+    found: Images | Texts
+    held_out: Images | Texts | None
+    prompts: Prompts
 
 
 def compose(config: ComposeConfig, progress: Progress | None = None) -> Composed:
@@ -133,36 +135,42 @@ def _read(config: ComposeConfig, opened: Opened) -> _Data:
     Raises:
       ValueError: examples without the labels or names that are needed, or of other classes than the model's own head.
     """
-    sees(opened)
-    if not has_head(opened):
+    way = asking(opened)
+    if not way.can_score(opened):
         raise ValueError(f"{config.model!r} has no text tower to make a zero-shot head from: give a full CLIP")
-    prompts = inputs.read_prompts(config.task, config.classes, config.templates)
+    if config.objective != "few_shot" and way.kind is not Images:
+        raise ValueError(
+            f"{config.objective} looks at images, and {config.model!r} takes {way.kind.kind}: take few_shot"
+        )
+    prompts = inputs.read_prompts(config, (opened,))
     if config.classes is None:
         prompts = of_head(opened, prompts)
     needed = config.objective if config.objective == "few_shot" else ""
-    found = inputs.read_images(inputs.images_of(config.data, config.task, "train"), prompts, needed)
+    found = inputs.read_examples(inputs.place_of(config.data, config.task, "train"), prompts, (opened,), needed)
     names = found.class_names or tuple(map(spelled, prompts.class_names or ()))
-    if not names:
+    if not names and way.needs_labels:
         raise ValueError(
             f"{config.objective} needs the names of the classes: give --classes, or images in one folder a class"
         )
     check_labels(opened, names, config.classes is not None)
-    found = inputs.draw_images(
-        found, config.per_class, config.select, config.seed, lambda images: opened.embed(images, config.batch_size)
-    )
+    features = lambda images: opened.embed(images, config.batch_size)  # noqa: E731
+    found = inputs.draw(found, config.per_class, config.select, config.seed, features)
+    found = dataclasses.replace(found, class_names=names)
+    way.check(opened, found, prompts)
     if config.validation is None:
-        return _Data(found, None, names, prompts.templates)
-    held_out = inputs.read_images(config.validation, prompts, "choosing a learning rate")
+        return _Data(found, None, prompts)
+    held_out = inputs.read_examples(config.validation, prompts, (opened,), "choosing a learning rate")
     check_labels(opened, held_out.class_names, config.classes is not None)
-    return _Data(found, held_out, names, prompts.templates)
+    return _Data(found, held_out, prompts)
 
 
 def _learn(
     config: ComposeConfig, opened: Opened, data: _Data, taus: list[PyTree], progress: Progress | None
 ) -> tuple[Trained, PyTree, learned.Coefficients]:
     """What was trained, the parameters that it gives, and the coefficients."""
-    head = with_task(opened, data.names, data.templates)
-    goal = _goal(config, opened, head, data.found)
+    task = asking(opened).task(opened, data.found, data.prompts)
+    head = with_task(opened, task)
+    goal = _goal(config, opened, head, task.batches(data.found, config.batch_size).whole())
     key, part_key = jax.random.split(jax.random.key(config.seed))
     names = [str(file) for file in config.task_vectors]
     coefficients = learned.init(taus, blocks=config.blocks, partitions=config.partitions, key=part_key, names=names)
@@ -178,7 +186,7 @@ def _learn(
         epochs=config.epochs,
         batch_size=config.batch_size,
         micro_batches=config.micro_batches,
-        score=_score(config, opened, head, data.held_out),
+        score=_score(config, task, head, data.held_out),
         progress=progress,
         store=None if config.state is None else TrainingStore(config.state),
     )
@@ -188,9 +196,8 @@ def _learn(
     return trained, jax.jit(learned.combine)(base, taus, trained.trainable), trained.trainable
 
 
-def _goal(config: ComposeConfig, opened: Opened, head: Model, found: Images) -> Objective:
+def _goal(config: ComposeConfig, opened: Opened, head: Model, seen: Batch) -> Objective:
     """What the coefficients are learned by."""
-    seen = image_batches(found, opened.processor.pixels, config.batch_size).whole()
     if config.objective == "few_shot":
         return learned.few_shot(head, seen)
     pixels = seen.inputs
@@ -202,10 +209,10 @@ def _goal(config: ComposeConfig, opened: Opened, head: Model, found: Images) -> 
 
 
 def _score(
-    config: ComposeConfig, opened: Opened, head: Model, held_out: Images | None
+    config: ComposeConfig, task: Task, head: Model, held_out: Images | Texts | None
 ) -> Callable[[Any], float] | None:
     """The accuracy of parameters on the examples that were held out."""
     if held_out is None:
         return None
-    held = list(image_batches(held_out, opened.processor.pixels, config.batch_size))
+    held = list(task.batches(held_out, config.batch_size))
     return lambda params: accuracy(head.replace(params=params), held).fraction

@@ -1,27 +1,27 @@
-"""Accuracies of models on the same examples, one beside the other, or along the scale of a task vector."""
+"""How well models do on the same examples, one beside the other, or along the scale of a task vector."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from tvjax.checkpoints import map_tree
 from tvjax.data.images import Images
-from tvjax.data.loader import image_batches
+from tvjax.data.loader import Loader
+from tvjax.data.texts import Texts
 from tvjax.evaluate.accuracy import Accuracy, Predictions, predictions
 from tvjax.evaluate.scale import scale_curve
 from tvjax.jobs import inputs
+from tvjax.jobs.asking import Prompts, asking, with_task
 from tvjax.jobs.calibration import of_head
 from tvjax.jobs.configs import EvaluateConfig
 from tvjax.jobs.opened import Models, Opened
-from tvjax.jobs.parts import check_labels, has_head, head_labels, sees, with_task
+from tvjax.jobs.parts import check_labels
 from tvjax.jobs.schema import Progress
 from tvjax.models.clip import clip
 from tvjax.report import records
 from tvjax.report.plots import plot_scale_curve
-from tvjax.stages import Model
 
 SCALES = ",".join(f"{0.05 * step:g}" for step in range(21))
 
@@ -33,7 +33,7 @@ class Evaluated(NamedTuple):
       images: the examples.
       classes: their names.
       templates: the prompts; none where every model has a head of its own.
-      models: accuracy of each model, in whole and by class.
+      models: accuracy of each model, in whole and by class; of the next token also the perplexity.
       reference: accuracy of the reference.
       pairs: each two models on the same examples.
       curve: accuracy at every scale of a task vector, and the best.
@@ -51,7 +51,10 @@ class Evaluated(NamedTuple):
 
 
 def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evaluated:
-    """Accuracy with its 95 % interval (Wilson), zero-shot or by a model's own head, and how sure a difference is.
+    """Accuracy with its 95 % interval (Wilson), and how sure a difference is.
+
+    It is zero-shot, by a model's own head, or by the words that a language model says next; on texts without classes it
+    is that of the next token, with the perplexity.
 
     Args:
       config: the models and the examples.
@@ -67,24 +70,29 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evalua
     with Models() as models:
         names = list(dict.fromkeys((*config.models, *([config.reference] if config.reference else []))))
         opened = {name: models[name] for name in names}
+        ways = {name: asking(one) for name, one in opened.items()}
+        prompts = inputs.read_prompts(config, tuple(opened.values()))
         base = _base(opened)
-        prompts = inputs.read_prompts(config.task, config.classes, config.templates)
-        headed = next((one for one in opened.values() if head_labels(one)), None)
+        headed = next((one for name, one in opened.items() if ways[name].labels(one)), None)
         if headed is not None and config.classes is None:
             prompts = of_head(headed, prompts)
         tau, about = map_tree(config.task_vector) if config.task_vector is not None else (None, {})
-        place = inputs.images_of(config.data, config.task, "test")
-        found = inputs.read_images(place, prompts, "an accuracy")
+        place = inputs.place_of(config.data, config.task, "test")
+        found = inputs.read_examples(place, prompts, tuple(opened.values()), "an accuracy")
         looked_at = inputs.record(found)
-        for one in opened.values():
+        for name, one in opened.items():
             check_labels(one, found.class_names, config.classes is not None)
-            if head_labels(one) is None and has_head(one):  # a tokenizer that does not fit is refused before a run
-                one.processor.tokens(found.class_names)
+            ways[name].check(one, found, prompts)
+        if found.labels is None:  # the answers are tokens
+            ways[config.models[0]].check_alike(tuple(opened.values()), found, prompts)
         seen: dict[str, Predictions] = {}
+        loaders: list[Loader] = []
         curve: list[Predictions] = []
         for number, (name, one) in enumerate(opened.items()):
-            head, pixels = _head(one, base, found.class_names, prompts.templates)
-            loader = image_batches(found, pixels, config.batch_size)
+            whole = one if base is None or ways[name].can_score(one) else with_text(one, base)
+            task = ways[name].task(whole, found, prompts)
+            head, loader = with_task(whole, task), task.batches(found, config.batch_size)
+            loaders.append(loader)
             if config.task_vector is not None and name == config.models[0]:
                 inputs.check_base(about, one.pretrained, [config.task_vector], config.any_base)
                 *curve, seen[name] = scale_curve(head, tau, (*grid, 0.0), loader)
@@ -94,8 +102,9 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evalua
                 one.release()
             if progress is not None:
                 progress(number + 1, len(names), name)
-        zero_shot = any(head_labels(one) is None for one in opened.values())
-    return _results(config, found, looked_at, prompts.templates if zero_shot else (), seen, (grid, curve))
+        if all(ways[name].labels(one) is not None for name, one in opened.items()):
+            prompts = prompts._replace(templates=())
+    return _results(config, found, looked_at, prompts, seen, (grid, curve), inputs.notes_of(found, *loaders))
 
 
 def read_scales(text: str) -> tuple[float, ...]:
@@ -122,19 +131,11 @@ def _base(opened: dict[str, Opened]) -> Opened | None:
     Raises:
       ValueError: where there are such towers, and no full CLIP.
     """
-    for one in opened.values():
-        sees(one)
-    towers = [name for name, one in opened.items() if not has_head(one)]
-    full = [one for one in opened.values() if has_head(one) and head_labels(one) is None]
+    towers = [name for name, one in opened.items() if not asking(one).can_score(one)]
+    full = [one for one in opened.values() if asking(one).can_score(one) and asking(one).labels(one) is None]
     if towers and not full:
         raise ValueError(f"{towers[0]!r} has no text tower to make a zero-shot head from: give a full CLIP first")
     return full[0] if towers else None
-
-
-def _head(one: Opened, base: Opened | None, names: Sequence[str], templates: Sequence[str]) -> tuple[Model, Any]:
-    """A model with its task, and what makes its inputs of images."""
-    whole = one if has_head(one) or base is None else with_text(one, base)
-    return with_task(whole, names, templates), whole.processor.pixels
 
 
 def with_text(tower: Opened, base: Opened) -> Opened:
@@ -162,18 +163,21 @@ def with_text(tower: Opened, base: Opened) -> Opened:
 
 def _results(
     config: EvaluateConfig,
-    found: Images,
+    found: Images | Texts,
     looked_at: dict[str, Any],
-    templates: tuple[str, ...],
+    prompts: Prompts,
     seen: dict[str, Predictions],
     curve: tuple[tuple[float, ...], list[Predictions]],
+    notes: list[str],
 ) -> Evaluated:
     """The measurements as records, written and drawn where it is asked for."""
     norm = None if config.reference is None else seen[config.reference].accuracy
+    if found.labels is None:
+        notes.append("the answers are tokens, and those of one text are not independent: the intervals are too narrow")
     result = Evaluated(
         images=looked_at,
         classes=found.class_names,
-        templates=templates,
+        templates=prompts.templates,
         models=[{"model": name, **records.of_model(seen[name], found.class_names, norm)} for name in config.models],
         reference=None if norm is None else {"model": config.reference, **records.of_accuracy(norm)},
         pairs=[
@@ -181,7 +185,7 @@ def _results(
             for one, two in itertools.combinations(config.models, 2)
         ],
         curve=_curve(config, seen, norm, *curve) if config.task_vector is not None else None,
-        notes=tuple(inputs.notes_of(found)),
+        notes=tuple(notes),
     )
     if config.output is not None:
         inputs.write_json(config.output, result._asdict())

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-
 from tvjax import tree
 from tvjax.checkpoints.huggingface import check_new
 from tvjax.jobs import inputs
+from tvjax.jobs.asking import parameters
 from tvjax.jobs.calibration import prepare
 from tvjax.jobs.configs import PlanConfig
 from tvjax.jobs.methods import reads_examples
 from tvjax.jobs.opened import Models
-from tvjax.jobs.parts import parameters, sees, shapes_with_task
 from tvjax.jobs.schema import Progress
-from tvjax.stages import Batch, PyTree
+from tvjax.stages import PyTree
 from tvjax.transport.plan import Plan
 from tvjax.transport.plan import plan as plan_fit
 
@@ -62,13 +59,12 @@ def plan(config: PlanConfig, progress: Progress | None = None) -> Planned:
         found = ready.found
         number = config.count if found is None else len(found)
         sizes = [min(config.batch_size, number - start) for start in range(0, number, config.batch_size)]
-        names = len(found.class_names) if found is not None and found.labels is not None else 10
         opened = [models[name] for name in (config.source, config.target)]
-        held = [parameters(one.checkpoint) for one in opened]
-        a, b = (shapes_with_task(one.checkpoint, own, names) for one, own in zip(opened, held, strict=True))
-        views = [[_batch(sees(one).image_size, size) for size in sizes] for one in opened]
+        held = [parameters(one) for one in opened]
+        a, b = (ready.way.shapes(one, found, ready.prompts) for one in opened)
+        views = [ready.way.batches(one, found, ready.prompts, sizes) for one in opened]
         if config.finetuned is not None:
-            held.append(parameters(models[config.finetuned].checkpoint))
+            held.append(parameters(models[config.finetuned]))
     pairs = list(zip(*views, strict=True)) if reads_examples(ready.moving) else []
     depth = "uniform" if ready.depth == "cka" else ready.depth  # which compares activations; sizes do not depend on it
     fitted = plan_fit(ready.moving, a, b, pairs, depth=depth, tokens=config.tokens)
@@ -81,12 +77,6 @@ def plan(config: PlanConfig, progress: Progress | None = None) -> Planned:
     if config.depth == "cka":
         notes.append("source layers are paired by cka when they have been run; shown is uniform")
     return _planned(fitted, held, [a.params, b.params], number, disk, notes)
-
-
-def _batch(side: int, size: int) -> Batch:
-    """So many images with labels, in shapes."""
-    pixels = jax.ShapeDtypeStruct((size, side, side, 3), jnp.float32)
-    return Batch({"pixels": pixels}, jax.ShapeDtypeStruct((size,), jnp.int32))
 
 
 def _converted(held: PyTree, tower: PyTree) -> int:

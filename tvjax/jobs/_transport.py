@@ -12,14 +12,15 @@ from tvjax.arithmetic import apply
 from tvjax.checkpoints import TransportStore, model_card, save_pretrained, save_tree
 from tvjax.checkpoints.atomic import replacing
 from tvjax.checkpoints.huggingface import check_new
-from tvjax.data.loader import image_batches
+from tvjax.data.texts import Texts
 from tvjax.evaluate.scale import ChosenScale, choose_scale
 from tvjax.jobs import inputs
+from tvjax.jobs.asking import float32, with_task
 from tvjax.jobs.calibration import Prepared, paired_batches, prepare
 from tvjax.jobs.configs import TransportConfig
 from tvjax.jobs.methods import scales_of
 from tvjax.jobs.opened import Models, Opened
-from tvjax.jobs.parts import changed_elsewhere, float32, part_task_vector, tower, with_task
+from tvjax.jobs.parts import changed_elsewhere, part_task_vector
 from tvjax.jobs.schema import Progress
 from tvjax.stages import Model, PyTree
 from tvjax.transport import State, fit, leaf_report, summary
@@ -94,10 +95,10 @@ def transport(config: TransportConfig, progress: Progress | None = None) -> Tran
 
 
 def _side(opened: Opened, ready: Prepared) -> Model:
-    """What a fit walks of a model: what sees the images, in float32, with its task where gradients are read."""
+    """What a fit walks of a model: what reads the examples, in float32, with its task where gradients are read."""
     if ready.found is not None and ready.moving.needs_gradients:
-        return with_task(opened, ready.found.class_names, ready.prompts.templates)
-    model = tower(opened.pretrained.model)
+        return with_task(opened, ready.way.task(opened, ready.found, ready.prompts))
+    model = ready.way.tower(opened.pretrained.model)
     return model.replace(params=float32(model.params))
 
 
@@ -125,20 +126,24 @@ def _fitted(
             depends_on |= {side: identity["base_fingerprint"], f"{side} config": identity["base_config"]}
         if looked_at is not None:
             depends_on["images"] = looked_at["sha256"]
-        if ready.found is not None and ready.moving.needs_gradients:
+        if isinstance(ready.found, Texts):
+            depends_on["length"] = str(ready.prompts.length)
+        if ready.found is not None and (ready.moving.needs_gradients or isinstance(ready.found, Texts)):
             depends_on["classes"] = json.dumps(ready.found.class_names)
             depends_on["prompts"] = json.dumps(ready.prompts.templates)
         store = TransportStore(config.maps, depends_on)
-    pairs = [] if ready.found is None else paired_batches(ready.found, source, target, config.batch_size)
-    return fit(ready.moving, *sides, pairs, depth=ready.depth, tokens=config.tokens, progress=progress, cache=store)
+    pairs, loader = ([], None) if ready.found is None else paired_batches(ready, source, target, config.batch_size)
+    options: dict[str, Any] = {"depth": ready.depth, "tokens": config.tokens, "progress": progress, "cache": store}
+    state = fit(ready.moving, *sides, pairs, **options)
+    return dataclasses.replace(state, notes=(*inputs.notes_of(loader), *state.notes))
 
 
 def _chosen(config: TransportConfig, ready: Prepared, target: Opened, moved: PyTree) -> ChosenScale:
     """The scale of the greatest accuracy on the examples that were held out."""
     assert ready.held_out is not None
-    head = with_task(target, ready.held_out.class_names, ready.prompts.templates)
-    loader = image_batches(ready.held_out, target.processor.pixels, config.batch_size)
-    return choose_scale(head, moved, scales_of(ready.moving), loader)
+    task = ready.way.task(target, ready.held_out, ready.prompts)
+    loader = task.batches(ready.held_out, config.batch_size)
+    return choose_scale(with_task(target, task), moved, scales_of(ready.moving), loader)
 
 
 def _curve(chosen: ChosenScale, held_out: Any) -> dict[str, Any]:

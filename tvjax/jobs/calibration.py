@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 from tvjax.checkpoints.provenance import check_configs
 from tvjax.data.images import Images
 from tvjax.data.loader import Loader, Processed
+from tvjax.data.texts import Texts
 from tvjax.jobs import inputs
+from tvjax.jobs.asking import OwnHead, Prompts, asking, parameters
 from tvjax.jobs.configs import PlanConfig, TransportConfig
 from tvjax.jobs.methods import check_pair, read_depth, reads_examples
 from tvjax.jobs.opened import Models, Opened
-from tvjax.jobs.parts import Part, check_labels, find_part, has_head, head_labels, parameters, part_task_vector
+from tvjax.jobs.parts import Part, check_labels, find_part, part_task_vector
 from tvjax.stages import Batch
 from tvjax.transport import Transport, make_transport
 
@@ -21,20 +23,22 @@ class Prepared(NamedTuple):
 
     Attributes:
       moving: the transport.
+      way: how both models are asked.
       part: the leaves that are moved.
       depth: source layer of each target layer, or the rule.
-      prompts: names and prompts of the classes.
+      prompts: how to ask.
       found: calibration examples; None where the transport reads none.
       held_out: labelled examples to choose the scale on.
       notes: what the user should know of the models.
     """
 
     moving: Transport
+    way: OwnHead
     part: Part
     depth: str | list[int]
-    prompts: inputs.Prompts
-    found: Images | None
-    held_out: Images | None
+    prompts: Prompts
+    found: Images | Texts | None
+    held_out: Images | Texts | None
     notes: tuple[str, ...]
 
 
@@ -47,8 +51,8 @@ def prepare(config: TransportConfig | PlanConfig, models: Models) -> Prepared:
     moving, depth = make_transport(config.method, config.options), read_depth(config.depth)
     source, target = models[config.source], models[config.target]
     check_pair(moving, source, target)
-    part = find_part(source, config.part)
-    if config.validation is not None and not has_head(target):
+    part, way = find_part(source, config.part), asking(target)
+    if config.validation is not None and not way.can_score(target):
         raise ValueError(
             f"--validation needs a zero-shot head, but {config.target!r} has no text tower: give the full CLIP"
         )
@@ -56,35 +60,41 @@ def prepare(config: TransportConfig | PlanConfig, models: Models) -> Prepared:
     if config.finetuned is not None:
         names, tuned = (config.source, config.finetuned), models[config.finetuned]
         configs = (source.config, tuned.config)
-        notes = check_configs(names, configs, "vision", config.allow_config_differences)
-        part_task_vector(part, parameters(source.checkpoint), parameters(tuned.checkpoint), config.finetuned)  # fits
-    prompts = inputs.read_prompts(config.task, config.classes, config.templates)
-    named = next((model for model in (target, source) if head_labels(model)), target)
+        notes = check_configs(names, configs, source.checkpoint.family.part, config.allow_config_differences)
+        part_task_vector(part, parameters(source), parameters(tuned), config.finetuned)  # fits
+    prompts = inputs.read_prompts(config, (source, target))
+    named = next((model for model in (target, source) if way.labels(model)), target)
     labelled = prompts if config.classes else of_head(named, prompts)
     found = held_out = None
     if reads_examples(moving) and (config.data or config.task or not isinstance(config, PlanConfig)):
         found = _calibration(config, moving, labelled if moving.needs_gradients else prompts, target)
         for model in (source, target) if moving.needs_gradients else ():
             check_labels(model, found.class_names, config.classes is not None)
+            if isinstance(config, TransportConfig):  # a plan of images needs no tokenizer
+                way.check(model, found, prompts)
+        way.check_alike((source, target), found, prompts)
     if config.validation is not None:
-        held_out = inputs.read_images(config.validation, labelled, "choosing a scale")
+        held_out = inputs.read_examples(config.validation, labelled, (target,), "choosing a scale")
         check_labels(target, held_out.class_names, config.classes is not None)
-    return Prepared(moving, part, depth, prompts, found, held_out, notes)
+        if isinstance(config, TransportConfig):
+            way.check(target, held_out, prompts)
+    return Prepared(moving, way, part, depth, prompts, found, held_out, notes)
 
 
-def of_head(model: Opened, prompts: inputs.Prompts) -> inputs.Prompts:
+def of_head(model: Opened, prompts: Prompts) -> Prompts:
     """The prompts with the names of the classes of a model's own head, where it has one that names them."""
-    return prompts._replace(class_names=head_labels(model) or prompts.class_names)
+    return prompts._replace(class_names=asking(model).labels(model) or prompts.class_names)
 
 
 def _calibration(
-    config: TransportConfig | PlanConfig, moving: Transport, prompts: inputs.Prompts, target: Opened
-) -> Images:
+    config: TransportConfig | PlanConfig, moving: Transport, prompts: Prompts, target: Opened
+) -> Images | Texts:
+    way = asking(target)
     if config.data is None and config.task is None:
-        raise ValueError(f"{moving.name} looks at calibration images: give --images")
-    place = inputs.images_of(config.data, config.task, "train")
-    found = inputs.read_images(place, prompts)
-    if moving.needs_gradients and found.labels is None:
+        raise ValueError(f"{moving.name} looks at calibration {way.kind.kind}: give --data")
+    place = inputs.place_of(config.data, config.task, "train")
+    found = inputs.read_examples(place, prompts, (target,))
+    if moving.needs_gradients and way.needs_labels and found.labels is None:
         raise ValueError(
             f"{place!r} has no labels, and {moving.name} reads gradients of the zero-shot loss: put the images of each "
             "class into a folder of its name, or take theseus, which needs no labels"
@@ -92,15 +102,21 @@ def _calibration(
     # A plan says how many, not which: a choice by embeddings would read the weights.
     select = "random" if isinstance(config, PlanConfig) else config.select
     features = lambda images: target.embed(images, config.batch_size)  # noqa: E731
-    return inputs.draw_images(found, config.per_class, select, config.seed, features)
+    return inputs.draw(found, config.per_class, select, config.seed, features)
 
 
-def paired_batches(found: Images, source: Opened, target: Opened, size: int) -> list[tuple[Batch, Batch]]:
-    """The same examples as two models see them, each decoded once."""
-    processors = source.processor, target.processor
+def paired_batches(
+    ready: Prepared, source: Opened, target: Opened, size: int
+) -> tuple[list[tuple[Batch, Batch]], Loader]:
+    """The same examples as two models see them, each read once, and what made them."""
+    assert ready.found is not None
+    loaders = [
+        ready.way.task(model, ready.found, ready.prompts).batches(ready.found, size) for model in (source, target)
+    ]
 
-    def both(images: Any, labels: Any) -> Processed:
-        return Processed(Batch([processor.pixels(images) for processor in processors], labels))
+    def both(examples: Any, labels: Any) -> Processed:
+        made = [loader.process(examples, labels) for loader in loaders]
+        return Processed(Batch([one.batch for one in made]), max(one.cut for one in made))
 
-    views = ([Batch({"pixels": own}, batch.labels) for own in batch.inputs] for batch in Loader(found, both, size))
-    return [(one, other) for one, other in views]
+    pairs = Loader(ready.found, both, size)
+    return [(one, other) for one, other in (batch.inputs for batch in pairs)], pairs

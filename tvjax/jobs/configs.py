@@ -12,6 +12,7 @@ LARGEST_SEED = 2**31 - 1
 LARGEST_COUNT = 2**20  # of what arrays are made for
 SOURCES = (
     "a folder with one folder a class, an archive FILE.npz, a dataset hf:NAME?split=SPLIT, or digits:STYLE/PART; "
+    "for language models FILE.jsonl, .csv, .tsv or .txt, hf:NAME?text=COLUMN; "
     "?part=0:0.8 takes a share of them"
 )
 TRANSPORTS = ("naive", "orthogonal_shift", "gradfix", "theseus", "bico")  # and those of one's own, by register
@@ -51,11 +52,15 @@ class Examples(Config):
         ),
     ] = None
     task: Annotated[str | None, Typed("NAME")] = None
-    """Class names, prompts and images: sun397, cars, resisc45, eurosat, svhn, gtsrb, mnist, dtd; or digits."""
+    """Class names, prompts and images: sun397, cars, resisc45, eurosat, svhn, gtsrb, mnist, dtd; or digits. Of texts:
+    cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb, snli, scitail."""
     classes: Annotated[File | None, FILE] = None
     """Class names, one a line, in the labels' order; default: of the task, head or images."""
     templates: Annotated[File | None, FILE] = None
-    """Prompts with {} for the name, one a line; default: of the task, or 'a photo of a {}.'"""
+    """Prompts with {} for the name, one a line; of texts one, with {} or {column} for the text. Default: of the task,
+    or 'a photo of a {}.' for images."""
+    length: Annotated[int, Field(ge=1, le=LARGEST_COUNT)] = 512
+    """Tokens that are kept of a text."""
 
 
 class Drawn(Examples):
@@ -78,7 +83,7 @@ class Moving(Drawn):
     method: Annotated[str, Field(description=f"One of {', '.join(TRANSPORTS)}; or a chain such as bico+gradfix.")]
     options: Options = {}
     part: Annotated[str | None, Typed("PATH")] = None
-    """The part of the model that is moved; default: the vision tower of a CLIP, of a ViT all but its head."""
+    """The part of the model that is moved; default: the vision tower of a CLIP, of another model all but its head."""
     scale: float = 1.0
     """Factor of the moved task vector."""
     validation: Annotated[str | None, Typed("DATA")] = None
@@ -124,7 +129,8 @@ class EvaluateConfig(Examples):
     """What `tvjax.jobs.evaluate` measures: models on the same examples."""
 
     models: Annotated[Several[str], Typed("MODEL...", argument=True), Field(min_length=1)]
-    """Folders or hub ids of CLIPs or ViTs. A vision tower alone goes with the text tower of the first full CLIP."""
+    """Folders or hub ids: CLIPs and ViTs, or language models. A vision tower alone goes with the text tower of the
+    first full CLIP."""
     reference: Annotated[str | None, MODEL] = None
     """A fine-tuned model: accuracies are given as shares of its own too."""
     task_vector: Annotated[File | None, FILE] = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -14,73 +14,77 @@ from tvjax.checkpoints import Pretrained
 from tvjax.checkpoints.atomic import replacing
 from tvjax.checkpoints.provenance import check_made_for, check_same_config
 from tvjax.data.batches import few_shot, herding, k_medoids
+from tvjax.data.examples import Examples
 from tvjax.data.images import Images
+from tvjax.data.loader import Loader
 from tvjax.data.source import open_examples
+from tvjax.data.texts import Texts
+from tvjax.jobs.asking import Prompts, asking
+from tvjax.jobs.configs import Examples as Asked
+from tvjax.jobs.opened import Opened
 from tvjax.tasks.catalogue import find_task
-from tvjax.tasks.zero_shot import TEMPLATES
 
 
-class Prompts(NamedTuple):
-    """What the classes are called.
-
-    Attributes:
-      class_names: names of the classes; None: those that the images have.
-      templates: prompts with ``{}`` in place of the name.
-    """
-
-    class_names: tuple[str, ...] | None
-    templates: tuple[str, ...]
-
-
-def read_prompts(task: str | None, classes: Path | None, templates: Path | None) -> Prompts:
-    """Class names and prompts: of the files, or else of the task, or else of the images and the default prompt.
+def read_prompts(config: Asked, models: Sequence[Opened]) -> Prompts:
+    """Class names and prompts: of the files, or else of the task, or else of the examples and the default prompt.
 
     Raises:
-      ValueError: no such task, no such file, or an empty one.
+      ValueError: models that take examples of other kinds, no such task, no such file, or an empty one.
     """
-    known = None if task is None else find_task(task)
-    if known is not None and known.kind != "images":
-        raise ValueError(f"the task {task!r} is of {known.kind}, and this command takes images")
-    names = None if known is None else known.class_names
-    prompts = TEMPLATES if known is None else known.templates
-    if classes is not None:
-        names = read_lines(classes, "class names")
-    return Prompts(names, prompts if templates is None else read_lines(templates, "prompts"))
+    ways = [asking(model) for model in models]
+    for model, way in zip(models, ways, strict=True):
+        if way.kind is not ways[0].kind:
+            raise ValueError(
+                f"{models[0].name!r} takes {ways[0].kind.kind} and {model.name!r} {way.kind.kind}: give models of one "
+                "kind of examples"
+            )
+    known = None if config.task is None else find_task(config.task)
+    if known is not None and known.kind != ways[0].kind.kind:
+        raise ValueError(_other_kind(f"the task {config.task!r}", known.kind, ways[0].kind, models))
+    names = None if known is None else known.class_names or None
+    prompts = next((way.templates for way in ways if way.templates), ()) if known is None else known.templates
+    if config.classes is not None:
+        names = read_lines(config.classes, "class names")
+    if config.templates is not None:
+        prompts = read_lines(config.templates, "prompts")
+    length = min(way.length(model, config.length) for model, way in zip(models, ways, strict=True))
+    return Prompts(names, prompts, length)
 
 
-def images_of(images: str | None, task: str | None, split: Literal["train", "test"]) -> str:
-    """Where the images are: what the option says, or else the task.
+def place_of(data: str | None, task: str | None, split: Literal["train", "test"]) -> str:
+    """Where the examples are: what the option says, or else the task.
 
     Raises:
       ValueError: where neither says it.
     """
-    if images is not None:
-        return images
+    if data is not None:
+        return data
     place = getattr(find_task(task), split) if task is not None else ""
     if not place:
         raise ValueError(
-            "give --images, or --task with one of the datasets that are on the hub"
+            "give --data, or --task with one of the datasets that are on the hub"
             if task is None
-            else f"the task {task!r} has images of many kinds: give --images too"
+            else f"the task {task!r} has images of many kinds: give --data too"
         )
     return str(place)
 
 
-def read_images(source: str, prompts: Prompts, labelled_for: str = "") -> Images:
-    """The images that an option names, none of them decoded yet.
+def read_examples(source: str, prompts: Prompts, models: Sequence[Opened], labelled_for: str = "") -> Images | Texts:
+    """The examples that an option names, images not decoded yet.
 
     Args:
       source: as `tvjax.data.open_examples` takes it.
       prompts: with the names of the classes.
+      models: that take them.
       labelled_for: what needs the classes; "" where nothing does.
 
     Raises:
-      ValueError: no such images, or no classes though they are needed.
+      ValueError: no such examples, of another kind than the models take, or no classes though they are needed.
     """
-    found = open_examples(source, prompts.class_names)
-    if not isinstance(found, Images):
-        raise ValueError(f"{source!r} is of {found.kind}, and this command takes images")
-    if labelled_for and found.labels is None:
+    found, way = open_examples(source, prompts.class_names), asking(models[0])
+    if not isinstance(found, way.kind):
+        raise ValueError(_other_kind(repr(source), found.kind, way.kind, models))
+    if labelled_for and way.needs_labels and found.labels is None:
         raise ValueError(
             f"{source!r} has no labels, and {labelled_for} needs labelled images: put those of each class into a "
             "folder of its name, or give an archive or dataset with labels"
@@ -88,29 +92,34 @@ def read_images(source: str, prompts: Prompts, labelled_for: str = "") -> Images
     return found
 
 
-def draw_images(
-    found: Images, per_class: int, select: str, seed: int, features: Callable[[Images], np.ndarray]
-) -> Images:
-    """So many images of each class; 0 for all.
+def _other_kind(what: str, found: str, wanted: type[Examples], models: Sequence[Opened]) -> str:
+    name = type(models[0].config).__name__
+    return f"{what} is of {found}, and this command takes {wanted.kind} for {models[0].name!r}, a {name}"
+
+
+def draw(
+    found: Images | Texts, per_class: int, select: str, seed: int, features: Callable[[Any], np.ndarray]
+) -> Images | Texts:
+    """So many examples of each class; 0 for all.
 
     Args:
-      found: the images.
+      found: the examples.
       per_class: how many of each class.
       select: ``random``, ``herding`` or ``k_medoids``.
       seed: of the random key.
-      features: of all images ``[n, d]``; called for herding and k-medoids only.
+      features: of all examples ``[n, d]``; called for herding and k-medoids only.
 
     Raises:
       ValueError: where a class has fewer, or there are no classes.
     """
     if not per_class:
         if select != "random":
-            raise ValueError(f"--select {select} chooses some images of each class: say how many with --per-class")
+            raise ValueError(f"--select {select} chooses some examples of each class: say how many with --per-class")
         return found
     if found.labels is None:
-        raise ValueError("--per-class needs labelled images: put those of each class into a folder of its name")
+        raise ValueError(f"--per-class needs labelled examples, and {found.name!r} has no labels")
     key = jax.random.key(seed)
-    chosen = few_shot(found.labels, per_class, key)  # raises where a class has fewer, before any image is read
+    chosen = few_shot(found.labels, per_class, key)  # raises where a class has fewer, before any example is read
     if select == "herding":
         chosen = herding(features(found), found.labels, per_class)
     elif select == "k_medoids":
@@ -118,8 +127,8 @@ def draw_images(
     return found.take(chosen)
 
 
-def record(found: Images) -> dict[str, Any]:
-    """What a result says of the images that it rests on; all are read, and what is no image is found.
+def record(found: Images | Texts) -> dict[str, Any]:
+    """What a result says of the examples that it rests on; all are read, and what is no image is found.
 
     Raises:
       ValueError: for an image that is empty or none.
@@ -127,9 +136,11 @@ def record(found: Images) -> dict[str, Any]:
     return {"source": found.name, "count": len(found), "sha256": found.sha256(), "notes": list(found.notes)}
 
 
-def notes_of(*images: Images | None) -> list[str]:
-    """What a user should know of how images were read, each said once."""
-    return list(dict.fromkeys(f"{found.name}: {note}" for found in images if found is not None for note in found.notes))
+def notes_of(*read: Images | Texts | Loader | None) -> list[str]:
+    """What a user should know of how examples, and batches of them, were read, each said once."""
+    said = [found for found in read if found is not None]
+    names = [found.examples.name if isinstance(found, Loader) else found.name for found in said]
+    return list(dict.fromkeys(f"{name}: {note}" for name, one in zip(names, said, strict=True) for note in one.notes))
 
 
 def left(reasons: Mapping[str, str]) -> list[str]:

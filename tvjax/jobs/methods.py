@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from tvjax.compose.tuned import SCALES
+from tvjax.jobs.asking import asking
 from tvjax.jobs.opened import Opened
-from tvjax.jobs.parts import has_head, sees
 from tvjax.transport import Transport
 
 SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "patch_size", "projection_dim")
@@ -50,14 +50,14 @@ def check_pair(moving: Transport, source: Opened, target: Opened) -> None:
       source: the pre-trained source.
       target: the model to move into.
     """
-    ours, theirs = sees(target), sees(source)
+    ours, theirs = (asking(model).config(model) for model in (target, source))
     if type(ours) is not type(theirs):
         raise ValueError(
             f"{source.name!r} is a {type(source.config).__name__} and {target.name!r} a "
             f"{type(target.config).__name__}: give a source and a target of one family"
         )
     for model in (source, target) if moving.needs_gradients else ():
-        if not has_head(model):
+        if not asking(model).can_score(model):
             raise ValueError(
                 f"{moving.name} reads gradients of the zero-shot loss, but {model.name!r} has no text tower: "
                 "give the full CLIP"

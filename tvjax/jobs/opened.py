@@ -13,6 +13,7 @@ from tvjax.checkpoints.huggingface import Pretrained, from_pretrained
 from tvjax.checkpoints.processors import Processor
 from tvjax.data.images import Images
 from tvjax.data.loader import image_batches
+from tvjax.data.tokens import Encoder
 from tvjax.models.clip.config import CLIPConfig
 from tvjax.models.clip.modeling import vision_model
 from tvjax.tasks.zero_shot import unit_embeddings
@@ -47,6 +48,18 @@ class Opened:
     def processor(self) -> Processor:
         """What turns images and texts into its inputs."""
         return self.checkpoint.processor
+
+    def encoder(self, length: int) -> Encoder:
+        """Texts to the tokens of a language model, so many of a text.
+
+        Raises:
+          ValueError: for a model without a tokenizer, or one that does not fit.
+        """
+        try:
+            self.processor.check_tokenizer()
+        except ValueError as error:
+            raise ValueError(f"{self.name!r}: {error}") from error
+        return Encoder(self.processor.tokenizer, length)
 
     def release(self) -> None:
         """Drops the weights, which are read again where they are asked for again."""

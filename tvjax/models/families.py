@@ -31,6 +31,8 @@ class Family(NamedTuple):
       table: its layers.
       inputs: ``(config, examples) -> inputs``, the shapes of what the model takes, so many examples of each kind.
       part: the part that a task vector covers where nobody says it, "" for all.
+      asked: how jobs ask its models (`tvjax.jobs.asking`): by their ``own_head``, by a ``zero_shot`` head, or in
+        ``language``; "" where there is no modelling code.
     """
 
     config: type[Any]
@@ -39,14 +41,34 @@ class Family(NamedTuple):
     table: LayerTable
     inputs: Callable[[Any, int], PyTree]
     part: str = ""
+    asked: str = ""
 
 
 CLIP = Family(
-    clip_config.CLIPConfig, clip_modeling.init, clip_modeling.clip, clip_table.TABLE, clip_modeling.inputs, "vision"
+    clip_config.CLIPConfig,
+    clip_modeling.init,
+    clip_modeling.clip,
+    clip_table.TABLE,
+    clip_modeling.inputs,
+    part="vision",
+    asked="zero_shot",
 )
-VIT = Family(vit_config.ViTConfig, vit_modeling.init, vit_modeling.vit, vit_table.TABLE, vit_modeling.inputs, "vision")
+VIT = Family(
+    vit_config.ViTConfig,
+    vit_modeling.init,
+    vit_modeling.vit,
+    vit_table.TABLE,
+    vit_modeling.inputs,
+    part="vision",
+    asked="own_head",
+)
 LLAMA = Family(
-    llama_config.LlamaConfig, llama_modeling.init, llama_modeling.llama, llama_table.TABLE, llama_modeling.inputs
+    llama_config.LlamaConfig,
+    llama_modeling.init,
+    llama_modeling.llama,
+    llama_table.TABLE,
+    llama_modeling.inputs,
+    asked="language",
 )
 GENERIC = Family(generic.GenericConfig, generic.init, generic.build, generic.TABLE, generic.inputs)
 FAMILIES = {

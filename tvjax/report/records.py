@@ -26,10 +26,11 @@ def of_accuracy(accuracy: Accuracy) -> Record:
 
 
 def of_model(predicted: Predictions, class_names: Sequence[str], reference: Accuracy | None = None) -> Record:
-    """The accuracy of a model, as a share of the reference's, and of each class that occurs."""
-    own = zip(class_names, predicted.by_class(len(class_names)), strict=True)
+    """The accuracy of a model, as a share of the reference's, and of each class; of tokens also the perplexity."""
+    own = zip(class_names, predicted.by_class(len(class_names)), strict=True) if class_names else ()
     return {
         **of_accuracy(predicted.accuracy),
+        **({} if class_names else {"perplexity": predicted.perplexity}),
         "normalised": normalised(predicted.accuracy, reference),
         "by_class": [{"class": name, **of_accuracy(found)} for name, found in own if found is not None],
     }

@@ -74,7 +74,8 @@ def evaluation_table(
     """One row for each model: accuracy in per cent and its 95 % interval.
 
     Args:
-      rows: with ``model``, ``accuracy``, ``interval``, ``correct``, ``total``, ``normalised``.
+      rows: with ``model``, ``accuracy``, ``interval``, ``correct``, ``total``, ``normalised``; of tokens also
+        ``perplexity``.
       title: above the table.
       reference: the same of the model that accuracies are normalised by; its row comes last.
 
@@ -82,10 +83,13 @@ def evaluation_table(
     >>> evaluation_table([row], "images").row_count
     1
     """
-    table = _table(title, ["model"], ["accuracy", "95 % interval", "correct", *(["of reference"] if reference else [])])
+    further = [*(["of reference"] if reference else []), *(["perplexity"] if "perplexity" in rows[0] else [])]
+    table = _table(title, ["model"], ["accuracy", "95 % interval", "correct", *further])
     for row in [*rows, *([{**reference, "normalised": 1.0}] if reference else [])]:
         cells = [_of_one(row["accuracy"]), _interval(row["interval"]), f"{row['correct']} of {row['total']}"]
-        table.add_row(row["model"], *cells, *([_of_one(row["normalised"])] if reference else []))
+        cells += [_of_one(row["normalised"])] if reference else []
+        cells += [f"{row['perplexity']:.4g}" if "perplexity" in row else ""] if "perplexity" in rows[0] else []
+        table.add_row(row["model"], *cells)
     return table
 
 

@@ -254,7 +254,8 @@ def label_words(encoder: Encoder, words: Sequence[str], template: str = "", star
     """Classification by the words of the classes: which of them a language model would say next.
 
     The score of a class is the log-probability of its word's first token, up to a constant, at the last token of the
-    text, which the mask tells; so a causal model must return the mask beside its scores.
+    text. A causal model is told where that is, ``"last": [batch]`` among the inputs, and must return that, or the mask,
+    beside its scores.
 
     Args:
       encoder: texts to tokens.
@@ -278,17 +279,20 @@ def label_words(encoder: Encoder, words: Sequence[str], template: str = "", star
     loss = FIRST_WORD if start is not None else NEXT_WORD
 
     def model(given: Model) -> Model:
-        return given.with_loss(loss, {"words": jnp.asarray(_first_tokens(encoder, words), jnp.int32)})
+        first = _first_tokens(encoder, words, "?" if start is None else "")
+        return given.with_loss(loss, {"words": jnp.asarray(first, jnp.int32)})
 
     def batches(examples: Examples, size: int) -> Loader:
         loader = text_batches(loss.task, examples, encoder, size, words, template)
-        if start is None:
-            return loader
 
         def process(found: Sequence[Any], labels: Any) -> Processed:
             made = loader.process(found, labels)
-            first = np.full((len(found), 1), start, np.int32)
-            inputs = {**made.batch.inputs, "decoder_tokens": first, "decoder_mask": np.ones_like(first, bool)}
+            inputs = dict(made.batch.inputs)
+            if start is None:
+                inputs["last"] = np.asarray(_last(inputs["mask"]), np.int32)
+            else:
+                first = np.full((len(found), 1), start, np.int32)
+                inputs |= {"decoder_tokens": first, "decoder_mask": np.ones_like(first, bool)}
             return Processed(made.batch._replace(inputs=inputs), made.cut)
 
         return dataclasses.replace(loader, process=process)
@@ -298,11 +302,15 @@ def label_words(encoder: Encoder, words: Sequence[str], template: str = "", star
 
 def _next_word(loss_params: PyTree, outputs: PyTree) -> Float[Array, "batch classes"]:
     found = _scored(NEXT_WORD.task, outputs)
-    if "mask" not in outputs:
-        raise cannot_score(NEXT_WORD.task, outputs, f"{_EXPECTED}, and the 'mask' of the tokens")
-    mask = outputs["mask"]
-    last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+    if not {"last", "mask"} & set(outputs):
+        raise cannot_score(NEXT_WORD.task, outputs, f"{_EXPECTED}, and the 'mask' of the tokens or the 'last' of them")
+    last = outputs["last"] if "last" in outputs else _last(outputs["mask"])
     return _of_words(loss_params, outputs, jnp.take_along_axis(found, last[:, None, None], axis=1)[:, 0])
+
+
+def _last(mask: Bool[Any, "batch tokens"]) -> Int[Any, " batch"]:
+    """The place of each text's last token."""
+    return mask.shape[1] - 1 - mask[:, ::-1].argmax(1)
 
 
 def _first_word(loss_params: PyTree, outputs: PyTree) -> Float[Array, "batch classes"]:
@@ -321,15 +329,18 @@ NEXT_WORD = ClassLoss("label words of a causal language model", _next_word)
 FIRST_WORD = ClassLoss("label words of a decoder", _first_word)
 
 
-def _first_tokens(encoder: Encoder, words: Sequence[str]) -> list[int]:
-    """The token by which each word is told from the others.
+def _first_tokens(encoder: Encoder, words: Sequence[str], before: str) -> list[int]:
+    """The token by which each word is told from the others, where it follows `before`.
+
+    Many tokenizers give a word other tokens at the beginning of a text than within it.
 
     Raises:
       ValueError: for words without one, or two with the same.
     """
-    rows = encoder.rows(words)
-    # what a tokenizer puts before every text is no part of a word
-    opening = min(_common(rows[0], other) for other in (*rows[1:], *encoder.rows(["0", "?", " A"])))
+    rows = encoder.rows([before + word for word in words])
+    # what comes before, and what a tokenizer puts before every text, is no part of a word
+    others = (*rows[1:], *encoder.rows([before] if before else ["0", "?", " A"]))
+    opening = min(_common(rows[0], other) for other in others)
     rows = [row[opening:] for row in rows]
     first: dict[int, str] = {}
     for word, row in zip(words, rows, strict=True):

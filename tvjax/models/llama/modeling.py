@@ -11,6 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from tvjax.models.chunked_loss import chunked
 from tvjax.models.layer_table import fix_outputs
 from tvjax.models.llama.config import LlamaConfig, Rope
 from tvjax.models.llama.table import TABLE
@@ -146,7 +147,7 @@ class Embeddings(nnx.Module):
 
 
 class Head(nnx.Module):
-    """Last stage: ``hidden`` to ``logits``, by a kernel of its own or by the token embeddings."""
+    """Last stage: ``hidden`` to what `_scores` makes of it, by a kernel of its own or by the token embeddings."""
 
     def __init__(self, config: LlamaConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
@@ -156,11 +157,9 @@ class Head(nnx.Module):
             self.head = _head(config, dtype, rngs)
 
     def __call__(self, carry: dict[str, Array]) -> dict[str, Array]:
-        """Replaces ``hidden``, ``mask`` and ``positions``."""
-        rest = {name: leaf for name, leaf in carry.items() if name not in ("hidden", "mask", "positions")}
-        hidden = self.final_norm(carry["hidden"])
-        logits = unembed(hidden, self.tokens[...]) if hasattr(self, "tokens") else self.head(hidden)
-        return {**rest, "logits": logits.astype(jnp.float32)}
+        """Replaces ``hidden``, ``mask``, ``positions`` and ``wanted``."""
+        kernel = self.tokens[...].T if hasattr(self, "tokens") else self.head.kernel[...]
+        return _scores(carry, self.final_norm(carry["hidden"]), kernel)
 
 
 class Llama(nnx.Module):
@@ -184,9 +183,8 @@ class Llama(nnx.Module):
         carry = self.embeddings(inputs)
         for block in self.blocks:
             carry = block(carry)
-        hidden = self.final_norm(carry["hidden"])
-        logits = self.head(hidden) if hasattr(self, "head") else unembed(hidden, self.embeddings.tokens[...])
-        return {"logits": logits.astype(jnp.float32)}
+        kernel = self.head.kernel[...] if hasattr(self, "head") else self.embeddings.tokens[...].T
+        return _scores(carry, self.final_norm(carry["hidden"]), kernel)
 
 
 def init(config: LlamaConfig, key: Array) -> PyTree:
@@ -207,7 +205,9 @@ def llama(config: LlamaConfig, params: PyTree, dtype: DTypeLike = jnp.float32) -
 
     The inputs are ``{"tokens": [texts, length], "mask": [texts, length], "positions": [texts, length]}``; a missing
     mask means no padding, missing positions 0, 1, 2, ... The outputs are ``{"logits": [texts, length, vocabulary]}``,
-    float32: of the token that follows each.
+    float32: of the token that follows each. Where the inputs also name the tokens that are ``wanted``
+    there, ``[texts, length]``, the outputs are ``losses``, ``predicted`` and ``finite`` in the place of the logits,
+    which are never held as a whole (`tvjax.models.chunked_loss`).
 
     Args:
       config: shape of the model.
@@ -278,11 +278,15 @@ def rotate(
     return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
 
 
-def unembed(
-    hidden: Float[Array, "batch tokens width"], tokens: Float[Array, "vocabulary width"]
-) -> Float[Array, "batch tokens vocabulary"]:
-    """The inner product of each hidden state with each token's embedding."""
-    return hidden @ tokens.astype(hidden.dtype).T
+def _scores(
+    carry: dict[str, Array], hidden: Float[Array, "batch tokens width"], kernel: Float[Array, "width vocabulary"]
+) -> dict[str, Array]:
+    """The logits of the tokens that follow; where the carry names those that are wanted, only how likely these are."""
+    rest = {name: leaf for name, leaf in carry.items() if name not in ("hidden", "mask", "positions", "wanted")}
+    if "wanted" in carry:
+        losses, predicted, finite = chunked(hidden, kernel, carry["wanted"])
+        return {**rest, "losses": losses, "predicted": predicted, "finite": finite}
+    return {**rest, "logits": (hidden @ kernel.astype(hidden.dtype)).astype(jnp.float32)}
 
 
 def _head(config: LlamaConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:

@@ -1,0 +1,262 @@
+"""How a job asks the models of a family: the examples that they take, what of a model reads these, and the task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tvjax import tree
+from tvjax.checkpoints.safetensors import numpy_dtype
+from tvjax.data.examples import Examples
+from tvjax.data.images import Images
+from tvjax.data.texts import Texts
+from tvjax.jobs.opened import Opened
+from tvjax.models.families import GENERIC
+from tvjax.models.generic import no_code
+from tvjax.stages import Batch, Model, PyTree, tower
+from tvjax.tasks import Task, label_words, next_token, own_head, zero_shot
+from tvjax.tasks.language import NEXT_TOKEN
+from tvjax.tasks.losses import OWN_HEAD
+from tvjax.tasks.zero_shot import TEMPLATES, ZERO_SHOT
+
+
+class Prompts(NamedTuple):
+    """How the models are asked.
+
+    Attributes:
+      class_names: names of the classes; None: those that the examples have.
+      templates: prompts, of images with ``{}`` in place of the name, of texts one with columns in braces.
+      length: tokens that are kept of a text.
+    """
+
+    class_names: tuple[str, ...] | None
+    templates: tuple[str, ...]
+    length: int = 512
+
+
+class OwnHead:
+    """Images, by the head that the model has; what other ways of asking differ from.
+
+    Attributes:
+      kind: of the examples.
+      needs_labels: whether examples without labels have no loss and no score.
+      templates: the prompts where nobody gives any.
+    """
+
+    kind: type[Examples] = Images
+    needs_labels = True
+    templates: tuple[str, ...] = ()
+
+    def config(self, opened: Opened) -> Any:
+        """The config of what reads the examples.
+
+        Raises:
+          ValueError: for a model that has nothing to read them with.
+        """
+        return opened.config
+
+    def tower(self, model: Model) -> Model:
+        """What of a model reads the examples."""
+        return model
+
+    def labels(self, opened: Opened) -> tuple[str, ...] | None:
+        """The names of the classes of the model's own head; empty where they are only numbered, None without a head."""
+        names = opened.checkpoint.settings.get("id2label") or {}
+        labels = tuple(str(names[key]) for key in sorted(names, key=int))
+        return () if all(label == f"LABEL_{number}" for number, label in enumerate(labels)) else labels
+
+    def can_score(self, opened: Opened) -> bool:
+        """Whether the model makes a task of examples without another beside it."""
+        return True
+
+    def length(self, opened: Opened, asked: int) -> int:
+        """Tokens that are kept of a text, where so many are asked for."""
+        return asked
+
+    def task(self, opened: Opened, found: Examples | None, prompts: Prompts) -> Task:
+        """The task of examples.
+
+        Args:
+          opened: the model.
+          found: the examples; None where they are not known.
+          prompts: how to ask.
+        """
+        return own_head(opened.processor, () if found is None else found.class_names)
+
+    def shapes(self, opened: Opened, found: Examples | None, prompts: Prompts) -> Model:
+        """What reads the examples in float32, with the task, in shapes; no weight is read."""
+        return _shapes(self, opened).with_loss(OWN_HEAD)
+
+    def batches(self, opened: Opened, found: Examples | None, prompts: Prompts, sizes: Sequence[int]) -> list[Batch]:
+        """Batches of these sizes, in shapes."""
+        pixels = [opened.checkpoint.family.inputs(opened.config, size)["pixels"] for size in sizes]
+        return [Batch({"pixels": x}, jax.ShapeDtypeStruct(x.shape[:1], jnp.int32)) for x in pixels]
+
+    def check(self, opened: Opened, found: Examples, prompts: Prompts) -> None:
+        """Raises a ValueError where the task cannot be made of a model, before any weight is read."""
+
+    def check_alike(self, models: Sequence[Opened], found: Examples, prompts: Prompts) -> None:
+        """Raises a ValueError where models do not see the same in the examples, before any weight is read."""
+
+
+class ZeroShot(OwnHead):
+    """Images, by a dual encoder: the classes are the embeddings of prompts."""
+
+    templates = TEMPLATES
+
+    def config(self, opened: Opened) -> Any:
+        """The config of the vision tower."""
+        if opened.config.vision is None:
+            found = type(opened.config).__name__
+            raise ValueError(f"{opened.name!r} is a {found} without a CLIP vision tower: give a CLIP, or a ViT")
+        return opened.config.vision
+
+    def tower(self, model: Model) -> Model:
+        """The vision tower."""
+        return tower(model, "vision")
+
+    def labels(self, opened: Opened) -> None:
+        """None: there is no head."""
+
+    def can_score(self, opened: Opened) -> bool:
+        """Whether there is a text tower too."""
+        return opened.config.text is not None
+
+    def task(self, opened: Opened, found: Examples | None, prompts: Prompts) -> Task:
+        """Zero-shot classification."""
+        return zero_shot(opened.processor, () if found is None else found.class_names, prompts.templates)
+
+    def shapes(self, opened: Opened, found: Examples | None, prompts: Prompts) -> Model:
+        """The vision tower with a head of so many classes."""
+        width = self.config(opened).projection_dim
+        classes = len(found.class_names) if found is not None and found.labels is not None else 10
+        classifier, scale = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((width, classes), ()))
+        return _shapes(self, opened).with_loss(ZERO_SHOT, {"classifier": classifier, "logit_scale": scale})
+
+    def check(self, opened: Opened, found: Examples, prompts: Prompts) -> None:
+        """A tokenizer that does not fit the model is refused."""
+        if self.can_score(opened):
+            opened.processor.tokens(found.class_names)
+
+
+class Language(OwnHead):
+    """Texts, by a decoder: labelled ones by the words of their classes, others by the next token."""
+
+    kind = Texts
+    needs_labels = False
+
+    def labels(self, opened: Opened) -> None:
+        """None: the words are those of the examples."""
+
+    def length(self, opened: Opened, asked: int) -> int:
+        """At most what the model has positions for."""
+        return min(asked, opened.config.max_position_embeddings)
+
+    def task(self, opened: Opened, found: Examples | None, prompts: Prompts) -> Task:
+        """The words of the classes where there are labels, else the next token.
+
+        A word, and the answer to a prompt of a template, are set off by a space.
+        """
+        assert isinstance(found, Texts)
+        encoder, template = opened.encoder(prompts.length), _template(found, prompts.templates)
+        space = "" if template[-1:].isspace() else " "
+        if found.labels is not None:
+            return label_words(encoder, [space + word for word in found.class_names], template)
+        return next_token(encoder, template + space if template and found.completion else template)
+
+    def shapes(self, opened: Opened, found: Examples | None, prompts: Prompts) -> Model:
+        """The model with the task of the examples."""
+        model = _shapes(self, opened)
+        return model.with_loss(NEXT_TOKEN) if found is None else self.task(opened, found, prompts).model(model)
+
+    def batches(self, opened: Opened, found: Examples | None, prompts: Prompts, sizes: Sequence[int]) -> list[Batch]:
+        """Those of the examples; without any, texts of the greatest length."""
+        if found is not None:
+            made = self.task(opened, found, prompts).batches(found, sizes[0])
+            return [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch) for batch in made]
+        shapes = [(size, prompts.length) for size in sizes]
+        sides = [(jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, bool)) for shape in shapes]
+        return [
+            Batch({"tokens": ids, "mask": mask, "wanted": ids}, {"tokens": ids, "mask": mask}) for ids, mask in sides
+        ]
+
+    def check(self, opened: Opened, found: Examples, prompts: Prompts) -> None:
+        """A model without a tokenizer, and words that are not told apart, are refused."""
+        self.task(opened, found, prompts).model(Model({}, ()))
+
+    def check_alike(self, models: Sequence[Opened], found: Examples, prompts: Prompts) -> None:
+        """Texts have the same tokens in all models."""
+        size = min(len(found), 64)
+        for other in models[1:]:
+            sides = [self.task(one, found, prompts).batches(found, size) for one in (models[0], other)]
+            for one, two in zip(*sides, strict=True):
+                if any(not np.array_equal(one.inputs[name], two.inputs[name]) for name in ("tokens", "mask")):
+                    raise ValueError(
+                        f"the tokenizers of {models[0].name!r} and {other.name!r} give other tokens for the texts of "
+                        f"{found.name!r}, and the tokens of different tokenizers are not aligned yet: both models must "
+                        "share one"
+                    )
+
+
+_ASKING = {"own_head": OwnHead(), "zero_shot": ZeroShot(), "language": Language()}
+
+
+def asking(opened: Opened) -> OwnHead:
+    """How a model is asked, by its family.
+
+    Raises:
+      ValueError: for a model without modelling code, or with nothing to read examples with.
+    """
+    family = opened.checkpoint.family
+    if family is GENERIC:
+        raise ValueError(f"{opened.name!r}: {no_code(opened.checkpoint.settings.get('model_type'))}")
+    if family.asked not in _ASKING:
+        name = type(opened.config).__name__
+        raise ValueError(f"{opened.name!r} is a {name}, whose family is asked {family.asked!r}, none of {[*_ASKING]}")
+    found = _ASKING[family.asked]
+    found.config(opened)
+    return found
+
+
+def parameters(opened: Opened) -> PyTree:
+    """The parameters of a model, in shapes."""
+    checkpoint = opened.checkpoint
+    keys = {path: source.key for path, source in checkpoint.sources.items()}
+    headers = checkpoint.tensors.headers
+    leaves = {
+        path: jax.ShapeDtypeStruct(shape, numpy_dtype(keys[path], headers[keys[path]]))
+        for path, shape in checkpoint.shapes.items()
+    }
+    return tree.nest(leaves)
+
+
+def with_task(opened: Opened, task: Task) -> Model:
+    """What reads the examples in float32, with the loss of a task."""
+    return task.model(opened.pretrained.model.replace(params=float32(opened.pretrained.params)))
+
+
+def float32(params: PyTree) -> PyTree:
+    """The parameters in float32: gradients of 16-bit ones would vanish below their range."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+
+
+def _shapes(way: OwnHead, opened: Opened) -> Model:
+    """What reads the examples, in shapes; parameters are computed with in float32."""
+    model = way.tower(opened.checkpoint.family.build(opened.config, parameters(opened)))
+    return model.replace(params=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), model.params))
+
+
+def _template(found: Texts, templates: Sequence[str]) -> str:
+    """The one prompt of texts, ``{}`` being the one column.
+
+    Raises:
+      ValueError: for several.
+    """
+    if len(templates) > 1:
+        raise ValueError(f"found {len(templates)} templates ({templates[0]!r}, ...), and texts are asked by one")
+    template = templates[0] if templates else ""
+    return template.replace("{}", f"{{{found.prompts[0]}}}") if len(found.prompts) == 1 else template
