@@ -95,7 +95,7 @@ def test_a_plan_for_people(models, capsys):
     assert run(["plan", *words]) == 0
     printed = capsys.readouterr().out
     assert "rotated" in printed and "fitting" in printed and "embeddings 0 0 1 head" in printed
-    assert "those of tokens are from 4 images on, those of one row an image from 8" in printed
+    assert "those of tokens are from 4 examples on, those of one row an example from 8" in printed
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ BEYOND = "host and device together; runtime, compiled programs and workspace com
 def plan(config: PlanConfig, quiet: Quiet = False, json: Json = False) -> None:
     """Say what tvjax transport would do with these options; no weights are read, and nothing is written.
 
-    What becomes of every leaf, which layers are paired, how tokens are aligned, how many images make the maps unique,
+    What becomes of every leaf, which layers are paired, how tokens are aligned, how many examples make the maps unique,
     peak memory and disk. Takes the recipes of tvjax transport too.
     """
     from tvjax import jobs
@@ -53,8 +53,8 @@ def _texts(found: Planned, config: PlanConfig) -> list[Any]:
     if images["maps"]:
         needed = images["for unique maps of tokens"], images["for unique maps of one row an image"]
         lines.append(
-            f"{images['count']} images: {images['maps not unique']} of {images['maps']} maps are not unique; those of "
-            f"tokens are from {needed[0]} images on, those of one row an image from {needed[1]}"
+            f"{images['count']} examples: {images['maps not unique']} of {images['maps']} maps are not unique; those "
+            f"of tokens are from {needed[0]} examples on, those of one row an example from {needed[1]}"
         )
     lines += [f"disk: {name} {readable(size)}" for name, size in found.disk.items()]
     return [leaves, memory, *lines]

@@ -24,7 +24,7 @@ class Planned(NamedTuple):
     Attributes:
       leaves: what becomes of each.
       stages: of the target: the source's stage, how tokens are compared, the maps.
-      images: how many there are, and how many make the maps unique.
+      images: how many examples there are, and how many make the maps unique.
       memory: bytes of arrays while reading, fitting and applying.
       fit: what the memory of the fit consists of.
       disk: bytes of what is written.
