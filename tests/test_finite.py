@@ -66,3 +66,17 @@ def test_similarities_of_what_is_not_finite_are_no_numbers():
     one, bad = {"a": jnp.ones(3)}, {"a": jnp.array([1.0, jnp.nan, 0.0])}
     for similarity in (tree.cosine, tree.sign_agreement):
         assert np.isnan(similarity(one, bad)) and similarity(one, {"a": jnp.zeros(3)}) == 0
+
+
+def test_arrays_that_a_jitted_function_closes_over_are_looked_at():
+    def scaled(tau):
+        @jax.jit
+        def function(factor):
+            check_finite(tau, "the task vector")
+            return factor * tau["w"]
+
+        return function(2.0)
+
+    np.testing.assert_array_equal(scaled({"w": jnp.ones(3)}), np.full(3, 2.0))
+    with pytest.raises(ValueError, match="w: 1 of 3"):
+        scaled({"w": jnp.array([1.0, jnp.nan, 2.0])})

@@ -52,11 +52,12 @@ def check_finite(values: PyTree, what: str) -> None:
         for path, leaf in tree.flatten(values).items()
         if not isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct)
     }
-    finite = jax.device_get({path: _is_finite(leaf) for path, leaf in flat.items()})
-    wrong = [path for path in flat if not finite[path]]
-    if not wrong:
-        return
-    counts = [f"{path}: {int(_count(flat[path]))} of {jnp.size(flat[path])}" for path in wrong]
+    with jax.ensure_compile_time_eval():  # inside `jit` too, arrays that the function closes over have values
+        finite = jax.device_get({path: _is_finite(leaf) for path, leaf in flat.items()})
+        wrong = [path for path in flat if not finite[path]]
+        if not wrong:
+            return
+        counts = [f"{path}: {int(_count(flat[path]))} of {jnp.size(flat[path])}" for path in wrong]
     raise ValueError(
         f"{what} has values that are NaN or infinite:\n{tree.list_some(counts)}\n"
         "take an earlier checkpoint of the run, or a dtype of wider range"
