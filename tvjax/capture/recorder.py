@@ -65,20 +65,17 @@ class Recorder(RegionState):
         if cut or site.kind == "scale" or site.groups is not None:
             self.add_site(site, out, layout, cut, bias)
             return
-        parts = cuts_of_output(variable, y_layout, self.uses)
-        matrix = site.view
-        for part in parts:
+        parts: list[tuple[View, View]] = []
+        for part in cuts_of_output(variable, y_layout, self.uses):
             columns = restrict((*steps, *part), out.aval.shape, layout.features)
-            rows = follow_axes(part, variable.aval.shape, y_layout.rows)
-            if columns is None or rows is None:
-                parts = []
+            if columns is None or follow_axes(part, variable.aval.shape, y_layout.rows) is None:
+                parts = []  # features mix with rows: the output is taken whole
                 break
+            parts.append((part, columns))
         if not parts:
             self.add_site(site, out, layout, cut, bias)
-        for part in parts:
-            columns = restrict((*steps, *part), out.aval.shape, layout.features)
-            assert columns is not None
-            own = site._replace(view=(*matrix, ("each",), *columns))
+        for part, columns in parts:
+            own = site._replace(view=(*site.view, ("each",), *columns))
             self.add_site(own, out, layout, (*steps, *part), bias, part, columns)
 
     def add_site(

@@ -10,7 +10,6 @@ from tvjax.jobs import inputs
 from tvjax.jobs.asking import parameters
 from tvjax.jobs.calibration import prepare
 from tvjax.jobs.configs import PlanConfig
-from tvjax.jobs.methods import reads_examples
 from tvjax.jobs.opened import Models
 from tvjax.jobs.schema import Progress
 from tvjax.stages import PyTree
@@ -65,7 +64,7 @@ def plan(config: PlanConfig, progress: Progress | None = None) -> Planned:
         views = [ready.way.batches(one, found, ready.prompts, sizes) for one in opened]
         if config.finetuned is not None:
             held.append(parameters(models[config.finetuned]))
-    pairs = list(zip(*views, strict=True)) if reads_examples(ready.moving) else []
+    pairs = list(zip(*views, strict=True)) if ready.moving.needs_examples else []
     depth = "uniform" if ready.depth == "cka" else ready.depth  # which compares activations; sizes do not depend on it
     fitted = plan_fit(ready.moving, a, b, pairs, depth=depth, tokens=config.tokens)
     disk = {"edited model": tree.nbytes(held[1])}

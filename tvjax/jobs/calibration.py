@@ -11,7 +11,7 @@ from tvjax.data.texts import Texts
 from tvjax.jobs import inputs
 from tvjax.jobs.asking import OwnHead, Prompts, asking, parameters
 from tvjax.jobs.configs import PlanConfig, TransportConfig
-from tvjax.jobs.methods import check_pair, read_depth, reads_examples
+from tvjax.jobs.methods import check_pair, read_depth
 from tvjax.jobs.opened import Models, Opened
 from tvjax.jobs.parts import Part, check_labels, find_part, part_task_vector
 from tvjax.stages import Batch
@@ -66,7 +66,7 @@ def prepare(config: TransportConfig | PlanConfig, models: Models) -> Prepared:
     named = next((model for model in (target, source) if way.labels(model)), target)
     labelled = prompts if config.classes else of_head(named, prompts)
     found = held_out = None
-    if reads_examples(moving) and (config.data or config.task or not isinstance(config, PlanConfig)):
+    if moving.needs_examples and (config.data or config.task or not isinstance(config, PlanConfig)):
         found = _calibration(config, moving, labelled if moving.needs_gradients else prompts, target)
         for model in (source, target) if moving.needs_gradients else ():
             check_labels(model, found.class_names, config.classes is not None)

@@ -27,11 +27,6 @@ def read_depth(text: str) -> str | list[int]:
         raise ValueError(f"--depth is {text!r}, expected uniform, cka, or source layers such as 0,0,1,1") from error
 
 
-def reads_examples(moving: Transport) -> bool:
-    """Whether a link of the transport looks at calibration examples."""
-    return any(link.needs.activations or link.needs.gradients for link in moving.links)
-
-
 def rotates(moving: Transport) -> bool:
     """Whether a link of the transport moves into a model of another shape."""
     return any(link.space == "source_to_target" and not link.same_shapes for link in moving.links)

@@ -204,6 +204,11 @@ class Transport(NamedTuple):
         return "+".join(link.name for link in self.links)
 
     @property
+    def needs_examples(self) -> bool:
+        """Whether fitting looks at calibration examples, labelled or not."""
+        return any(link.needs.activations or link.needs.gradients for link in self.links)
+
+    @property
     def needs_gradients(self) -> bool:
         """Whether fitting needs labels and a loss."""
         return any(link.needs.gradients for link in self.links)

@@ -93,7 +93,7 @@ def plan(
     ([('w', 'rotated')], [(3, 5), (3, 5)])
     """
     notes: tuple[str, ...] = ()
-    if any(link.needs.activations or link.needs.gradients for link in transport.links):
+    if transport.needs_examples:
         planned = _without_activations(depth)
         notes = (
             () if planned == depth else ("source layers are paired by cka when they have been run; shown is uniform",)
