@@ -7,7 +7,9 @@ matrices in float32 at the precision that moments are formed with (`jax.lax.Prec
 - ``moments``: `tvjax.align.moments.update` on rows of a 4096-wide model, as a share of the product's rate.
 - ``polar``: the polar factor by ``"svd"`` and by ``"polar"`` (products alone) at several sizes, with the distance of
   either to a float64 reference on the host.
-- ``transport``: CLIP ViT-B/16's vision tower onto ViT-L/14's with random weights, by either method.
+- ``transport``: CLIP ViT-B/16's vision tower onto ViT-L/14's with random weights, by either method. Allow ten minutes:
+  XLA tries many kernels for each float32 product that it compiles for a GPU (one method on an H200, two blocks a tower:
+  153 programs in 134 seconds).
 - ``gradfix``: votes on ViT-B/16, beside one plain forward and backward pass of the same images.
 
     python scripts/bench_accelerator.py                    # every case, on the first device
@@ -161,15 +163,16 @@ def transport(small: bool) -> dict[str, Any]:
     for name, make in (("theseus", tv.theseus), ("bico", tv.bico)):
         for method in ("svd", "polar"):
             link = make(method=method)
+            move = jax.jit(link.apply)
 
-            def once(depths: tuple[int | None, int | None], link: Any = link) -> float:
+            def once(depths: tuple[int | None, int | None], link: Any = link, move: Any = move) -> float:
                 source, target = (tower(size, small, depth) for size, depth in zip(("B/16", "L/14"), depths))
                 tau = jax.tree.map(lambda x: 1e-3 * jax.random.normal(jax.random.key(3), x.shape), source.params)
                 batches = [images(small, 32)]
                 jax.block_until_ready((source.params, target.params, tau, batches))
                 started = time.perf_counter()
                 state = tv.fit(link, source, target, batches)
-                jax.block_until_ready(link.apply(state, tau))
+                jax.block_until_ready(move(state, tau))
                 return time.perf_counter() - started
 
             cold, warm, whole = once((2, 2)), once((2, 2)), once((None, None))
