@@ -313,3 +313,21 @@ def test_the_views_of_one_leaf(name):
     use, shape, data, expected = USES[name]
     found = merge.matrix_views(lambda p, x: use(p["w"], x), {"w": jnp.ones(shape)}, jnp.ones(data))
     assert found == ({} if expected is None else {"w": expected})
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "axes"),
+    [
+        ("embeddings/projection/weight", (16, 3, 4, 4), "oiii"),
+        ("encoder/conv1/weight", (16, 8, 3), "oii"),
+        ("stem/kernel", (3, 3, 8, 16), "iiio"),
+    ],
+)
+def test_convolutions_as_they_are_stored_are_matrices_of_their_patches(path, shape, axes):
+    assert merge.views.leaf_axes({path: shape}, None) == {path: axes}
+
+
+@pytest.mark.parametrize(("path", "shape"), [("experts/weight", (16, 8, 3)), ("query/kernel", (16, 3, 4, 4))])
+def test_what_may_be_stacked_is_asked_for(path, shape):
+    with pytest.raises(ValueError, match="nothing says which are stacked"):
+        merge.views.leaf_axes({path: shape}, None)

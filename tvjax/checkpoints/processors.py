@@ -88,9 +88,16 @@ class Processor:
                 "in config.json): copy the tokenizer of the model's original folder"
             )
 
+    def _plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of texts, without those that begin and end a text."""
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+
     def _check(self, texts: Sequence[str], ids: np.ndarray) -> None:
         """Raises a ValueError unless the tokenizer and the model that the config describes belong together."""
         self._check_vocabulary(int(ids.max(initial=0)) + 1)
+        empty = [text for text, own in zip(texts, self._plain(texts), strict=True) if not own]
+        if empty:
+            raise ValueError(f"the tokenizer makes no token of {empty[0]!r}: give a name or text of letters")
         if self.end_token in (None, LEGACY_END_TOKEN):
             return
         endless = [text for text, row in zip(texts, ids, strict=True) if self.end_token not in row]
