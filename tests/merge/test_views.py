@@ -183,7 +183,7 @@ def test_a_stack_inside_jit():
 def test_della_ranks_the_inputs_of_an_output_together():
     """In whatever array they lie; the largest entries of each stay."""
     taus = unrolled(1)
-    options = {"key": jax.random.key(3), "rate": 0.5, "epsilon": 0.9999998, "combine": "linear", "rescale": False}
+    options = {"key": jax.random.key(3), "density": 0.5, "epsilon": 0.9999998, "combine": "linear", "rescale": False}
     kept = as_matrices(merge.della(taus, matrices=letters(stacked=False), **options))
     stacked = merge.della([tv.stack(taus[0], "blocks", 1)], matrices=letters(1), **options)
     for found in (kept, as_matrices(tv.unstack(stacked, "blocks", 1))):
@@ -197,7 +197,7 @@ def test_della_ranks_the_inputs_of_an_output_together():
 
 BY_LAYER = {
     "ties": partial(merge.ties, density=0.3, scope="leaf"),
-    "dare": partial(merge.dare, key=jax.random.key(0), rate=0.5),
+    "dare": partial(merge.dare, key=jax.random.key(0), density=0.5),
     "della": partial(merge.della, key=jax.random.key(0)),
     "breadcrumbs": merge.breadcrumbs,
     "karcher_mean": merge.karcher_mean,
