@@ -97,7 +97,7 @@ def test_a_task_moves_from_one_language_model_into_another(llamas, texts, tmp_pa
     kernels = {path for path in before if path.startswith("blocks/") and path.endswith("kernel")}
     assert kernels <= changed and "head/kernel" not in changed
     assert ("embeddings/tokens" in changed) == (method == "gradfix")  # a table of rows is not rotated
-    assert all(np.isfinite(leaf).all() for leaf in after.values()) and found.images["count"] == 4
+    assert all(np.isfinite(leaf).all() for leaf in after.values()) and found.examples["count"] == 4
     done = json.loads((tmp_path / "edited" / "leaf_report.json").read_text())
     actions = {leaf["target"]: leaf["action"] for leaf in done["leaves"]}
     last = "masked" if "gradfix" in method else "rotated"
@@ -221,7 +221,7 @@ def test_classes_without_labels_are_refused_before_any_weight_is_read(llamas, te
     monkeypatch.setattr("tvjax.checkpoints.safetensors.Tensors.read", lambda *_: pytest.fail("weights were read"))
     given = [word.format(**texts) for word in words]
     assert run(["evaluate", llamas["source"], "--data", texts["plain"], *given, "--quiet"]) == 2
-    assert "has no labels, and an accuracy needs labelled texts: say which column" in capsys.readouterr().err
+    assert "has no labels, and an accuracy of classes needs them: say which column" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

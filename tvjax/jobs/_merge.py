@@ -16,6 +16,7 @@ from tvjax.checkpoints.provenance import check_same_base
 from tvjax.jobs import inputs
 from tvjax.jobs.configs import MergeConfig
 from tvjax.jobs.merges import find_merge
+from tvjax.jobs.recipes import recipe_of, write_recipe
 from tvjax.jobs.schema import Progress
 from tvjax.merge import MergedLeaf
 from tvjax.stages import PyTree
@@ -86,6 +87,7 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> Merged:
     about = {"method": config.method, "scale": config.scale, "task_vectors": files}
     report = report_name(config.output)
     inputs.write_json(report, {**about, "leaves": [row._asdict() for row in rows]})
+    write_recipe(recipe_of(config), config.output)
     notes = inputs.left(left)
     if partly:
         notes.append(

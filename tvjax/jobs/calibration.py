@@ -93,8 +93,12 @@ def _calibration(
     if config.data is None and config.task is None:
         raise ValueError(f"{moving.name} looks at calibration {way.kind.kind}: give --data")
     place = inputs.place_of(config.data, config.task, "train")
-    needed = f"{moving.name}, which reads gradients of a loss (theseus does not)," if moving.needs_gradients else ""
-    found = inputs.read_examples(place, prompts, (target,), needed)
+    found = inputs.read_examples(place, prompts, (target,))
+    if moving.needs_gradients and way.needs_labels and found.labels is None:
+        raise ValueError(
+            f"{place!r} has no labels, and {moving.name} reads gradients of the zero-shot loss: put the images of each "
+            "class into a folder of its name, or take theseus, which needs no labels"
+        )
     # A plan says how many, not which: a choice by embeddings would read the weights.
     select = "random" if isinstance(config, PlanConfig) else config.select
     features = lambda images: target.embed(images, config.batch_size)  # noqa: E731

@@ -84,13 +84,15 @@ def read_examples(source: str, prompts: Prompts, models: Sequence[Opened], label
     found, way = open_examples(source, prompts.class_names), asking(models[0])
     if not isinstance(found, way.kind):
         raise ValueError(_other_kind(repr(source), found.kind, way.kind, models))
-    if labelled_for and found.labels is None and (way.needs_labels or found.class_names):
-        ways_out = {
-            Images: "put those of each class into a folder of its name, or give an archive or dataset with labels",
-            Texts: "say which column has them (label=COLUMN), or leave --classes and --task out to ask for the next token",
-        }
+    if labelled_for and way.needs_labels and found.labels is None:
         raise ValueError(
-            f"{source!r} has no labels, and {labelled_for} needs labelled {way.kind.kind}: {ways_out[way.kind]}"
+            f"{source!r} has no labels, and {labelled_for} needs labelled images: put those of each class into a "
+            "folder of its name, or give an archive or dataset with labels"
+        )
+    if labelled_for and found.labels is None and found.class_names:
+        raise ValueError(
+            f"{source!r} has no labels, and {labelled_for} of classes needs them: say which column has them "
+            "(label=COLUMN), or leave --classes and --task out to be asked for the next tokens"
         )
     return found
 
