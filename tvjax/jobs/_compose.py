@@ -12,6 +12,7 @@ import jax
 from tvjax import compose as learned
 from tvjax.checkpoints import TrainingStore, map_tree, model_card, save_coefficients, save_pretrained
 from tvjax.checkpoints.huggingface import check_new
+from tvjax.checkpoints.json_files import write_json
 from tvjax.checkpoints.provenance import check_same_base
 from tvjax.compose.objectives import Objective
 from tvjax.compose.train import Trained
@@ -111,7 +112,7 @@ def compose(config: ComposeConfig, progress: Progress | None = None) -> Composed
         save_pretrained(opened.pretrained.with_params(params), config.output, card=card)
     save_coefficients(config.output / "coefficients.safetensors", coefficients, metadata)
     plot_coefficients(coefficients, config.output / "coefficients.png")
-    inputs.write_json(config.output / "examples.json", looked_at)
+    write_json(config.output / "examples.json", looked_at, sort_keys=False)
     write_recipe(recipe_of(config), config.output)
     return Composed(
         output=config.output,

@@ -7,6 +7,7 @@ import itertools
 from typing import Any, NamedTuple
 
 from tvjax.checkpoints import map_tree
+from tvjax.checkpoints.json_files import write_json
 from tvjax.data.images import Images
 from tvjax.data.loader import Loader
 from tvjax.data.texts import Texts
@@ -195,7 +196,7 @@ def _results(
         notes=tuple(notes),
     )
     if config.output is not None:
-        inputs.write_json(config.output, result._asdict())
+        write_json(config.output, result._asdict(), sort_keys=False)
     if config.plot is not None:
         grid, points = curve
         title = f"{config.models[0]} + scale × {config.task_vector}"

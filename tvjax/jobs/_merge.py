@@ -12,6 +12,7 @@ from tvjax import merge as methods
 from tvjax.checkpoints import map_tree, save_tree, streaming
 from tvjax.checkpoints.folder import open_checkpoint
 from tvjax.checkpoints.huggingface import check_new
+from tvjax.checkpoints.json_files import write_json
 from tvjax.checkpoints.provenance import check_same_base
 from tvjax.jobs import inputs
 from tvjax.jobs.configs import MergeConfig
@@ -86,7 +87,7 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> Merged:
             ).left
     about = {"method": config.method, "scale": config.scale, "task_vectors": files}
     report = report_name(config.output)
-    inputs.write_json(report, {**about, "leaves": [row._asdict() for row in rows]})
+    write_json(report, {**about, "leaves": [row._asdict() for row in rows]}, sort_keys=False)
     write_recipe(recipe_of(config), config.output)
     notes = inputs.left(left)
     if partly:

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 from tvjax import tree
 from tvjax.arithmetic import apply
 from tvjax.checkpoints import TransportStore, model_card, save_pretrained, save_tree
-from tvjax.checkpoints.atomic import replacing
+from tvjax.checkpoints.atomic import write_text
 from tvjax.checkpoints.huggingface import check_new
+from tvjax.checkpoints.json_files import write_json
 from tvjax.checkpoints.processors import processor_fingerprint
 from tvjax.data.texts import Texts
 from tvjax.evaluate.scale import ChosenScale, choose_scale
@@ -184,8 +185,7 @@ def _save(config: TransportConfig, result: Transported, state: State, models: Mo
     save_pretrained(receiver.with_params(edited), config.output, card=card)
     about = {name: value for name, value in result._asdict().items() if name not in ("output", "notes")}
     content = {**about, "notes": state.notes, "leaves": [leaf._asdict() for leaf in leaf_report(state)]}
-    inputs.write_json(config.output / "leaf_report.json", content)
-    with replacing(config.output / "leaf_report.txt") as temporary:
-        temporary.write_text(summary(state) + "\n", encoding="utf-8")
+    write_json(config.output / "leaf_report.json", content, sort_keys=False)
+    write_text(config.output / "leaf_report.txt", summary(state) + "\n")
     if config.save_task_vector is not None:
         save_tree(config.save_task_vector, moved, receiver.identity())

@@ -70,12 +70,10 @@ def recipe_of(config: Config) -> dict[str, Any]:
 
 def write_recipe(recipe: Mapping[str, Any], output: Path) -> None:
     """Writes what makes a result again beside it: into its folder, or beside its file."""
-    from tvjax.checkpoints.atomic import replacing
+    from tvjax.checkpoints.atomic import write_text
 
     target = output / "tvjax.yaml" if output.is_dir() else output.with_name(output.name + ".yaml")
-    with replacing(target) as temporary:
-        text = yaml.dump(dict(recipe), Dumper=Dumper, sort_keys=False, allow_unicode=True)
-        temporary.write_text(text, encoding="utf-8")
+    write_text(target, yaml.dump(dict(recipe), Dumper=Dumper, sort_keys=False, allow_unicode=True))
 
 
 def load(file: Path) -> dict[str, Any]:
