@@ -35,7 +35,7 @@ def test_all_but_the_head_is_moved(vits, images, tmp_path, method):
     """The fine-tuned source has a head for other classes, which takes no part."""
     found, moved = transport(vits, images, tmp_path / "edited", method=method)
     assert "vision/blocks/2/mlp/up/kernel" in moved and all(path.startswith("vision/") for path in moved)
-    assert found.norms["target"] > 0 and found.images["count"] == 6
+    assert found.norms["target"] > 0 and found.examples["count"] == 6
 
 
 def test_naive_transport_into_the_source_is_the_fine_tuned_tower(vits, images, tmp_path):

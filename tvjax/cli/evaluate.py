@@ -41,7 +41,7 @@ def _tables(found: Evaluated, by_class: bool) -> list[Any]:
     from tvjax.report import tables
 
     kind = "Next-token accuracy" if not found.classes else "Zero-shot accuracy" if found.templates else "Accuracy"
-    title = f"{kind} on {found.images['source']}, %"
+    title = f"{kind} on {found.examples['source']}, %"
     shown: list[Any] = [tables.evaluation_table(found.models, title, found.reference)]
     if found.pairs:
         shown.append(tables.pairs_table(found.pairs, "Differences on the same examples, points (p: McNemar)"))

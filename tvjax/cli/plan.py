@@ -49,11 +49,11 @@ def _texts(found: Planned, config: PlanConfig) -> list[Any]:
     lines = [f"source layers of the target's {len(layers)} stages: {' '.join(layers)}"]
     tokens = {tuple(stage["tokens"]) for stage in found.stages if stage["tokens"]}
     lines += [f"tokens: {a} in the source, {b} in the target, compared on {c}" for a, b, c in sorted(tokens)]
-    images = found.images
-    if images["maps"]:
-        needed = images["for unique maps of tokens"], images["for unique maps of one row an image"]
+    counts = found.examples
+    if counts["maps"]:
+        needed = counts["for unique maps of tokens"], counts["for unique maps of one row an example"]
         lines.append(
-            f"{images['count']} examples: {images['maps not unique']} of {images['maps']} maps are not unique; those "
+            f"{counts['count']} examples: {counts['maps not unique']} of {counts['maps']} maps are not unique; those "
             f"of tokens are from {needed[0]} examples on, those of one row an example from {needed[1]}"
         )
     lines += [f"disk: {name} {readable(size)}" for name, size in found.disk.items()]

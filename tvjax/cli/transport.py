@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import typer
-
-from tvjax.cli import config as recipes
 from tvjax.cli.commands import Json, Quiet, command
 from tvjax.cli.output import show
 from tvjax.cli.progress import progress
@@ -12,13 +9,12 @@ from tvjax.jobs.configs import TransportConfig
 
 
 @command(TransportConfig)
-def transport(config: TransportConfig, context: typer.Context, quiet: Quiet = False, json: Json = False) -> None:
+def transport(config: TransportConfig, quiet: Quiet = False, json: Json = False) -> None:
     """Move what a fine-tuning learned into another model, and save the edited model with a report by leaf."""
     from tvjax import jobs
 
     with progress(config.method, quiet or json) as report:
         found = jobs.transport(config, report)
-    recipes.write(context, config.output)
     show(
         found._asdict(),
         *(f"note: {note}" for note in found.notes),

@@ -7,6 +7,7 @@ import itertools
 from typing import Any, NamedTuple
 
 from tvjax.checkpoints import map_tree
+from tvjax.checkpoints.json_files import write_json
 from tvjax.data.images import Images
 from tvjax.data.loader import Loader
 from tvjax.data.texts import Texts
@@ -20,6 +21,7 @@ from tvjax.jobs.opened import Models, Opened
 from tvjax.jobs.parts import check_labels
 from tvjax.jobs.schema import Progress
 from tvjax.models.clip import clip
+from tvjax.renamed import warn
 from tvjax.report import records
 from tvjax.report.plots import plot_scale_curve
 
@@ -30,7 +32,7 @@ class Evaluated(NamedTuple):
     """What `evaluate` measured.
 
     Attributes:
-      images: the examples.
+      examples: what they are measured on.
       classes: their names.
       templates: the prompts; none where every model has a head of its own.
       models: accuracy of each model, in whole and by class; of the next token also the perplexity.
@@ -40,7 +42,7 @@ class Evaluated(NamedTuple):
       notes: what the user should know.
     """
 
-    images: dict[str, Any]
+    examples: dict[str, Any]
     classes: tuple[str, ...]
     templates: tuple[str, ...]
     models: list[dict[str, Any]]
@@ -48,6 +50,12 @@ class Evaluated(NamedTuple):
     pairs: list[dict[str, Any]]
     curve: dict[str, Any] | None
     notes: tuple[str, ...]
+
+    @property
+    def images(self) -> Any:
+        """The old name of `examples`."""
+        warn("images", "examples")
+        return self.examples
 
 
 def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evaluated:
@@ -175,7 +183,7 @@ def _results(
     if found.labels is None:
         notes.append("the answers are tokens, and those of one text are not independent: the intervals are too narrow")
     result = Evaluated(
-        images=looked_at,
+        examples=looked_at,
         classes=found.class_names,
         templates=prompts.templates,
         models=[{"model": name, **records.of_model(seen[name], found.class_names, norm)} for name in config.models],
@@ -188,7 +196,7 @@ def _results(
         notes=tuple(notes),
     )
     if config.output is not None:
-        inputs.write_json(config.output, result._asdict())
+        write_json(config.output, result._asdict(), sort_keys=False)
     if config.plot is not None:
         grid, points = curve
         title = f"{config.models[0]} + scale × {config.task_vector}"

@@ -12,6 +12,7 @@ from tvjax.jobs.calibration import prepare
 from tvjax.jobs.configs import PlanConfig
 from tvjax.jobs.opened import Models
 from tvjax.jobs.schema import Progress
+from tvjax.renamed import warn
 from tvjax.stages import PyTree
 from tvjax.transport.plan import Plan
 from tvjax.transport.plan import plan as plan_fit
@@ -23,7 +24,7 @@ class Planned(NamedTuple):
     Attributes:
       leaves: what becomes of each.
       stages: of the target: the source's stage, how tokens are compared, the maps.
-      images: how many examples there are, and how many make the maps unique.
+      examples: how many there are, and how many make the maps unique.
       memory: bytes of arrays while reading, fitting and applying.
       fit: what the memory of the fit consists of.
       disk: bytes of what is written.
@@ -32,11 +33,17 @@ class Planned(NamedTuple):
 
     leaves: list[dict[str, Any]]
     stages: list[dict[str, Any]]
-    images: dict[str, int]
+    examples: dict[str, int]
     memory: dict[str, int]
     fit: dict[str, int]
     disk: dict[str, int]
     notes: tuple[str, ...]
+
+    @property
+    def images(self) -> Any:
+        """The old name of `examples`."""
+        warn("images", "examples")
+        return self.examples
 
 
 def plan(config: PlanConfig, progress: Progress | None = None) -> Planned:
@@ -85,7 +92,7 @@ def _converted(held: PyTree, tower: PyTree) -> int:
 
 
 def _planned(
-    found: Plan, held: list[PyTree], towers: list[PyTree], images: int, disk: dict[str, int], notes: list[str]
+    found: Plan, held: list[PyTree], towers: list[PyTree], examples: int, disk: dict[str, int], notes: list[str]
 ) -> Planned:
     """A plan as a record.
 
@@ -93,7 +100,7 @@ def _planned(
       found: the plan of the fit.
       held: source, target and fine-tuned model as stored, in shapes.
       towers: source and target as they are computed with, in shapes.
-      images: how many there are.
+      examples: how many there are.
       disk: bytes of what is written.
       notes: what the user should know.
     """
@@ -109,9 +116,9 @@ def _planned(
         for x in found.stages
     ]
     numbers = {
-        "count": images,
-        "for unique maps of tokens": max((m.examples for m in maps if m.rows > images), default=0),
-        "for unique maps of one row an image": max((m.examples for m in maps if m.rows <= images), default=0),
+        "count": examples,
+        "for unique maps of tokens": max((m.examples for m in maps if m.rows > examples), default=0),
+        "for unique maps of one row an example": max((m.examples for m in maps if m.rows <= examples), default=0),
         "maps": len(maps),
         "maps not unique": sum(planned.rows < min(planned.shape) for planned in maps),
     }

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import AliasChoices, Field, JsonValue, model_validator
 
 from tvjax.jobs.schema import Config, File, Several, Typed
 
@@ -27,7 +27,7 @@ BatchSize = Annotated[int, Field(ge=1, le=LARGEST_COUNT, description="Examples a
 AnyBase = Annotated[bool, Field(description="Take task vectors although they were made for another model.")]
 DType = Literal["float32", "float16", "bfloat16"]
 Options = Annotated[
-    dict[str, Any],
+    dict[str, JsonValue],
     Typed("NAME=VALUE"),
     Field(description="A hyperparameter of the method, such as rank=0.25; may be repeated."),
 ]

@@ -61,7 +61,10 @@ def find_part(opened: Opened, part: str | None) -> Part:
     ]
     found = Part(frozenset(model.params), (part or "").rstrip("/"), frozenset(fixed))
     if not found.of(model.params):
-        parts = {path.rpartition("/")[0].partition("/blocks/")[0] for path in tree.flatten(model.params)}
+        parts = {
+            path.partition("blocks/")[0] + "blocks" if "blocks/" in path else path.rpartition("/")[0]
+            for path in tree.flatten(model.params)
+        }
         raise ValueError(
             f"--part {part!r} matches no leaf that sees {way.kind.kind}: the parts are {', '.join(sorted(parts))}"
         )
