@@ -123,6 +123,8 @@ class PlanConfig(Moving):
     """Checked, as the transport would; nothing is written."""
     count: Annotated[int, Field(ge=1)] = 8
     """Examples to reckon with where none are given."""
+    compare: bool = False
+    """Also run both models on the examples, and say how alike their blocks are: whether it is worth it."""
 
 
 class EvaluateConfig(Examples):
