@@ -70,7 +70,7 @@ def plan(config: PlanConfig, progress: Progress | None = None) -> Planned:
         views = [ready.way.batches(one, found, ready.prompts, sizes) for one in opened]
         if config.finetuned is not None:
             held.append(parameters(models[config.finetuned]))
-        alike = _likeness(ready, opened, config, progress) if config.compare else None
+        alike = _likeness(ready, opened[0], opened[1], config, progress) if config.compare else None
     pairs = list(zip(*views, strict=True)) if ready.moving.needs_examples else []
     depth = "uniform" if ready.depth == "cka" else ready.depth  # which compares activations; sizes do not depend on it
     fitted = plan_fit(ready.moving, a, b, pairs, depth=depth, tokens=config.tokens)
@@ -88,13 +88,13 @@ def plan(config: PlanConfig, progress: Progress | None = None) -> Planned:
 
 
 def _likeness(
-    ready: Prepared, opened: list[Opened], config: PlanConfig, progress: Progress | None
+    ready: Prepared, source: Opened, target: Opened, config: PlanConfig, progress: Progress | None
 ) -> list[dict[str, Any]]:
     """How alike the models are on the examples."""
-    sides = [ready.way.tower(one.pretrained.model) for one in opened]
-    sides = [side.replace(params=float32(side.params)) for side in sides]
-    pairs, _ = paired_batches(ready, *opened, config.batch_size)
-    found = likeness(*sides, pairs, depth=ready.depth, tokens=config.tokens, progress=progress)
+    a, b = (ready.way.tower(one.pretrained.model) for one in (source, target))
+    a, b = (side.replace(params=float32(side.params)) for side in (a, b))
+    pairs, _ = paired_batches(ready, source, target, config.batch_size)
+    found = likeness(a, b, pairs, depth=ready.depth, tokens=config.tokens, progress=progress)
     return [one._asdict() for one in found]
 
 

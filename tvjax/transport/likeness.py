@@ -79,7 +79,7 @@ def likeness(
         check_finite(model.params, f"the {side} model")
     views = [views_of(batch) for batch in batches]
     check_batches("likeness", views)
-    walks = tuple(Walk(model, [view[side] for view in views]) for side, model in enumerate((source, target)))
+    walks = Walk(source, [view[0] for view in views]), Walk(target, [view[1] for view in views])
     pairing = pair_stages(source, target, depth, walks, tokens)
     blocks = [i for i, stage in enumerate(target.stages) if stage.group] or list(range(len(target.stages)))
     found = []

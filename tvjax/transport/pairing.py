@@ -96,14 +96,17 @@ def _cka_pairing(
         [hidden(walk, walk.model.stages.index(stage), 0) for stage in stages]
         for walk, stages in zip(walks, (theirs, mine), strict=True)
     ]
-    likeness = []
-    for x, one in zip(sides[0], theirs, strict=True):
-        likeness.append([])
-        for y, other in zip(sides[1], mine, strict=True):
-            a, b, weights = aligned((x, y), (one, other), tokens)
-            real = np.asarray(weights) > 0
-            likeness[-1].append(layers.linear_cka(a[real], b[real]))
-    return layers.monotone_pairing(np.array(jax.device_get(likeness)))
+
+    def likeness(x: Hidden, y: Hidden, stages: tuple[Stage, Stage]) -> Array:
+        a, b, weights = aligned((x, y), stages, tokens)
+        real = np.asarray(weights) > 0
+        return layers.linear_cka(a[real], b[real])
+
+    found = [
+        [likeness(x, y, (one, other)) for y, other in zip(sides[1], mine, strict=True)]
+        for x, one in zip(sides[0], theirs, strict=True)
+    ]
+    return layers.monotone_pairing(np.array(jax.device_get(found)))
 
 
 def _abstract(pytree: Any) -> Any:
