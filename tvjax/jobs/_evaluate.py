@@ -17,6 +17,7 @@ from tvjax.jobs.asking import Prompts, asking, with_task
 from tvjax.jobs.calibration import of_head
 from tvjax.jobs.configs import EvaluateConfig
 from tvjax.jobs.copies import copy_beside
+from tvjax.jobs.harness import Harnessed, harness
 from tvjax.jobs.opened import Models, Opened
 from tvjax.jobs.parts import check_labels
 from tvjax.jobs.schema import Progress
@@ -52,11 +53,12 @@ class Evaluated(NamedTuple):
     notes: tuple[str, ...]
 
 
-def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evaluated:
+def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evaluated | Harnessed:
     """Accuracy with its 95 % interval (Wilson), and how sure a difference is.
 
     It is zero-shot, by a model's own head, or by the words that a language model says next; on texts without classes it
-    is that of the next token, with the perplexity.
+    is that of the next token, with the perplexity. With ``harness`` lm-evaluation-harness measures instead
+    (`tvjax.jobs.harness`).
 
     Args:
       config: the models and the examples.
@@ -65,6 +67,8 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evalua
     Raises:
       ValueError: what cannot be; before any weight is read where configs and files show it.
     """
+    if config.harness:
+        return harness(config, progress)
     grid = read_scales(config.scales or SCALES)
     for file in (config.output, config.plot):
         if file is not None:
