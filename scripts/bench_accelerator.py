@@ -28,10 +28,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 CASES = ("arithmetic", "moments", "polar", "transport", "gradfix")
+NAMES = ("B/16", "L/14")
 REPEATS = 7
 
 
@@ -92,11 +94,11 @@ def arithmetic(small: bool) -> dict[str, Any]:
         tau = jax.block_until_ready(extract(base, tuned))
         stored = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
         wide = sum(leaf.nbytes for leaf in jax.tree.leaves(tau))
-        for job, moved, run in (
-            ("task_vector", 2 * stored + wide, lambda: extract(base, tuned)),
-            ("apply", 2 * stored + wide, lambda: edit(base, tau, 0.5)),
+        for job, run in (
+            ("task_vector", partial(extract, base, tuned)),
+            ("apply", partial(edit, base, tau, 0.5)),
         ):
-            taken = seconds(run)
+            taken, moved = seconds(run), 2 * stored + wide
             result[f"{job} {name}"] = {"seconds": taken, "bytes": moved, "share_of_copy": moved / taken / rate}
     return result
 
@@ -166,7 +168,7 @@ def transport(small: bool) -> dict[str, Any]:
             move = jax.jit(link.apply)
 
             def once(depths: tuple[int | None, int | None], link: Any = link, move: Any = move) -> float:
-                source, target = (tower(size, small, depth) for size, depth in zip(("B/16", "L/14"), depths))
+                source, target = (tower(size, small, depth) for size, depth in zip(NAMES, depths, strict=True))
                 tau = jax.tree.map(lambda x: 1e-3 * jax.random.normal(jax.random.key(3), x.shape), source.params)
                 batches = [images(small, 32)]
                 jax.block_until_ready((source.params, target.params, tau, batches))

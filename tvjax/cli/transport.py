@@ -22,6 +22,16 @@ def transport(config: TransportConfig, quiet: Quiet = False, json: Json = False)
         f"{found.method}",
         f"norm {found.norms['source']:.4g} in the source, {found.norms['target']:.4g} in the target; by leaf: "
         "leaf_report.txt",
+        *(
+            [f"on the validation examples {100 * max(found.validation['accuracy']):.1f} %"]
+            if found.validation is not None
+            else []
+        ),
+        *(
+            [f"copied as it is, at its best scale {found.copy['scale']:g}: {100 * found.copy['accuracy']:.1f} %"]
+            if found.copy is not None
+            else []
+        ),
         as_json=json,
         quiet=quiet,
     )

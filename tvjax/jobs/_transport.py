@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +23,12 @@ from tvjax.jobs.calibration import Prepared, paired_batches, prepare
 from tvjax.jobs.configs import TransportConfig
 from tvjax.jobs.methods import scales_of
 from tvjax.jobs.opened import Models, Opened
-from tvjax.jobs.parts import changed_elsewhere, part_task_vector
+from tvjax.jobs.parts import changed_elsewhere, copied, part_task_vector
 from tvjax.jobs.recipes import recipe_of, write_recipe
 from tvjax.jobs.schema import Progress
 from tvjax.renamed import warn
 from tvjax.stages import Model, PyTree
-from tvjax.transport import State, fit, leaf_report, summary
+from tvjax.transport import State, fit, identity, leaf_report, summary
 
 
 class Transported(NamedTuple):
@@ -42,6 +43,8 @@ class Transported(NamedTuple):
       target: the model before.
       examples: of the calibration.
       validation: the examples that the scale was chosen on, with the accuracy at every scale.
+      copy: the task vector added as it is, at its own best scale on the same examples; None where the shapes do not
+        agree, or there is no validation.
       norms: of the task vector in the source and in the target.
       notes: what the user should know.
     """
@@ -54,6 +57,7 @@ class Transported(NamedTuple):
     target: str
     examples: dict[str, Any] | None
     validation: dict[str, Any] | None
+    copy: dict[str, Any] | None
     norms: dict[str, float]
     notes: tuple[str, ...]
 
@@ -87,7 +91,10 @@ def transport(config: TransportConfig, progress: Progress | None = None) -> Tran
         also = changed_elsewhere(ready.part, source.pretrained, tuned.pretrained)
         state = dataclasses.replace(state, notes=(*state.notes, *ready.notes, *also))
         moved = ready.moving.apply(state, tau)
-        chosen = None if ready.held_out is None else _chosen(config, ready, target, moved)
+        chosen = copy = None
+        if ready.held_out is not None:
+            chosen = _chosen(config, ready, target, moved, scales_of(ready.moving))
+            copy = _copied(config, ready, target, tau)
         result = Transported(
             output=config.output,
             method=config.method,
@@ -97,6 +104,7 @@ def transport(config: TransportConfig, progress: Progress | None = None) -> Tran
             target=config.target,
             examples=looked_at,
             validation=None if chosen is None or ready.held_out is None else _curve(chosen, ready.held_out),
+            copy=copy,
             norms={"source": float(tree.norm(tau)), "target": float(tree.norm(moved))},
             notes=(*inputs.notes_of(ready.found, ready.held_out), *state.notes),
         )
@@ -151,12 +159,23 @@ def _fitted(
     return dataclasses.replace(state, notes=(*inputs.notes_of(loader), *state.notes))
 
 
-def _chosen(config: TransportConfig, ready: Prepared, target: Opened, moved: PyTree) -> ChosenScale:
+def _chosen(
+    config: TransportConfig, ready: Prepared, target: Opened, moved: PyTree, scales: Sequence[float]
+) -> ChosenScale:
     """The scale of the greatest accuracy on the examples that were held out."""
     assert ready.held_out is not None
     task = ready.way.task(target, ready.held_out, ready.prompts)
     loader = task.batches(ready.held_out, config.batch_size)
-    return choose_scale(with_task(target, task), moved, scales_of(ready.moving), loader)
+    return choose_scale(with_task(target, task), moved, scales, loader)
+
+
+def _copied(config: TransportConfig, ready: Prepared, target: Opened, tau: PyTree) -> dict[str, Any] | None:
+    """What the task vector does as it is, the baseline that every transport must beat where shapes agree."""
+    as_it_is = copied(tau, target.pretrained.params)
+    if isinstance(as_it_is, str):
+        return None
+    chosen = _chosen(config, ready, target, as_it_is, scales_of(identity()))
+    return {"scale": chosen.scale, "accuracy": chosen.accuracy}
 
 
 def _curve(chosen: ChosenScale, held_out: Any) -> dict[str, Any]:
@@ -184,7 +203,12 @@ def _save(config: TransportConfig, result: Transported, state: State, models: Mo
     edited = apply(receiver.params, moved, result.scale)
     save_pretrained(receiver.with_params(edited), config.output, card=card)
     about = {name: value for name, value in result._asdict().items() if name not in ("output", "notes")}
-    content = {**about, "notes": state.notes, "leaves": [leaf._asdict() for leaf in leaf_report(state)]}
+    content = {
+        **about,
+        "part": config.part,
+        "notes": state.notes,
+        "leaves": [leaf._asdict() for leaf in leaf_report(state)],
+    }
     write_json(config.output / "leaf_report.json", content, sort_keys=False)
     write_text(config.output / "leaf_report.txt", summary(state) + "\n")
     if config.save_task_vector is not None:

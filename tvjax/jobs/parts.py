@@ -92,6 +92,22 @@ def part_task_vector(part: Part, pretrained: PyTree, finetuned: PyTree, name: st
     return jax.eval_shape(task_vector, *sides) if shapes else task_vector(*sides)
 
 
+def copied(tau: PyTree, params: PyTree) -> PyTree | str:
+    """A task vector as it is for another model, the plainest transport; or what is against it.
+
+    Args:
+      tau: of the source.
+      params: of the target, or their shapes.
+    """
+    theirs = tree.flatten(params)
+    for path, leaf in tree.flatten(tau).items():
+        if path not in theirs:
+            return f"the target has no {path}"
+        if leaf.shape != theirs[path].shape:
+            return f"{path} is {tuple(leaf.shape)} in the source, {tuple(theirs[path].shape)} in the target"
+    return tau
+
+
 def check_labels(opened: Opened, class_names: Sequence[str], named: bool) -> None:
     """Raises a ValueError where a model's own head is not for these classes.
 
