@@ -124,7 +124,13 @@ class Attention(nnx.Module):
         mask: Bool[Array, "#batch 1 #tokens tokens"] | None = None,
         bias: Float[Array, "heads tokens tokens"] | None = None,
     ) -> Float[Array, "batch tokens width"]:
-        """Mixes the tokens; `mask` is True where a query (second last axis) may see a key; `bias` is added to scores."""
+        """Mixes the tokens.
+
+        Args:
+          x: the tokens.
+          mask: True where a query (second last axis) may see a key.
+          bias: added to the scores.
+        """
         split = (*x.shape[:-1], self.heads, x.shape[-1] // self.heads)
         query, key, value = (layer(x).reshape(split) for layer in (self.query, self.key, self.value))
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) * split[-1] ** -0.5
