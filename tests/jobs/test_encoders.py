@@ -14,23 +14,7 @@ from tvjax.checkpoints import Pretrained, from_pretrained, save_pretrained
 from tvjax.cli.main import run
 from tvjax.models.bert import BertConfig, MPNetConfig, RobertaConfig, bert, init
 
-PIECES = (
-    "good",
-    "bad",
-    "the",
-    "film",
-    "was",
-    "dull",
-    "fine",
-    "so",
-    "plot",
-    "cast",
-    "##ly",
-    "really",
-    "about",
-    ".",
-    "##s",
-)
+PIECES = ("good", "bad", "the", "film", "was", "dull", "fine", "so", "plot", "cast", "##ly", "##s", "about", ".", "by")
 REVIEWS = [("the film was fine", "good"), ("so dull", "bad"), ("the casts so finely", "good"), ("dull plots", "bad")]
 SPECIAL = {
     "bert": ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
@@ -52,6 +36,7 @@ def write_tokenizer(folder, kind, pieces=PIECES):
     tokenizer.post_processor = processors.TemplateProcessing(f"{first} $A {last}", pair, ends)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "cls_token": first, "sep_token": last, "pad_token": pad}
+    settings["model_input_names"] = ["input_ids", "attention_mask", *(["token_type_ids"] if kind == "bert" else [])]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"unk_token": "[UNK]"}))
 
 
@@ -241,9 +226,9 @@ def test_composition_learns_by_class_names(encoders, texts, tmp_path):
             r"foreign': the tokenizer pads with the token 0 \('\[PAD\]'\), and config.json names 1",
         ),
         ("wider", "twice", "the class names '.*' and '.*' are the same tokens"),
-        ("wider", "nameless", "is no token for"),
+        ("wider", "nameless", r"the class name '.*' is no token for"),
         ("wider", "plain", "has no labels, and bico reads gradients of the loss: name the column of the classes"),
-        ("wider classifier", "labelled", "head/"),
+        ("wider classifier", "labelled", "one model has a head of its own: .*source' has no head, .*fier' has one"),
     ],
 )
 @pytest.mark.parametrize("command", ["transport", "plan"])
