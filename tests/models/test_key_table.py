@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from tvjax import tree
+from tvjax.models.bert import BertConfig, MPNetConfig, RobertaConfig
 from tvjax.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-from tvjax.models.families import CLIP, LLAMA, VIT
+from tvjax.models.families import BERT, CLIP, LLAMA, MPNET, ROBERTA, VIT
 from tvjax.models.key_table import Tensor, check_copies, find_sources, kernels_by_module, to_checkpoint
 from tvjax.models.layer_table import KINDS, LayerTable, Row
 from tvjax.models.llama import LlamaConfig
@@ -25,6 +26,9 @@ FAMILIES = {
         LlamaConfig(16, 8, 12, 2, 2, 1, 4, attention_bias=True, output_bias=True, mlp_bias=True, qk_norm=True),
     ),
     "vit": (VIT, ViTConfig(8, 16, 2, 2, image_size=8, patch_size=4)),
+    "bert": (BERT, BertConfig(16, 8, 12, 2, 2, max_position_embeddings=6, num_labels=3)),
+    "roberta": (ROBERTA, RobertaConfig(16, 8, 12, 2, 2, max_position_embeddings=6, num_labels=3)),
+    "mpnet": (MPNET, MPNetConfig(16, 8, 12, 2, 2, max_position_embeddings=6, num_labels=3)),
 }
 
 

@@ -307,7 +307,8 @@ def asking(opened: Opened) -> OwnHead:
     """
     family = opened.checkpoint.family
     if family is GENERIC:
-        raise ValueError(f"{opened.name!r}: {no_code(opened.checkpoint.settings.get('model_type'))}")
+        why = opened.checkpoint.no_code
+        raise ValueError(f"{opened.name!r}: {no_code(opened.checkpoint.settings.get('model_type'), why)}")
     asked = family.asked if isinstance(family.asked, str) else family.asked(opened.config)
     if asked not in _ASKING:
         name = type(opened.config).__name__
