@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from tvjax import Batch, bico, fit, theseus, tree
 from tvjax.align.permutations import permute, random_permutations
 from tvjax.capture import check_gradient_identity
-from tvjax.checkpoints import from_pretrained, save_pretrained
+from tvjax.checkpoints import from_pretrained, load_orbax, save_orbax, save_pretrained
 from tvjax.checkpoints.folder import open_checkpoint
 from tvjax.models.bert import BertConfig, MPNetConfig, RobertaConfig, bert, init
 from tvjax.models.families import GENERIC
@@ -304,6 +304,8 @@ def test_a_folder_of_sentence_transformers_says_how_texts_are_embedded(folder, t
     assert (config.pooling, config.normalise, config.max_seq_length) == (*expected, 7)
     save_pretrained(from_pretrained(folder), tmp_path / "saved")
     assert from_pretrained(tmp_path / "saved").config == config
+    save_orbax(from_pretrained(folder), tmp_path / "orbax")
+    assert load_orbax(tmp_path / "orbax").config == config
     kept = {path.relative_to(folder) for path in folder.rglob("*.json")}
     assert kept <= {path.relative_to(tmp_path / "saved") for path in (tmp_path / "saved").rglob("*.json")}
 

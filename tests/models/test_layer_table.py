@@ -85,7 +85,7 @@ def test_the_rows_of_towers_are_those_that_the_model_has():
         ("llama", {"head": ("head/kernel",)}),
         ("tied llama", {"head": ("tokens",)}),
         ("bert", {}),
-        ("roberta classifier", {"head": ("out/bias", "out/kernel")}),
+        ("roberta classifier", {"head": ("out/kernel", "out/bias")}),
     ],
 )
 def test_outputs_that_have_a_meaning_are_fixed_where_they_are_computed(name, fixed):
