@@ -333,6 +333,19 @@ def test_embeddings_that_are_not_computed_leave_the_arithmetic(folder, modules, 
         assert opened.params().keys()
 
 
+def test_of_a_hub_id_the_configs_of_the_modules_are_downloaded_too(folder, monkeypatch):
+    write_modules(folder, ("Transformer", "Pooling"), {"pooling_mode_cls_token": True})
+    asked = []
+
+    def download(name, revision=None, **patterns):
+        asked.append((name, revision, patterns["allow_patterns"][-1], patterns["ignore_patterns"]))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert from_pretrained("owner/encoder").config.pooling == "cls"
+    assert asked[1:] == [("owner/encoder", "model", "*/config.json", ["*/*/*"])]  # of the commit that was found
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
