@@ -86,7 +86,7 @@ def plan(config: PlanConfig, progress: Progress | None = None) -> Planned:
         disk["maps"] = fitted.memory["maps"]
     if config.save_task_vector is not None:
         disk["task vector"] = tree.nbytes(b.params)
-    notes = inputs.notes_of(found, ready.held_out)
+    notes = [*inputs.notes_of(found, ready.held_out), *ready.notes]
     if config.depth == "cka":
         notes.append("source layers are paired by cka when they have been run; shown is uniform")
     as_it_is = copied(tree.nest(ready.part.of(held[0])), held[1])

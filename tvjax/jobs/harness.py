@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from tvjax.checkpoints.json_files import write_json
 from tvjax.jobs import inputs
-from tvjax.jobs.asking import asking
+from tvjax.jobs.asking import Language, asking
 from tvjax.jobs.configs import EvaluateConfig
 from tvjax.jobs.opened import Models
 from tvjax.jobs.schema import Progress
@@ -57,7 +57,7 @@ def harness(config: EvaluateConfig, progress: Progress | None = None) -> Harness
     folders = {}
     with Models() as models:
         for name in config.models:
-            if asking(models[name]).kind.kind != "texts":
+            if not isinstance(asking(models[name]), Language):
                 raise ValueError(f"{name!r} is no language model: --harness has no tasks for it; give --data")
             models[name].processor.check_tokenizer()
             folders[name] = str(models[name].checkpoint.folder)
