@@ -136,7 +136,8 @@ def build(case: str) -> torch.nn.Module:
         for name, parameter in model.named_parameters():
             if name != "logit_scale":
                 offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-                parameter.copy_(offset + 0.3 * torch.randn(parameter.shape, generator=generator))
+                size = 0.1 if name.endswith("Attention.q.weight") else 0.3  # T5 does not scale the scores
+                parameter.copy_(offset + size * torch.randn(parameter.shape, generator=generator))
     return model
 
 
