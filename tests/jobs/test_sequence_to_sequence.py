@@ -15,8 +15,24 @@ from tvjax.checkpoints import Pretrained, from_pretrained, save_pretrained
 from tvjax.cli.main import run
 from tvjax.models.t5 import T5Config, UMT5Config, init, t5
 
-WORDS = ("<pad>", "</s>", "<unk>", "good", "bad", "the", "film", "was", "is", "it", "dull", "fine", "so", "plot", "cast")
-REVIEWS = [("the film was fine", "good"), ("so dull", "bad"), ("the cast is so fine", "good"), ("dull plot", "bad")]
+WORDS = (
+    "<pad>",
+    "</s>",
+    "<unk>",
+    "good",
+    "bad",
+    "the",
+    "film",
+    "was",
+    "is",
+    "it",
+    "dull",
+    "fine",
+    "so",
+    "plot",
+    "cast",
+)
+REVIEWS = [("the film was fine", "good"), ("so dull", "bad"), ("the plot is so fine", "good"), ("dull plot", "bad")]
 END = WORDS.index("</s>")
 
 

@@ -130,8 +130,7 @@ def test_gradient_identity(config):
 TRANSPORTS = {"theseus": theseus(), "chain": chain(bico(), gradfix(), scale_by(1.5))}
 
 
-@pytest.mark.parametrize("target", [LARGER, UNTIED], ids=["larger", "untied"])
-@pytest.mark.parametrize("name", TRANSPORTS)
+@pytest.mark.parametrize(("name", "target"), [("theseus", UNTIED), ("chain", LARGER)])
 def test_transport_into_other_widths_depths_heads_and_heads_of_their_own(name, target):
     source, target, transport = make_model(CONFIG), make_model(target, 1), TRANSPORTS[name]
     state = fit(transport, source, target, BATCHES, check_gradients=True)
@@ -147,12 +146,10 @@ def test_transport_into_other_widths_depths_heads_and_heads_of_their_own(name, t
     for tower in ("encoder", "decoder"):
         assert report[f"{tower}/position_bias"].action == "zeroed by rule"
         paired = {path: entry.source for path, entry in report.items() if path.startswith(f"{tower}/blocks/")}
-        depths = getattr(CONFIG, "num_layers"), getattr(LARGER, "num_layers")
-        if tower == "decoder":
-            depths = CONFIG.num_decoder_layers, LARGER.num_decoder_layers
-        for j in range(depths[1]):
-            i = round(j * (depths[0] - 1) / max(depths[1] - 1, 1))
-            assert paired[f"{tower}/blocks/{j}/mlp/up/kernel"] == f"{tower}/blocks/{i}/mlp/up/kernel"
+        for target_layer, source_layer in {"encoder": {0: 0, 1: 0, 2: 1}, "decoder": {0: 0}}[tower].items():
+            source_path = f"{tower}/blocks/{source_layer}/mlp/up/kernel"
+            assert paired.pop(f"{tower}/blocks/{target_layer}/mlp/up/kernel") == source_path
+        assert not any(path.endswith("up/kernel") for path in paired)
 
 
 @pytest.mark.parametrize("transport", [gradfix(), orthogonal_shift()], ids=["gradfix", "orthogonal_shift"])
@@ -172,14 +169,18 @@ def test_a_permuted_copy_receives_the_permuted_vector_and_the_model_itself_its_o
     copy = source.replace(params=permute(symmetry, order, source.params))
     tau, transport = noise_like(source.params), method(rank_tolerance=1e-4)
     batches = [make_batch(seed, texts=16) for seed in range(2)]
-    own, moved = (transport.apply(fit(transport, source, target, batches), tau) for target in (source, copy))
+    states = [fit(transport, source, target, batches) for target in (source, copy)]
+    own, moved = (transport.apply(state, tau) for state in states)
     own, moved, expected = map(tree.flatten, (own, moved, permute(symmetry, order, own)))
-    for path, leaf in tree.flatten(tau).items():
-        if "/blocks/" in path and path.endswith("kernel"):
-            size = float(jnp.abs(leaf).max())
-            np.testing.assert_allclose(moved[path], expected[path], atol=2e-3 * size, err_msg=path)
-            if method is theseus:  # all directions are seen
-                np.testing.assert_allclose(own[path], leaf, atol=2e-3 * size, err_msg=path)
+    ranks = {entry.target: entry.measures for entry in leaf_report(states[0])}
+    kernels = [path for path in own if "/blocks/" in path and path.endswith("kernel")]
+    whole = {path for path in kernels if own[path].shape == (ranks[path]["rank_in"], ranks[path]["rank_out"])}
+    assert len(whole) > len(kernels) / 3  # the data determine all directions of their inputs and outputs
+    for path in kernels:
+        leaf = tree.get(tau, path)
+        np.testing.assert_allclose(moved[path], expected[path], atol=2e-3 * jnp.abs(leaf).max(), err_msg=path)
+        if path in whole:
+            np.testing.assert_allclose(own[path], leaf, atol=2e-3 * jnp.abs(leaf).max(), err_msg=path)
 
 
 def test_padding_rows_of_either_stream_enter_no_map_and_no_vote():
@@ -222,8 +223,6 @@ def test_a_permuted_model_computes_the_same_and_is_matched_back(config):
     for seed in range(2):
         true = random_permutations(symmetry, model.params, jax.random.key(seed))
         moved = permute(symmetry, true, model.params)
-        changed = {path for path, leaf in tree.flatten(moved).items() if np.any(leaf != tree.get(model.params, path))}
-        assert {path for path in tree.flatten(moved) if "position_bias" in path} <= changed or seed
         np.testing.assert_allclose(model.replace(params=moved)(inputs)["logits"], expected, rtol=1e-4, atol=1e-4)
         matched = match_weights(symmetry, model.params, moved, key=jax.random.key(7))
         for group, order in true.items():
