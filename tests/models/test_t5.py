@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from tvjax import Batch, bico, chain, fit, gradfix, orthogonal_shift, scale_by, theseus, transfusion, tree
 from tvjax.align.permutations import groups, match_weights, permute, random_permutations
 from tvjax.capture import check_gradient_identity
-from tvjax.checkpoints import from_pretrained, save_pretrained, streaming
+from tvjax.checkpoints import from_pretrained, load_orbax, save_orbax, save_pretrained, streaming
 from tvjax.models.families import family_of_config
 from tvjax.models.symmetry import symmetry_of_config
 from tvjax.models.t5 import T5Config, UMT5Config, init, t5
@@ -321,6 +321,14 @@ def test_a_head_is_separate_where_the_file_has_one(tmp_path):
     lean = copy_of("t5", tmp_path / "lean", {"tie_word_embeddings": False, "scale_decoder_outputs": None})
     found = from_pretrained(lean)
     assert found.config.tie_word_embeddings and not found.config.scale_decoder_outputs
+
+
+def test_an_orbax_folder_says_whether_the_head_is_separate(tmp_path):
+    pretrained = from_pretrained(GOLDENS / "t5_v1_1")
+    save_orbax(pretrained, tmp_path / "model")
+    found = load_orbax(tmp_path / "model")
+    assert found.config == pretrained.config
+    jax.tree.map(np.testing.assert_array_equal, found.params, pretrained.params)
 
 
 @pytest.mark.parametrize("case", CASES)
