@@ -194,3 +194,9 @@ def test_what_cannot_be_is_one_line_before_any_weight_is_read(
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tvjax: error: ")]
     assert re.search(message, line), line
     assert not (tmp_path / "out").exists()
+
+
+def test_texts_without_answers_are_refused_before_any_weight_is_read(t5s, texts, capsys, monkeypatch):
+    monkeypatch.setattr("tvjax.checkpoints.safetensors.Tensors.read", lambda *_: pytest.fail("weights were read"))
+    assert run(["evaluate", t5s["source"], "--data", texts["plain"], "--quiet"]) == 2
+    assert "has no answers, which the task 'sequence to sequence' needs" in capsys.readouterr().err

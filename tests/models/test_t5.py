@@ -117,7 +117,7 @@ def test_a_token_outside_the_vocabulary_is_no_number():
 # -- capture and transport --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [CONFIG, GATED, UMT5])
+@pytest.mark.parametrize("config", [GATED, UMT5], ids=["gated", "umt5"])  # of the others the fit below checks it
 def test_gradient_identity(config):
     model, batch = make_model(config), make_batch(texts=3)
     check_gradient_identity(
@@ -130,10 +130,10 @@ def test_gradient_identity(config):
 TRANSPORTS = {"theseus": theseus(), "chain": chain(bico(), gradfix(), scale_by(1.5))}
 
 
-@pytest.mark.parametrize(("name", "target"), [("theseus", UNTIED), ("chain", LARGER)])
+@pytest.mark.parametrize(("name", "target"), [("theseus", UNTIED), ("chain", LARGER)], ids=["theseus", "chain"])
 def test_transport_into_other_widths_depths_heads_and_heads_of_their_own(name, target):
     source, target, transport = make_model(CONFIG), make_model(target, 1), TRANSPORTS[name]
-    state = fit(transport, source, target, BATCHES, check_gradients=True)
+    state = fit(transport, source, target, BATCHES, check_gradients=name == "chain")
     moved = transport.apply(state, noise_like(source.params))
     assert jax.tree.map(jnp.shape, moved) == jax.tree.map(jnp.shape, target.params)
     report = {entry.target: entry for entry in leaf_report(state) if entry.link in ("theseus", "bico")}
@@ -160,8 +160,7 @@ def test_transport_between_models_of_one_shape(transport):
     assert all(np.any(leaf) and np.isfinite(leaf).all() for leaf in moved.values())
 
 
-@pytest.mark.parametrize("config", [CONFIG, UMT5], ids=["t5", "umt5"])
-@pytest.mark.parametrize("method", [theseus, bico])
+@pytest.mark.parametrize(("method", "config"), [(theseus, CONFIG), (bico, UMT5)], ids=["theseus", "bico"])
 def test_a_permuted_copy_receives_the_permuted_vector_and_the_model_itself_its_own(method, config):
     source = make_model(config)
     symmetry = symmetry_of_config(config)
