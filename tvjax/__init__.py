@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tvjax.stages import Batch, Model, Stage, Stream, single_stage
     from tvjax.transport.base import State, Transport, chain, identity, scale_by
     from tvjax.transport.bico import bico
-    from tvjax.transport.fit import fit, transport_stages
+    from tvjax.transport.fit import fit
     from tvjax.transport.gradfix import gradfix
     from tvjax.transport.leaf_report import leaf_report
     from tvjax.transport.orthogonal_shift import orthogonal_shift
@@ -30,7 +30,7 @@ _NAMES = {
     "transport.plan": ("plan",),
     "transport": (
         *("State", "Transport", "bico", "chain", "fit", "gradfix", "identity", "leaf_report", "orthogonal_shift"),
-        *("scale_by", "theseus", "transfusion", "transport_stages"),
+        *("scale_by", "theseus", "transfusion"),
     ),
 }
 _HOMES = {name: (f"tvjax.{module}", name) for module, names in _NAMES.items() for name in names} | {
@@ -38,6 +38,7 @@ _HOMES = {name: (f"tvjax.{module}", name) for module, names in _NAMES.items() fo
     "load_task_vector": ("tvjax.checkpoints", "load_tree"),
     "save": ("tvjax.checkpoints", "save_pretrained"),
     "save_task_vector": ("tvjax.checkpoints", "save_tree"),
+    "transport_stages": ("tvjax.transport.fit", "transport_stages"),  # an old name, which warns where it is called
 }
 _MODULES = (
     *("capture", "checkpoints", "compose", "data", "evaluate", "jobs", "merge", "models", "tasks", "transport", "tree"),
@@ -108,7 +109,6 @@ __all__ = [
     "theseus",
     "transfusion",
     "transport",
-    "transport_stages",
     "tree",
     "unstack",
 ]

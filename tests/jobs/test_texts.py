@@ -97,7 +97,7 @@ def test_a_task_moves_from_one_language_model_into_another(llamas, texts, tmp_pa
     kernels = {path for path in before if path.startswith("blocks/") and path.endswith("kernel")}
     assert kernels <= changed and "head/kernel" not in changed
     assert ("embeddings/tokens" in changed) == (method == "gradfix")  # a table of rows is not rotated
-    assert all(np.isfinite(leaf).all() for leaf in after.values()) and found.images["count"] == 4
+    assert all(np.isfinite(leaf).all() for leaf in after.values()) and found.examples["count"] == 4
     done = json.loads((tmp_path / "edited" / "leaf_report.json").read_text())
     actions = {leaf["target"]: leaf["action"] for leaf in done["leaves"]}
     last = "masked" if "gradfix" in method else "rotated"
@@ -194,7 +194,12 @@ def test_a_plan_without_texts_reckons_with_the_length(llamas):
         ("wider", "{labelled}", ["--classes", "{classes}"], "the label '(good|bad)' is none of the classes fine, film"),
         ("wider", "{labelled}", ["--task", "eurosat"], "the task 'eurosat' is of images, and this command takes texts"),
         ("wider", "{plain}", ["--per-class", "1"], "--per-class needs labelled examples, and .* has no labels"),
-        ("wider", "{plain}", ["--part", "vision"], "'vision' matches no leaf that sees texts: the parts are"),
+        (
+            "wider",
+            "{plain}",
+            ["--part", "vision"],
+            "'vision' matches no leaf that sees texts: the parts are blocks, emb",
+        ),
     ],
 )
 @pytest.mark.parametrize("command", ["transport", "plan"])
@@ -209,6 +214,14 @@ def test_what_cannot_be_is_one_line_before_any_weight_is_read(
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tvjax: error: ")]
     assert re.search(message, line), line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words", [["--classes", "{classes}"], ["--task", "sst2"]])
+def test_classes_without_labels_are_refused_before_any_weight_is_read(llamas, texts, capsys, monkeypatch, words):
+    monkeypatch.setattr("tvjax.checkpoints.safetensors.Tensors.read", lambda *_: pytest.fail("weights were read"))
+    given = [word.format(**texts) for word in words]
+    assert run(["evaluate", llamas["source"], "--data", texts["plain"], *given, "--quiet"]) == 2
+    assert "has no labels, and an accuracy of classes needs them: say which column" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ _NOT_COPIED = (
     *_PICKLES,
     *("*.safetensors", "*.index.json", "config.json", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.npz", "*.ot"),
     *("README.md", ".*", "tvjax.yaml", "*.safetensors.yaml", "*leaf_report.*", "trainer_state.json"),
+    *("examples.json", "images.json", "coefficients.png"),  # beside a composed model
 )
 
 

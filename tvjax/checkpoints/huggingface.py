@@ -17,7 +17,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from tvjax import tree
-from tvjax.checkpoints.atomic import new_folder, replacing
+from tvjax.checkpoints.atomic import new_folder, write_text
 from tvjax.checkpoints.folder import (
     INDEX,
     WEIGHTS,
@@ -187,13 +187,13 @@ def save_pretrained(
         _replace_model(folder, settings, tensors, dtype)
         copy_files(pretrained.folder, folder)
         if card is not None:
-            _write_text(folder / _CARD, card)
+            write_text(folder / _CARD, card)
         return
     with _new_model(folder, headers, file_of, settings, pretrained.folder) as (write, temporary):
         for key, tensor in tensors.items():
             write(key, cast(tensor, dtype))
         if card is not None:
-            _write_text(temporary / _CARD, card)
+            write_text(temporary / _CARD, card)
 
 
 @contextlib.contextmanager
@@ -234,7 +234,7 @@ def write_checkpoint(
         for key in sorted(like.others):
             write(key, tensors.read(key))
         if card is not None:
-            _write_text(temporary / _CARD, card())
+            write_text(temporary / _CARD, card())
 
 
 @contextlib.contextmanager
@@ -346,8 +346,3 @@ def _replace_model(folder: Path, settings: Settings, tensors: Mapping[str, Any],
     save_tensors(folder / WEIGHTS, tensors, {"format": "pt"}, dtype)
     for stale in ([folder / INDEX, *shards]) if shards else ():
         stale.unlink()
-
-
-def _write_text(path: Path, content: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(content, encoding="utf-8")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tvjax.checkpoints.atomic import replacing
+from tvjax.checkpoints.atomic import write_text
 
 
 def read_json(path: Path, hint: str = "is it the folder of a Hugging Face model?") -> dict[str, Any]:
@@ -31,7 +31,6 @@ def read_json(path: Path, hint: str = "is it the folder of a Hugging Face model?
     return content
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any], sort_keys: bool = True) -> None:
     """Writes an object, replacing the file when it is complete."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2, sort_keys=sort_keys) + "\n")

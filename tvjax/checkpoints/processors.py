@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,12 @@ from tvjax.models.clip.config import LEGACY_END_TOKEN
 
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 _TOKEN_FILES = ("tokenizer.json", "vocab.json")
+
+
+_PROCESSOR_FILES = (  # all that the two are read from
+    *(*_IMAGE_FILES, "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("*.model", "*.tiktoken"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +95,16 @@ class Processor:
                 "in config.json): copy the tokenizer of the model's original folder"
             )
 
+    def _plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of texts, without those that begin and end a text."""
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+
     def _check(self, texts: Sequence[str], ids: np.ndarray) -> None:
         """Raises a ValueError unless the tokenizer and the model that the config describes belong together."""
         self._check_vocabulary(int(ids.max(initial=0)) + 1)
+        empty = [text for text, own in zip(texts, self._plain(texts), strict=True) if not own]
+        if empty:
+            raise ValueError(f"the tokenizer makes no token of {empty[0]!r}: give a name or text of letters")
         if self.end_token in (None, LEGACY_END_TOKEN):
             return
         endless = [text for text, row in zip(texts, ids, strict=True) if self.end_token not in row]
@@ -141,6 +155,14 @@ def read_processor(folder: Path, text: Any = None) -> Processor:
         return Processor(image_processor, tokenizer)
     length = getattr(text, "max_position_embeddings", Processor.length)  # relative positions have no end
     return Processor(image_processor, tokenizer, length, text.vocab_size, getattr(text, "eos_token_id", None))
+
+
+def processor_fingerprint(folder: Path) -> str:
+    """The SHA-256 of the files that a folder's tokenizer and image processor are read from."""
+    digest = hashlib.sha256()
+    for file in sorted({file for pattern in _PROCESSOR_FILES for file in folder.glob(pattern) if file.is_file()}):
+        digest.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def _import_transformers() -> Any:

@@ -8,12 +8,11 @@ from typing import Annotated
 
 import typer
 
-from tvjax.cli import config as recipes
 from tvjax.cli.commands import Json, Quiet
+from tvjax.jobs.recipes import COMMAND, write_recipe
 
 
 def demo(
-    context: typer.Context,
     full: Annotated[bool, typer.Option("--full", help="All tasks and three draws.")] = False,
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the results go.")] = Path("results/demo"),
     as_json: Json = False,
@@ -34,7 +33,7 @@ def demo(
     with progress("demo", quiet) as report:
         findings = experiment.run(setup.FULL if full else setup.QUICK, report)
     files = experiment.write(findings, output)
-    recipes.write(context, output)
+    write_recipe({COMMAND: "demo", "full": full, "output": str(output)}, output)
     tables = [
         accuracy_table(findings.measurements, findings.comparisons, target, title)
         for target, title in setup.TITLES.items()

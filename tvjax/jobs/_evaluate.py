@@ -7,6 +7,7 @@ import itertools
 from typing import Any, NamedTuple
 
 from tvjax.checkpoints import map_tree
+from tvjax.checkpoints.json_files import write_json
 from tvjax.data.images import Images
 from tvjax.data.loader import Loader
 from tvjax.data.texts import Texts
@@ -16,10 +17,13 @@ from tvjax.jobs import inputs
 from tvjax.jobs.asking import Prompts, asking, with_task
 from tvjax.jobs.calibration import of_head
 from tvjax.jobs.configs import EvaluateConfig
+from tvjax.jobs.copies import copy_beside
+from tvjax.jobs.harness import Harnessed, harness
 from tvjax.jobs.opened import Models, Opened
 from tvjax.jobs.parts import check_labels
 from tvjax.jobs.schema import Progress
 from tvjax.models.clip import clip
+from tvjax.renamed import warn
 from tvjax.report import records
 from tvjax.report.plots import plot_scale_curve
 
@@ -30,17 +34,18 @@ class Evaluated(NamedTuple):
     """What `evaluate` measured.
 
     Attributes:
-      images: the examples.
+      examples: what they are measured on.
       classes: their names.
       templates: the prompts; none where every model has a head of its own.
-      models: accuracy of each model, in whole and by class; of the next token also the perplexity.
+      models: accuracy of each model, in whole and by class; of the next token also the perplexity. Beside a model that
+        a transport made stands a plain copy of the same task vector, where shapes agree (`tvjax.jobs.copies`).
       reference: accuracy of the reference.
       pairs: each two models on the same examples.
       curve: accuracy at every scale of a task vector, and the best.
       notes: what the user should know.
     """
 
-    images: dict[str, Any]
+    examples: dict[str, Any]
     classes: tuple[str, ...]
     templates: tuple[str, ...]
     models: list[dict[str, Any]]
@@ -49,12 +54,19 @@ class Evaluated(NamedTuple):
     curve: dict[str, Any] | None
     notes: tuple[str, ...]
 
+    @property
+    def images(self) -> Any:
+        """The old name of `examples`."""
+        warn("images", "examples")
+        return self.examples
 
-def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evaluated:
+
+def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evaluated | Harnessed:
     """Accuracy with its 95 % interval (Wilson), and how sure a difference is.
 
     It is zero-shot, by a model's own head, or by the words that a language model says next; on texts without classes it
-    is that of the next token, with the perplexity.
+    is that of the next token, with the perplexity. With ``harness`` lm-evaluation-harness measures instead
+    (`tvjax.jobs.harness`).
 
     Args:
       config: the models and the examples.
@@ -63,6 +75,8 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evalua
     Raises:
       ValueError: what cannot be; before any weight is read where configs and files show it.
     """
+    if config.harness:
+        return harness(config, progress)
     grid = read_scales(config.scales or SCALES)
     for file in (config.output, config.plot):
         if file is not None:
@@ -88,6 +102,7 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evalua
         seen: dict[str, Predictions] = {}
         loaders: list[Loader] = []
         curve: list[Predictions] = []
+        beside: list[str] = []
         for number, (name, one) in enumerate(opened.items()):
             whole = one if base is None or ways[name].can_score(one) else with_text(one, base)
             task = ways[name].task(whole, found, prompts)
@@ -100,11 +115,18 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evalua
                 seen[name] = predictions(head, loader)
             if one is not base:
                 one.release()
+            copy = copy_beside(one, models) if name in config.models else None
+            if isinstance(copy, Opened):
+                seen[f"{name}, copied"] = predictions(with_task(copy, task), loader)
+            elif copy:
+                beside.append(f"no copy is shown beside {name}: {copy}")
             if progress is not None:
                 progress(number + 1, len(names), name)
         if all(ways[name].labels(one) is not None for name, one in opened.items()):
             prompts = prompts._replace(templates=())
-    return _results(config, found, looked_at, prompts, seen, (grid, curve), inputs.notes_of(found, *loaders))
+    return _results(
+        config, found, looked_at, prompts, seen, (grid, curve), [*inputs.notes_of(found, *loaders), *beside]
+    )
 
 
 def read_scales(text: str) -> tuple[float, ...]:
@@ -174,21 +196,22 @@ def _results(
     norm = None if config.reference is None else seen[config.reference].accuracy
     if found.labels is None:
         notes.append("the answers are tokens, and those of one text are not independent: the intervals are too narrow")
+    shown = [name for name in seen if name != config.reference or name in config.models]
     result = Evaluated(
-        images=looked_at,
+        examples=looked_at,
         classes=found.class_names,
         templates=prompts.templates,
-        models=[{"model": name, **records.of_model(seen[name], found.class_names, norm)} for name in config.models],
+        models=[{"model": name, **records.of_model(seen[name], found.class_names, norm)} for name in shown],
         reference=None if norm is None else {"model": config.reference, **records.of_accuracy(norm)},
         pairs=[
             {"model": two, "baseline": one, **records.of_pair(seen[two], seen[one])}
-            for one, two in itertools.combinations(config.models, 2)
+            for one, two in itertools.combinations(shown, 2)
         ],
         curve=_curve(config, seen, norm, *curve) if config.task_vector is not None else None,
         notes=tuple(notes),
     )
     if config.output is not None:
-        inputs.write_json(config.output, result._asdict())
+        write_json(config.output, result._asdict(), sort_keys=False)
     if config.plot is not None:
         grid, points = curve
         title = f"{config.models[0]} + scale × {config.task_vector}"

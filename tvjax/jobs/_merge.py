@@ -12,10 +12,12 @@ from tvjax import merge as methods
 from tvjax.checkpoints import map_tree, save_tree, streaming
 from tvjax.checkpoints.folder import open_checkpoint
 from tvjax.checkpoints.huggingface import check_new
+from tvjax.checkpoints.json_files import write_json
 from tvjax.checkpoints.provenance import check_same_base
 from tvjax.jobs import inputs
 from tvjax.jobs.configs import MergeConfig
 from tvjax.jobs.merges import find_merge
+from tvjax.jobs.recipes import recipe_of, write_recipe
 from tvjax.jobs.schema import Progress
 from tvjax.merge import MergedLeaf
 from tvjax.stages import PyTree
@@ -85,7 +87,8 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> Merged:
             ).left
     about = {"method": config.method, "scale": config.scale, "task_vectors": files}
     report = report_name(config.output)
-    inputs.write_json(report, {**about, "leaves": [row._asdict() for row in rows]})
+    write_json(report, {**about, "leaves": [row._asdict() for row in rows]}, sort_keys=False)
+    write_recipe(recipe_of(config), config.output)
     notes = inputs.left(left)
     if partly:
         notes.append(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tvjax import tree
 from tvjax.arithmetic import apply
 from tvjax.checkpoints import TransportStore, model_card, save_pretrained, save_tree
-from tvjax.checkpoints.atomic import replacing
+from tvjax.checkpoints.atomic import write_text
 from tvjax.checkpoints.huggingface import check_new
+from tvjax.checkpoints.json_files import write_json
+from tvjax.checkpoints.processors import processor_fingerprint
 from tvjax.data.texts import Texts
 from tvjax.evaluate.scale import ChosenScale, choose_scale
 from tvjax.jobs import inputs
@@ -20,10 +23,12 @@ from tvjax.jobs.calibration import Prepared, paired_batches, prepare
 from tvjax.jobs.configs import TransportConfig
 from tvjax.jobs.methods import scales_of
 from tvjax.jobs.opened import Models, Opened
-from tvjax.jobs.parts import changed_elsewhere, part_task_vector
+from tvjax.jobs.parts import changed_elsewhere, copied, part_task_vector
+from tvjax.jobs.recipes import recipe_of, write_recipe
 from tvjax.jobs.schema import Progress
+from tvjax.renamed import warn
 from tvjax.stages import Model, PyTree
-from tvjax.transport import State, fit, leaf_report, summary
+from tvjax.transport import State, fit, identity, leaf_report, summary
 
 
 class Transported(NamedTuple):
@@ -36,8 +41,10 @@ class Transported(NamedTuple):
       source: the pre-trained source.
       finetuned: the fine-tuned source.
       target: the model before.
-      images: the calibration examples.
+      examples: of the calibration.
       validation: the examples that the scale was chosen on, with the accuracy at every scale.
+      copy: the task vector added as it is, at its own best scale on the same examples; None where the shapes do not
+        agree, or there is no validation.
       norms: of the task vector in the source and in the target.
       notes: what the user should know.
     """
@@ -48,10 +55,17 @@ class Transported(NamedTuple):
     source: str
     finetuned: str
     target: str
-    images: dict[str, Any] | None
+    examples: dict[str, Any] | None
     validation: dict[str, Any] | None
+    copy: dict[str, Any] | None
     norms: dict[str, float]
     notes: tuple[str, ...]
+
+    @property
+    def images(self) -> Any:
+        """The old name of `examples`."""
+        warn("images", "examples")
+        return self.examples
 
 
 def transport(config: TransportConfig, progress: Progress | None = None) -> Transported:
@@ -77,7 +91,10 @@ def transport(config: TransportConfig, progress: Progress | None = None) -> Tran
         also = changed_elsewhere(ready.part, source.pretrained, tuned.pretrained)
         state = dataclasses.replace(state, notes=(*state.notes, *ready.notes, *also))
         moved = ready.moving.apply(state, tau)
-        chosen = None if ready.held_out is None else _chosen(config, ready, target, moved)
+        chosen = copy = None
+        if ready.held_out is not None:
+            chosen = _chosen(config, ready, target, moved, scales_of(ready.moving))
+            copy = _copied(config, ready, target, tau)
         result = Transported(
             output=config.output,
             method=config.method,
@@ -85,12 +102,14 @@ def transport(config: TransportConfig, progress: Progress | None = None) -> Tran
             source=config.source,
             finetuned=config.finetuned,
             target=config.target,
-            images=looked_at,
+            examples=looked_at,
             validation=None if chosen is None or ready.held_out is None else _curve(chosen, ready.held_out),
+            copy=copy,
             norms={"source": float(tree.norm(tau)), "target": float(tree.norm(moved))},
             notes=(*inputs.notes_of(ready.found, ready.held_out), *state.notes),
         )
         _save(config, result, state, models, moved)
+    write_recipe(recipe_of(config), config.output)
     return result
 
 
@@ -124,8 +143,10 @@ def _fitted(
         for side, opened in (("source", source), ("target", target)):
             identity = opened.pretrained.identity()
             depends_on |= {side: identity["base_fingerprint"], f"{side} config": identity["base_config"]}
+            if looked_at is not None:
+                depends_on[f"{side} processor"] = processor_fingerprint(opened.checkpoint.folder)
         if looked_at is not None:
-            depends_on["images"] = looked_at["sha256"]
+            depends_on["examples"] = looked_at["sha256"]
         if isinstance(ready.found, Texts):
             depends_on["length"] = str(ready.prompts.length)
         if ready.found is not None and (ready.moving.needs_gradients or isinstance(ready.found, Texts)):
@@ -138,12 +159,23 @@ def _fitted(
     return dataclasses.replace(state, notes=(*inputs.notes_of(loader), *state.notes))
 
 
-def _chosen(config: TransportConfig, ready: Prepared, target: Opened, moved: PyTree) -> ChosenScale:
+def _chosen(
+    config: TransportConfig, ready: Prepared, target: Opened, moved: PyTree, scales: Sequence[float]
+) -> ChosenScale:
     """The scale of the greatest accuracy on the examples that were held out."""
     assert ready.held_out is not None
     task = ready.way.task(target, ready.held_out, ready.prompts)
     loader = task.batches(ready.held_out, config.batch_size)
-    return choose_scale(with_task(target, task), moved, scales_of(ready.moving), loader)
+    return choose_scale(with_task(target, task), moved, scales, loader)
+
+
+def _copied(config: TransportConfig, ready: Prepared, target: Opened, tau: PyTree) -> dict[str, Any] | None:
+    """What the task vector does as it is, the baseline that every transport must beat where shapes agree."""
+    as_it_is = copied(tau, target.pretrained.params)
+    if isinstance(as_it_is, str):
+        return None
+    chosen = _chosen(config, ready, target, as_it_is, scales_of(identity()))
+    return {"scale": chosen.scale, "accuracy": chosen.accuracy}
 
 
 def _curve(chosen: ChosenScale, held_out: Any) -> dict[str, Any]:
@@ -166,14 +198,18 @@ def _save(config: TransportConfig, result: Transported, state: State, models: Mo
             "tokens": config.tokens,
             **config.options,
         },
-        results=None if result.images is None else {"images": result.images},
+        results=None if result.examples is None else {"examples": result.examples},
     )
     edited = apply(receiver.params, moved, result.scale)
     save_pretrained(receiver.with_params(edited), config.output, card=card)
     about = {name: value for name, value in result._asdict().items() if name not in ("output", "notes")}
-    content = {**about, "notes": state.notes, "leaves": [leaf._asdict() for leaf in leaf_report(state)]}
-    inputs.write_json(config.output / "leaf_report.json", content)
-    with replacing(config.output / "leaf_report.txt") as temporary:
-        temporary.write_text(summary(state) + "\n", encoding="utf-8")
+    content = {
+        **about,
+        "part": config.part,
+        "notes": state.notes,
+        "leaves": [leaf._asdict() for leaf in leaf_report(state)],
+    }
+    write_json(config.output / "leaf_report.json", content, sort_keys=False)
+    write_text(config.output / "leaf_report.txt", summary(state) + "\n")
     if config.save_task_vector is not None:
         save_tree(config.save_task_vector, moved, receiver.identity())

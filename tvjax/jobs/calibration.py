@@ -66,7 +66,8 @@ def prepare(config: TransportConfig | PlanConfig, models: Models) -> Prepared:
     named = next((model for model in (target, source) if way.labels(model)), target)
     labelled = prompts if config.classes else of_head(named, prompts)
     found = held_out = None
-    if moving.needs_examples and (config.data or config.task or not isinstance(config, PlanConfig)):
+    compare = isinstance(config, PlanConfig) and config.compare
+    if compare or moving.needs_examples and (config.data or config.task or not isinstance(config, PlanConfig)):
         found = _calibration(config, moving, labelled if moving.needs_gradients else prompts, target)
         for model in (source, target) if moving.needs_gradients else ():
             check_labels(model, found.class_names, config.classes is not None)
@@ -91,7 +92,8 @@ def _calibration(
 ) -> Images | Texts:
     way = asking(target)
     if config.data is None and config.task is None:
-        raise ValueError(f"{moving.name} looks at calibration {way.kind.kind}: give --data")
+        reader = moving.name if moving.needs_examples else "a comparison of the models"
+        raise ValueError(f"{reader} looks at calibration {way.kind.kind}: give --data")
     place = inputs.place_of(config.data, config.task, "train")
     found = inputs.read_examples(place, prompts, (target,))
     if moving.needs_gradients and way.needs_labels and found.labels is None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import AliasChoices, Field, JsonValue, model_validator
 
 from tvjax.jobs.schema import Config, File, Several, Typed
 
@@ -27,7 +27,7 @@ BatchSize = Annotated[int, Field(ge=1, le=LARGEST_COUNT, description="Examples a
 AnyBase = Annotated[bool, Field(description="Take task vectors although they were made for another model.")]
 DType = Literal["float32", "float16", "bfloat16"]
 Options = Annotated[
-    dict[str, Any],
+    dict[str, JsonValue],
     Typed("NAME=VALUE"),
     Field(description="A hyperparameter of the method, such as rank=0.25; may be repeated."),
 ]
@@ -123,6 +123,8 @@ class PlanConfig(Moving):
     """Checked, as the transport would; nothing is written."""
     count: Annotated[int, Field(ge=1)] = 8
     """Examples to reckon with where none are given."""
+    compare: bool = False
+    """Also run both models on the examples, and say how alike their blocks are: whether it is worth it."""
 
 
 class EvaluateConfig(Examples):
@@ -143,11 +145,18 @@ class EvaluateConfig(Examples):
     """Also write the results as JSON."""
     plot: Annotated[File | None, FILE] = None
     """Also draw the accuracy by scale, as a PNG (--task-vector)."""
+    harness: Annotated[Several[str], Typed("TASK")] = ()
+    """Measure language models on tasks of lm-evaluation-harness instead, where it is installed, such as arc_easy."""
+    options: Options = {}
 
     @model_validator(mode="after")
     def _of_one_kind(self) -> EvaluateConfig:
         if len(set(self.models)) < len(self.models):
             raise ValueError(f"a model is given twice: {', '.join(self.models)}")
+        if self.harness and (self.data or self.task or self.task_vector or self.reference):
+            raise ValueError("--harness brings its own examples: leave out --data, --task, --task-vector, --reference")
+        if self.options and not self.harness:
+            raise ValueError("--options are those of the harness: give --harness")
         if self.task_vector is None and (self.scales is not None or self.plot is not None):
             raise ValueError("--scales and --plot are about a task vector: give --task-vector")
         if self.task_vector is not None and len(self.models) > 1:

@@ -5,6 +5,7 @@ from tvjax.transport.bico import bico
 from tvjax.transport.fit import fit, transport_stages
 from tvjax.transport.gradfix import gradfix
 from tvjax.transport.leaf_report import LeafReport, leaf_report, summary
+from tvjax.transport.likeness import Likeness, likeness
 from tvjax.transport.orthogonal_shift import orthogonal_shift
 from tvjax.transport.permutation import transfusion
 from tvjax.transport.registry import make_transport, methods, register
@@ -13,6 +14,7 @@ from tvjax.transport.theseus import theseus
 
 __all__ = [
     "LeafReport",
+    "Likeness",
     "Options",
     "State",
     "Transport",
@@ -22,6 +24,7 @@ __all__ = [
     "gradfix",
     "identity",
     "leaf_report",
+    "likeness",
     "make_transport",
     "methods",
     "orthogonal_shift",
