@@ -116,7 +116,7 @@ def test_a_task_moves_from_one_model_into_another(t5s, texts, tmp_path, method, 
     if data == "labelled" and "bico" in method:
         alone = {path for path in kernels if re.search("decoder/blocks/./attention/", path)}
     assert kernels - alone <= changed and "head/kernel" not in changed
-    assert all(np.isfinite(leaf).all() for leaf in after.values()) and found.images["count"] == 4
+    assert all(np.isfinite(leaf).all() for leaf in after.values()) and found.examples["count"] == 4
     done = json.loads((tmp_path / "edited" / "leaf_report.json").read_text())
     actions = {leaf["target"]: leaf["action"] for leaf in done["leaves"]}
     assert {actions[path] for path in kernels} == {"masked" if "gradfix" in method else "rotated"}
