@@ -57,7 +57,10 @@ def save_orbax(pretrained: Pretrained, folder: str | os.PathLike[str]) -> None:
     check_new(folder)
     check_params(pretrained.config, pretrained.params)
     headers = [tensor_header(path, leaf) for path, leaf in tree.flatten(pretrained.params).items()]
-    settings = settings_with_dtype(pretrained.settings or pretrained.config.to_dict(), headers)
+    settings = pretrained.settings or pretrained.config.to_dict()
+    if type(pretrained.config).from_dict(settings) != pretrained.config:  # some of it was read off the tensors
+        settings = {**settings, **pretrained.config.to_dict()}
+    settings = settings_with_dtype(settings, headers)
     with new_folder(folder) as temporary:
         write_json(temporary / "config.json", settings)
         copy_files(pretrained.folder, temporary)

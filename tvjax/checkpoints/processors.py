@@ -164,8 +164,9 @@ def read_processor(folder: Path, text: Any = None) -> Processor:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if text is None:
         return Processor(image_processor, tokenizer)
+    length = getattr(text, "max_position_embeddings", Processor.length)  # relative positions have no end
     special = (getattr(text, name, None) for name in ("eos_token_id", "pad_token_id"))
-    return Processor(image_processor, tokenizer, text.max_position_embeddings, text.vocab_size, *special)
+    return Processor(image_processor, tokenizer, length, text.vocab_size, *special)
 
 
 def processor_fingerprint(folder: Path) -> str:

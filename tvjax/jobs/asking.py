@@ -20,8 +20,8 @@ from tvjax.jobs.opened import Opened
 from tvjax.models.families import GENERIC
 from tvjax.models.generic import no_code
 from tvjax.stages import Batch, Model, PyTree, tower
-from tvjax.tasks import Task, label_words, next_token, own_head, zero_shot
-from tvjax.tasks.language import NEXT_TOKEN
+from tvjax.tasks import Task, label_words, next_token, own_head, sequence_to_sequence, zero_shot
+from tvjax.tasks.language import NEXT_TOKEN, SEQUENCE_TO_SEQUENCE
 from tvjax.tasks.losses import OWN_HEAD
 from tvjax.tasks.zero_shot import TEMPLATES, TEXT_TEMPLATES, ZERO_SHOT
 
@@ -167,9 +167,9 @@ class OfTexts(OwnHead):
 
     def task(self, opened: Opened, found: Examples | None, prompts: Prompts) -> Task:
         """The task of texts, tokenised as the model does."""
-        return self.tokenised(opened.encoder(prompts.length), found, prompts)
+        return self.tokenised(opened, opened.encoder(prompts.length), found, prompts)
 
-    def tokenised(self, encoder: Encoder, found: Examples | None, prompts: Prompts) -> Task:
+    def tokenised(self, opened: Opened, encoder: Encoder, found: Examples | None, prompts: Prompts) -> Task:
         """The task of texts."""
         return own_head(encoder, () if found is None else found.class_names)
 
@@ -195,10 +195,13 @@ class OfTexts(OwnHead):
         """All models cut the texts into the same pieces, whatever ids they give them."""
         size = min(len(found), 64)
         for other in models[1:]:
-            spans = [opened.encoder(prompts.length).of_spans for opened in (models[0], other)]
-            sides = [self.tokenised(one, found, prompts).batches(found, size) for one in spans]
+            sides = [
+                self.tokenised(one, one.encoder(prompts.length).of_spans, found, prompts).batches(found, size)
+                for one in (models[0], other)
+            ]
             for one, two in zip(*sides, strict=True):
-                if any(not np.array_equal(one.inputs[name], two.inputs[name]) for name in ("tokens", "mask")):
+                names = [name for name in ("tokens", "mask", "wanted") if name in one.inputs]
+                if any(not np.array_equal(one.inputs[name], two.inputs[name]) for name in names):
                     raise ValueError(
                         f"the tokenizers of {models[0].name!r} and {other.name!r} cut the texts of {found.name!r} into "
                         "other tokens, which are not aligned yet: give models whose tokens stand for the same "
@@ -232,7 +235,7 @@ class Sentences(OfTexts, ZeroShot):
             "of the tokens",
         )
 
-    def tokenised(self, encoder: Encoder, found: Examples | None, prompts: Prompts) -> Task:
+    def tokenised(self, opened: Opened, encoder: Encoder, found: Examples | None, prompts: Prompts) -> Task:
         """Zero-shot classification."""
         return zero_shot(encoder, () if found is None else found.class_names, prompts.templates)
 
@@ -257,20 +260,32 @@ class Sentences(OfTexts, ZeroShot):
 
 
 class Language(OfTexts):
-    """Texts, by a decoder: labelled ones by the words of their classes, others by the next token."""
+    """Texts, by a decoder: labelled ones by the words of their classes, others by the next token.
+
+    Where an encoder reads the texts (a ``decoder_start_token_id`` of the config), the decoder says the answer alone.
+    """
 
     needs_labels = False
 
     def labels(self, opened: Opened) -> None:
         """None: the words are those of the examples."""
 
-    def tokenised(self, encoder: Encoder, found: Examples | None, prompts: Prompts) -> Task:
-        """The words of the classes where there are labels, else the next token.
+    def length(self, opened: Opened, asked: int) -> int:
+        """At most what the model has positions for; relative ones have no end."""
+        return min(asked, getattr(opened.config, "max_position_embeddings", asked))
 
-        A word, and the answer to a prompt of a template, are set off by a space.
+    def tokenised(self, opened: Opened, encoder: Encoder, found: Examples | None, prompts: Prompts) -> Task:
+        """The words of the classes where there are labels, else the next token, or that of the answer.
+
+        A word, and the answer to a prompt of a template, are set off by a space where they follow the text.
         """
         assert isinstance(found, Texts)
         template = _template(found, prompts.templates)
+        start = _start(opened)
+        if start is not None:
+            if found.labels is not None:
+                return label_words(encoder, found.class_names, template, start)
+            return sequence_to_sequence(encoder, start, template)
         space = "" if template[-1:].isspace() else " "
         if found.labels is not None:
             return label_words(encoder, [space + word for word in found.class_names], template)
@@ -279,15 +294,30 @@ class Language(OfTexts):
     def shapes(self, opened: Opened, found: Examples | None, prompts: Prompts) -> Model:
         """The model with the task of the examples."""
         model = _shapes(self, opened)
-        return model.with_loss(NEXT_TOKEN) if found is None else self.task(opened, found, prompts).model(model)
+        if found is None:
+            return model.with_loss(NEXT_TOKEN if _start(opened) is None else SEQUENCE_TO_SEQUENCE)
+        return self.task(opened, found, prompts).model(model)
+
+    def batches(self, opened: Opened, found: Examples | None, prompts: Prompts, sizes: Sequence[int]) -> list[Batch]:
+        """Those of the examples; without any, texts of the greatest length."""
+        made = super().batches(opened, found, prompts, sizes)
+        if found is not None or _start(opened) is None:
+            return made
+        both = [{name: one.inputs[name] for name in ("tokens", "mask")} for one in made]
+        return [
+            Batch({**one.inputs, **{f"decoder_{name}": x for name, x in sides.items()}}, one.labels)
+            for one, sides in zip(made, both, strict=True)
+        ]
 
     def shaped(self, ids: jax.ShapeDtypeStruct, mask: jax.ShapeDtypeStruct) -> Batch:
         """A batch of texts of these shapes, with the tokens that follow."""
         return Batch({"tokens": ids, "mask": mask, "wanted": ids}, {"tokens": ids, "mask": mask})
 
     def check(self, opened: Opened, found: Examples, prompts: Prompts) -> None:
-        """A model without a tokenizer, and words that are not told apart, are refused."""
-        self.task(opened, found, prompts).model(Model({}, ()))
+        """A model without a tokenizer, words that are not told apart, and texts without answers, are refused."""
+        task = self.task(opened, found, prompts)
+        task.model(Model({}, ()))
+        task.batches(found, 1)
 
 
 _ASKING = {
@@ -344,6 +374,11 @@ def _shapes(way: OwnHead, opened: Opened) -> Model:
     """What reads the examples, in shapes; parameters are computed with in float32."""
     model = way.tower(opened.checkpoint.family.build(opened.config, parameters(opened)))
     return model.replace(params=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), model.params))
+
+
+def _start(opened: Opened) -> int | None:
+    """The token that the decoder begins with; None for a model without an encoder."""
+    return getattr(opened.config, "decoder_start_token_id", None)
 
 
 def _template(found: Texts, templates: Sequence[str]) -> str:

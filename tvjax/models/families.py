@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from tvjax.models import generic
@@ -11,11 +11,15 @@ from tvjax.models.bert import modeling as bert_modeling
 from tvjax.models.clip import config as clip_config
 from tvjax.models.clip import modeling as clip_modeling
 from tvjax.models.clip import table as clip_table
+from tvjax.models.key_table import Tensor
 from tvjax.models.layer_table import LayerTable
 from tvjax.models.llama import config as llama_config
 from tvjax.models.llama import modeling as llama_modeling
 from tvjax.models.llama import table as llama_table
 from tvjax.models.settings import Settings
+from tvjax.models.t5 import config as t5_config
+from tvjax.models.t5 import modeling as t5_modeling
+from tvjax.models.t5 import table as t5_table
 from tvjax.models.transformer import parameter_shapes
 from tvjax.models.vit import config as vit_config
 from tvjax.models.vit import modeling as vit_modeling
@@ -35,6 +39,7 @@ class Family(NamedTuple):
       part: the part that a task vector covers where nobody says it, "" for all.
       asked: how jobs ask its models (`tvjax.jobs.asking`): by their ``own_head``, by a ``zero_shot`` head, or in
         ``language``; or a function of the config to one of these; "" where there is no modelling code.
+      completed: ``(config, tensors) -> config``, with what only the tensors of a checkpoint tell; None: nothing.
     """
 
     config: type[Any]
@@ -44,6 +49,7 @@ class Family(NamedTuple):
     inputs: Callable[[Any, int], PyTree]
     part: str = ""
     asked: str | Callable[[Any], str] = ""
+    completed: Callable[[Any, Mapping[str, Tensor]], Any] | None = None
 
 
 CLIP = Family(
@@ -83,7 +89,24 @@ BERT, ROBERTA, MPNET = (
     )
     for config in (bert_config.BertConfig, bert_config.RobertaConfig, bert_config.MPNetConfig)
 )
-GENERIC = Family(generic.GenericConfig, generic.init, generic.build, generic.TABLE, generic.inputs)
+T5 = Family(
+    t5_config.T5Config,
+    t5_modeling.init,
+    t5_modeling.t5,
+    t5_table.TABLE,
+    t5_modeling.inputs,
+    asked="language",
+    completed=t5_config.with_head,
+)
+UMT5 = T5._replace(config=t5_config.UMT5Config, table=t5_table.UMT5_TABLE)
+GENERIC = Family(
+    generic.GenericConfig,
+    generic.init,
+    generic.build,
+    generic.TABLE,
+    generic.inputs,
+    completed=generic.with_shapes,
+)
 FAMILIES = {
     **dict.fromkeys(("clip", "clip_vision_model", "clip_text_model"), CLIP),
     "vit": VIT,
@@ -91,6 +114,8 @@ FAMILIES = {
     **dict.fromkeys(("roberta", "xlm-roberta"), ROBERTA),
     "mpnet": MPNET,
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LLAMA),
+    **dict.fromkeys(("t5", "mt5"), T5),
+    "umt5": UMT5,
 }
 
 
