@@ -14,6 +14,7 @@ from tvjax.checkpoints.huggingface import from_pretrained, save_pretrained
 from tvjax.checkpoints.safetensors import open_tensors
 from tvjax.models.clip import CLIP, CLIPConfig
 from tvjax.models.families import family_of_config
+from tvjax.models.gpt2 import GPT2, GPT2Config
 from tvjax.models.llama import Llama, LlamaConfig
 from tvjax.models.transformer import parameter_shapes, parameters, set_parameters
 from tvjax.models.vit import ViT, ViTConfig
@@ -32,9 +33,9 @@ def golden(request):
 
 
 one_of_each = pytest.mark.parametrize(
-    "golden", ["clip_quick_gelu", "vit_without_qkv_bias", "qwen2", "qwen3"], indirect=True
+    "golden", ["clip_quick_gelu", "gpt2", "vit_without_qkv_bias", "qwen2", "qwen3"], indirect=True
 )
-MODULES = {CLIPConfig: CLIP, ViTConfig: ViT, LlamaConfig: Llama}
+MODULES = {CLIPConfig: CLIP, GPT2Config: GPT2, ViTConfig: ViT, LlamaConfig: Llama}
 
 
 def module_of(pretrained, dtype=jnp.float32):

@@ -9,6 +9,9 @@ from tvjax.models import generic
 from tvjax.models.clip import config as clip_config
 from tvjax.models.clip import modeling as clip_modeling
 from tvjax.models.clip import table as clip_table
+from tvjax.models.gpt2 import config as gpt2_config
+from tvjax.models.gpt2 import modeling as gpt2_modeling
+from tvjax.models.gpt2 import table as gpt2_table
 from tvjax.models.layer_table import LayerTable
 from tvjax.models.llama import config as llama_config
 from tvjax.models.llama import modeling as llama_modeling
@@ -62,6 +65,14 @@ VIT = Family(
     part="vision",
     asked="own_head",
 )
+GPT2 = Family(
+    gpt2_config.GPT2Config,
+    gpt2_modeling.init,
+    gpt2_modeling.gpt2,
+    gpt2_table.TABLE,
+    gpt2_modeling.inputs,
+    asked="language",
+)
 LLAMA = Family(
     llama_config.LlamaConfig,
     llama_modeling.init,
@@ -73,6 +84,7 @@ LLAMA = Family(
 GENERIC = Family(generic.GenericConfig, generic.init, generic.build, generic.TABLE, generic.inputs)
 FAMILIES = {
     **dict.fromkeys(("clip", "clip_vision_model", "clip_text_model"), CLIP),
+    "gpt2": GPT2,
     "vit": VIT,
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LLAMA),
 }

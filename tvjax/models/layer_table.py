@@ -65,6 +65,7 @@ KINDS: dict[str, tuple[Leaf, ...]] = {
     "kernel": (_KERNEL,),
     "linear": (_KERNEL, _BIAS),
     "conv1d": (_KERNEL._replace(to_ours=_same, to_theirs=_same), _BIAS),  # GPT-2's: [in, out] on both sides
+    "in_proj": (_KERNEL._replace(theirs="_weight"), _BIAS._replace(theirs="_bias")),  # of torch's multi-head attention
     "conv kernel": (_CONV,),
     "conv": (_CONV, _BIAS),
 }
@@ -86,6 +87,20 @@ class Heads(NamedTuple):
     rotary: bool = False
 
 
+class Part(NamedTuple):
+    """Which part a layer is of arrays that a checkpoint has in one piece: the queries of a fused kernel.
+
+    Attributes:
+      number: of the part, from 0.
+      of: how many equal parts there are.
+      axis: the one that is cut, of our arrays: that of the outputs, or of a kernel 0 for its inputs.
+    """
+
+    number: int
+    of: int
+    axis: int = -1
+
+
 class Row(NamedTuple):
     """One layer: ``{i}`` stands for a number, ``{tower}`` for ``vision`` or ``text``, in path, key and spaces.
 
@@ -100,6 +115,7 @@ class Row(NamedTuple):
         their own (pixels, tokens, positions, classes).
       fixed: its outputs have a meaning in every model of the family (classes, a vocabulary): they are never rotated.
       tied: path of the leaf that a model without this layer uses in its place.
+      part: which part it is of what the checkpoint has under the key; None: all of it.
     """
 
     path: str
@@ -108,6 +124,7 @@ class Row(NamedTuple):
     spaces: tuple[str | Heads | None, ...] = ()
     fixed: bool = False
     tied: str = ""
+    part: Part | None = None
 
 
 class LayerTable(NamedTuple):
