@@ -6,6 +6,7 @@ import pytest
 from tvjax import tree
 from tvjax.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from tvjax.models.families import family_of_config
+from tvjax.models.gpt2 import GPT2Config
 from tvjax.models.layer_table import Space, fix_outputs, in_towers, spaces_of
 from tvjax.models.llama import LlamaConfig
 from tvjax.models.transformer import stage_function
@@ -17,6 +18,7 @@ CONFIGS = {
         CLIPVisionConfig(8, 16, 2, 2, image_size=8, patch_size=4, projection_dim=4),
         CLIPTextConfig(16, 12, 16, 2, 4, max_position_embeddings=6, projection_dim=4),
     ),
+    "gpt2": GPT2Config(16, 8, 12, 2, 4, max_position_embeddings=6),
     "llama": LlamaConfig(16, 8, 12, 2, 4, 2, head_dim=6, attention_bias=True, mlp_bias=True, qk_norm=True),
     "tied llama": LlamaConfig(16, 8, 12, 2, 4, 4, head_dim=6, tie_word_embeddings=True),
     "vit": ViTConfig(8, 16, 2, 2, image_size=8, patch_size=4),
@@ -78,6 +80,7 @@ def test_the_rows_of_towers_are_those_that_the_model_has():
     [
         ("clip", {}),
         ("vit", {"head": ("head/kernel", "head/bias")}),
+        ("gpt2", {"head": ("tokens",)}),
         ("llama", {"head": ("head/kernel",)}),
         ("tied llama", {"head": ("tokens",)}),
     ],

@@ -84,7 +84,7 @@ def test_configs_are_written_as_transformers_reads_them(tmp_path):
         assert type(config).from_dict(again.to_dict() | {"architectures": [type(model).__name__]}) == config
 
 
-@pytest.mark.parametrize("case", ["llama", "qwen3"])
+@pytest.mark.parametrize("case", ["gpt2", "llama", "qwen3"])
 def test_texts_padded_on_the_left_with_positions(case):
     model = record_goldens.build(case)
     pretrained = from_pretrained(Path(__file__).parent / "goldens" / case)
@@ -98,12 +98,19 @@ def test_texts_padded_on_the_left_with_positions(case):
     np.testing.assert_allclose(np.asarray(found["logits"])[mask], expected[mask], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["llama", "qwen2"])
+LORA_TARGETS = {
+    **dict.fromkeys(("llama", "qwen2"), ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]),
+    "gpt2": ["c_attn", "attn.c_proj", "c_fc"],
+}
+
+
+@pytest.mark.parametrize("case", LORA_TARGETS)
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
 def test_lora_adapters_of_a_decoder(case, tmp_path):
     peft = pytest.importorskip("peft")
     folder = Path(__file__).parent / "goldens" / case
     model = type(record_goldens.build(case)).from_pretrained(folder)
-    targets = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
+    targets = LORA_TARGETS[case]
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=6, target_modules=targets))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -112,7 +119,7 @@ def test_lora_adapters_of_a_decoder(case, tmp_path):
     adapted.save_pretrained(tmp_path / "adapter")
     base = from_pretrained(folder)
     factors = load_adapter(tmp_path / "adapter", base, any_base=True)
-    assert len(factors) == 3 * len(targets)
+    assert len(factors) == 3 * (len(targets) + 2 * ("c_attn" in targets))  # a fused kernel is three
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
     merged = tree.flatten(from_pretrained(tmp_path / "merged").params)
     for path, leaf in tree.flatten(base.params).items():

