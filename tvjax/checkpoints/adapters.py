@@ -243,7 +243,7 @@ def _find_factors(
 def _with_fused(
     table: LayerTable, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, dict[str, Part]]]:
-    """Kernels with those that a checkpoint has in one, under the names of their modules; and the parts of the latter."""
+    """Kernels with those that a checkpoint has in one, under their modules' names; and the parts of the latter."""
     found, fused = dict(shapes), fused_kernels(table, shapes)
     for module, parts in fused.items():
         path, part = next(iter(parts.items()))

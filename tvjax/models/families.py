@@ -17,6 +17,9 @@ from tvjax.models.llama import config as llama_config
 from tvjax.models.llama import modeling as llama_modeling
 from tvjax.models.llama import table as llama_table
 from tvjax.models.settings import Settings
+from tvjax.models.siglip import config as siglip_config
+from tvjax.models.siglip import modeling as siglip_modeling
+from tvjax.models.siglip import table as siglip_table
 from tvjax.models.transformer import parameter_shapes
 from tvjax.models.vit import config as vit_config
 from tvjax.models.vit import modeling as vit_modeling
@@ -81,10 +84,20 @@ LLAMA = Family(
     llama_modeling.inputs,
     asked="language",
 )
+SIGLIP = Family(
+    siglip_config.SiglipConfig,
+    siglip_modeling.init,
+    siglip_modeling.siglip,
+    siglip_table.TABLE,
+    siglip_modeling.inputs,
+    part="vision",
+    asked="zero_shot",
+)
 GENERIC = Family(generic.GenericConfig, generic.init, generic.build, generic.TABLE, generic.inputs)
 FAMILIES = {
     **dict.fromkeys(("clip", "clip_vision_model", "clip_text_model"), CLIP),
     "gpt2": GPT2,
+    **dict.fromkeys(("siglip", "siglip_vision_model", "siglip_text_model"), SIGLIP),
     "vit": VIT,
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LLAMA),
 }

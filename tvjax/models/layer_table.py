@@ -57,6 +57,7 @@ _CONV = Leaf(  # height, width, in, out here; out, in, height, width there
 _BIAS = Leaf("/bias", ".bias", _same, _same, (1,))
 KINDS: dict[str, tuple[Leaf, ...]] = {
     "array": (Leaf("", "", _same, _same),),
+    "scalar": (Leaf("", "", lambda x: x.reshape(()), lambda x: x.reshape(1)),),  # an array of one number there
     "batched array": (Leaf("", "", lambda x: x[0], lambda x: x[None]),),
     "batched token": (Leaf("", "", lambda x: x[0, 0], lambda x: x[None, None]),),
     "embedding": (Leaf("", ".weight", _same, _same),),

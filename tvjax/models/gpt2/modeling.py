@@ -1,4 +1,4 @@
-"""GPT-2 as stages, and as one NNX module (Radford et al. 2019, "Language models are unsupervised multitask learners")."""
+"""GPT-2 as stages, and as one NNX module (Radford et al. 2019, Language Models are Unsupervised Multitask Learners)."""
 
 from __future__ import annotations
 
