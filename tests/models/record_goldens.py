@@ -49,6 +49,9 @@ DECODER = dict(
 )
 
 
+TWO_TOWERS = (transformers.CLIPModel, transformers.SiglipModel)
+
+
 def clip(vision: dict[str, Any], text: dict[str, Any]) -> torch.nn.Module:
     config = transformers.CLIPConfig(vision_config=VISION | vision, text_config=TEXT | text, projection_dim=12)
     return transformers.CLIPModel(config)
@@ -60,6 +63,18 @@ def clip_vision(model_class: type, **changes: Any) -> torch.nn.Module:
 
 def vit(**changes: Any) -> torch.nn.Module:
     return transformers.ViTForImageClassification(transformers.ViTConfig(**VISION | changes))
+
+
+def siglip(vision: dict[str, Any], text: dict[str, Any]) -> torch.nn.Module:
+    text = {"projection_size": VISION["hidden_size"], **TEXT, **text}
+    return transformers.SiglipModel(transformers.SiglipConfig(vision_config=VISION | vision, text_config=text))
+
+
+def dinov2(model: str, **changes: Any) -> torch.nn.Module:
+    shape = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=3, mlp_ratio=2)
+    registers = "WithRegisters" if "WithRegisters" in model else ""
+    config = getattr(transformers, f"Dinov2{registers}Config")(**shape | changes)
+    return getattr(transformers, f"Dinov2{model}")(config)
 
 
 def gpt2(**changes: Any) -> torch.nn.Module:
@@ -87,6 +102,14 @@ CASES = {
     "clip_text_with_projection": lambda: transformers.CLIPTextModelWithProjection(
         transformers.CLIPTextConfig(**TEXT, eos_token_id=28, projection_dim=8)
     ),
+    "dinov2": lambda: dinov2("ForImageClassification", image_size=12, patch_size=4, num_labels=5),
+    "dinov2_backbone": lambda: dinov2("Model", image_size=13, patch_size=4, qkv_bias=False, use_mask_token=False),
+    "dinov2_gated": lambda: dinov2(
+        "ForImageClassification", image_size=8, patch_size=4, use_swiglu_ffn=True, layer_norm_eps=1e-3
+    ),
+    "dinov2_with_registers": lambda: dinov2(
+        "WithRegistersForImageClassification", image_size=8, patch_size=4, num_register_tokens=3, hidden_act="relu"
+    ),
     "gpt2": lambda: gpt2(),
     "gpt2_untied": lambda: gpt2(
         tie_word_embeddings=False, n_inner=20, activation_function="relu", layer_norm_epsilon=1e-3
@@ -100,6 +123,14 @@ CASES = {
         "Qwen2", tie_word_embeddings=True, use_sliding_window=True, sliding_window=4, max_window_layers=2
     ),
     "qwen3": lambda: decoder("Qwen3", head_dim=10, attention_bias=True),
+    "siglip": lambda: siglip(dict(image_size=13, patch_size=4), dict(eos_token_id=28)),
+    "siglip_gelu": lambda: siglip(
+        dict(image_size=8, patch_size=4, hidden_act="gelu", layer_norm_eps=1e-3), dict(hidden_act="gelu_pytorch_tanh")
+    ),
+    "siglip_text": lambda: transformers.SiglipTextModel(transformers.SiglipTextConfig(**TEXT, projection_size=8)),
+    "siglip_vision": lambda: transformers.SiglipVisionModel(
+        transformers.SiglipVisionConfig(**VISION, image_size=12, patch_size=6)
+    ),
     "vit": lambda: vit(image_size=12, patch_size=4, id2label={i: f"class {i}" for i in range(5)}),
     "vit_without_qkv_bias": lambda: vit(
         image_size=11, patch_size=3, qkv_bias=False, hidden_act="gelu_new", layer_norm_eps=1e-4, num_labels=3
@@ -118,7 +149,7 @@ def build(case: str) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(SEEDS[case])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name != "logit_scale":
+            if name not in ("logit_scale", "logit_bias"):
                 offset = 1.0 if re.search(r"norm|ln_", name) and name.endswith("weight") else 0.0
                 parameter.copy_(offset + 0.3 * torch.randn(parameter.shape, generator=generator))
     return model
@@ -152,7 +183,7 @@ def activations(model: torch.nn.Module, given: dict[str, np.ndarray]) -> dict[st
         arguments["input_ids"] = torch.from_numpy(given["tokens"]).long()
         arguments["attention_mask"] = torch.from_numpy(given["mask"]).long()
     with torch.no_grad():
-        if isinstance(model, transformers.CLIPModel):
+        if isinstance(model, TWO_TOWERS):
             outputs = model(**arguments, output_hidden_states=True)
             towers = {"vision": outputs.vision_model_output, "text": outputs.text_model_output}
             found = {
@@ -174,7 +205,8 @@ def activations(model: torch.nn.Module, given: dict[str, np.ndarray]) -> dict[st
             outputs = model(**arguments, output_hidden_states=True)
             name = {"pixels": "vision", "tokens": "text"}[next(iter(given))]
             towers = {name: outputs}
-            renamed = {"image_embeds": "image", "text_embeds": "text", "logits": "logits", "pooler_output": "image"}
+            renamed = {"image_embeds": "image", "text_embeds": "text", "logits": "logits"}
+            renamed["pooler_output"] = "image" if name == "vision" else "text"
             found = {renamed[key]: value for key, value in outputs.items() if key in renamed}
     for name, tower in towers.items():
         found |= {f"{name}_hidden/{i}": hidden for i, hidden in enumerate(tower.hidden_states)}
@@ -183,7 +215,7 @@ def activations(model: torch.nn.Module, given: dict[str, np.ndarray]) -> dict[st
 
 def _tower_configs(model: torch.nn.Module) -> tuple[Any, Any]:
     config = model.config
-    if isinstance(model, transformers.CLIPModel):
+    if isinstance(model, TWO_TOWERS):
         return config.vision_config, config.text_config
     return (None, config) if hasattr(config, "vocab_size") else (config, None)
 

@@ -6,11 +6,12 @@ import pytest
 
 from tvjax import tree
 from tvjax.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-from tvjax.models.families import CLIP, GPT2, LLAMA, VIT
+from tvjax.models.families import CLIP, GPT2, LLAMA, SIGLIP, VIT
 from tvjax.models.gpt2 import GPT2Config
 from tvjax.models.key_table import Tensor, check_copies, find_sources, kernels_by_module, to_checkpoint
 from tvjax.models.layer_table import KINDS, LayerTable, Row
 from tvjax.models.llama import LlamaConfig
+from tvjax.models.siglip import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 from tvjax.models.vit import ViTConfig
 
 FAMILIES = {
@@ -25,6 +26,13 @@ FAMILIES = {
     "llama": (
         LLAMA,
         LlamaConfig(16, 8, 12, 2, 2, 1, 4, attention_bias=True, output_bias=True, mlp_bias=True, qk_norm=True),
+    ),
+    "siglip": (
+        SIGLIP,
+        SiglipConfig(
+            SiglipVisionConfig(8, 16, 11, 2, image_size=8, patch_size=4),
+            SiglipTextConfig(16, 8, 16, 2, 2, max_position_embeddings=6, projection_size=8),
+        ),
     ),
     "vit": (VIT, ViTConfig(8, 16, 2, 2, image_size=8, patch_size=4)),
 }

@@ -9,6 +9,7 @@ from tvjax.models.families import family_of_config
 from tvjax.models.gpt2 import GPT2Config
 from tvjax.models.layer_table import Space, fix_outputs, in_towers, spaces_of
 from tvjax.models.llama import LlamaConfig
+from tvjax.models.siglip import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 from tvjax.models.transformer import stage_function
 from tvjax.models.vit import ViT, ViTConfig
 from tvjax.stages import Stage
@@ -20,6 +21,10 @@ CONFIGS = {
     ),
     "gpt2": GPT2Config(16, 8, 12, 2, 4, max_position_embeddings=6),
     "llama": LlamaConfig(16, 8, 12, 2, 4, 2, head_dim=6, attention_bias=True, mlp_bias=True, qk_norm=True),
+    "siglip": SiglipConfig(
+        SiglipVisionConfig(8, 16, 2, 2, image_size=8, patch_size=4),
+        SiglipTextConfig(16, 12, 16, 2, 4, max_position_embeddings=6, projection_size=8),
+    ),
     "tied llama": LlamaConfig(16, 8, 12, 2, 4, 4, head_dim=6, tie_word_embeddings=True),
     "vit": ViTConfig(8, 16, 2, 2, image_size=8, patch_size=4),
 }
@@ -79,6 +84,7 @@ def test_the_rows_of_towers_are_those_that_the_model_has():
     ("name", "fixed"),
     [
         ("clip", {}),
+        ("siglip", {}),
         ("vit", {"head": ("head/kernel", "head/bias")}),
         ("gpt2", {"head": ("tokens",)}),
         ("llama", {"head": ("head/kernel",)}),

@@ -11,7 +11,7 @@ from tvjax import tree
 from tvjax.align.permutations import axes, groups, invert, match_weights, permute, random_permutations
 from tvjax.checkpoints import from_pretrained
 from tvjax.data.embedded import MODELS, model_folder
-from tvjax.models import clip, gpt2, llama, vit
+from tvjax.models import clip, gpt2, llama, siglip, vit
 from tvjax.models.families import FAMILIES, family_of_config
 from tvjax.models.symmetry import symmetry_of_config
 
@@ -21,6 +21,10 @@ CONFIGS = {
     "clip": clip.CLIPConfig(VISION, TEXT),
     "vision": clip.CLIPConfig(VISION, None),
     "text without projection": clip.CLIPConfig(None, dataclasses.replace(TEXT, projection_dim=None)),
+    "siglip": siglip.SiglipConfig(
+        siglip.SiglipVisionConfig(16, 24, 2, 4, image_size=8, patch_size=4),
+        siglip.SiglipTextConfig(20, 16, 24, 3, 2, max_position_embeddings=7, projection_size=16),
+    ),
     "vit": vit.ViTConfig(16, 24, 2, 4, image_size=8, patch_size=4, num_labels=5),
     "vit without qkv bias": vit.ViTConfig(16, 24, 2, 4, image_size=8, patch_size=4, num_labels=5, qkv_bias=False),
 }
@@ -44,7 +48,7 @@ def make_params(config, seed):
 def make_inputs(config):
     random = np.random.default_rng(1)
     inputs = {"pixels": jnp.asarray(random.normal(size=(3, 8, 8, 3)), jnp.float32)}
-    if isinstance(config, clip.CLIPConfig) and config.text:
+    if getattr(config, "text", None):
         tokens = jnp.asarray(random.integers(0, 19, (4, 7)), jnp.int32).at[:, 5].set(19)
         inputs |= {"tokens": tokens, "mask": jnp.ones((4, 7), bool).at[:, 6].set(False)}
     return inputs
@@ -108,6 +112,7 @@ def test_the_table_covers_every_leaf(name):
         names = {f"{tower}/blocks/{i}/{kind}" for i in layers for kind in ("hidden", "heads")}
         if name != "text without projection":  # there the residual stream is what the tower returns
             names.add(f"{tower}/residual")
+            names |= {group for group in found if group.startswith(f"{tower}/head")}
             assert found[f"{tower}/residual"].sizes == {"": shape.hidden_size}
         assert {group for group in found if group.startswith(tower)} == names
         assert found[f"{tower}/blocks/0/hidden"].sizes == {"": shape.intermediate_size}

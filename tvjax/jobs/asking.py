@@ -44,11 +44,13 @@ class OwnHead:
     Attributes:
       kind: of the examples.
       needs_labels: whether examples without labels have no loss and no score.
+      lacks: what a model is without that cannot score by itself, and the way out.
       templates: the prompts where nobody gives any.
     """
 
     kind: type[Examples] = Images
     needs_labels = True
+    lacks = "has no head of classes: give a model that has one (...ForImageClassification)"
     templates: tuple[str, ...] = ()
 
     def config(self, opened: Opened) -> Any:
@@ -65,13 +67,15 @@ class OwnHead:
 
     def labels(self, opened: Opened) -> tuple[str, ...] | None:
         """The names of the classes of the model's own head; empty where they are only numbered, None without a head."""
+        if not self.can_score(opened):
+            return None
         names = opened.checkpoint.settings.get("id2label") or {}
         labels = tuple(str(names[key]) for key in sorted(names, key=int))
         return () if all(label == f"LABEL_{number}" for number, label in enumerate(labels)) else labels
 
     def can_score(self, opened: Opened) -> bool:
         """Whether the model makes a task of examples without another beside it."""
-        return True
+        return getattr(opened.config, "num_labels", 0) is not None
 
     def length(self, opened: Opened, asked: int) -> int:
         """Tokens that are kept of a text, where so many are asked for."""
@@ -106,13 +110,14 @@ class OwnHead:
 class ZeroShot(OwnHead):
     """Images, by a dual encoder: the classes are the embeddings of prompts."""
 
+    lacks = "has no text tower to make a zero-shot head from: give the full model"
     templates = TEMPLATES
 
     def config(self, opened: Opened) -> Any:
         """The config of the vision tower."""
         if opened.config.vision is None:
             found = type(opened.config).__name__
-            raise ValueError(f"{opened.name!r} is a {found} without a CLIP vision tower: give a CLIP, or a ViT")
+            raise ValueError(f"{opened.name!r} is a {found} without a vision tower: give a model that has one")
         return opened.config.vision
 
     def tower(self, model: Model) -> Model:

@@ -14,8 +14,7 @@ from tvjax.checkpoints.processors import Processor
 from tvjax.data.images import Images
 from tvjax.data.loader import image_batches
 from tvjax.data.tokens import Encoder
-from tvjax.models.clip.config import CLIPConfig
-from tvjax.models.clip.modeling import vision_model
+from tvjax.stages import tower
 from tvjax.tasks.zero_shot import unit_embeddings
 
 
@@ -66,18 +65,18 @@ class Opened:
         self.__dict__.pop("pretrained", None)
 
     def embed(self, images: Images, batch_size: int) -> np.ndarray:
-        """Unit embeddings of images by the vision tower of a CLIP.
+        """Unit embeddings of images by the vision tower of a dual encoder.
 
         Raises:
           ValueError: for another model, before its weights are read.
         """
-        if not isinstance(self.config, CLIPConfig):
+        if self.checkpoint.family.asked != "zero_shot":
             raise ValueError(
                 f"{self.name!r} is a {type(self.config).__name__}, which gives no embeddings to choose examples by: "
                 "take --select random"
             )
         model, pixels = self.pretrained.model, self.processor.pixels
-        return unit_embeddings(vision_model(model), image_batches(images, pixels, batch_size))
+        return unit_embeddings(tower(model, "vision"), image_batches(images, pixels, batch_size))
 
 
 class Models(contextlib.ExitStack):

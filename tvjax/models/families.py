@@ -9,6 +9,9 @@ from tvjax.models import generic
 from tvjax.models.clip import config as clip_config
 from tvjax.models.clip import modeling as clip_modeling
 from tvjax.models.clip import table as clip_table
+from tvjax.models.dinov2 import config as dinov2_config
+from tvjax.models.dinov2 import modeling as dinov2_modeling
+from tvjax.models.dinov2 import table as dinov2_table
 from tvjax.models.gpt2 import config as gpt2_config
 from tvjax.models.gpt2 import modeling as gpt2_modeling
 from tvjax.models.gpt2 import table as gpt2_table
@@ -68,6 +71,18 @@ VIT = Family(
     part="vision",
     asked="own_head",
 )
+DINOV2 = Family(
+    dinov2_config.Dinov2Config,
+    dinov2_modeling.init,
+    dinov2_modeling.dinov2,
+    dinov2_table.TABLE,
+    dinov2_modeling.inputs,
+    part="vision",
+    asked="own_head",
+)
+DINOV2_WITH_REGISTERS = DINOV2._replace(
+    config=dinov2_config.Dinov2WithRegistersConfig, table=dinov2_table.TABLE_WITH_REGISTERS
+)
 GPT2 = Family(
     gpt2_config.GPT2Config,
     gpt2_modeling.init,
@@ -96,6 +111,8 @@ SIGLIP = Family(
 GENERIC = Family(generic.GenericConfig, generic.init, generic.build, generic.TABLE, generic.inputs)
 FAMILIES = {
     **dict.fromkeys(("clip", "clip_vision_model", "clip_text_model"), CLIP),
+    "dinov2": DINOV2,
+    "dinov2_with_registers": DINOV2_WITH_REGISTERS,
     "gpt2": GPT2,
     **dict.fromkeys(("siglip", "siglip_vision_model", "siglip_text_model"), SIGLIP),
     "vit": VIT,

@@ -62,6 +62,7 @@ KINDS: dict[str, tuple[Leaf, ...]] = {
     "batched token": (Leaf("", "", lambda x: x[0, 0], lambda x: x[None, None]),),
     "embedding": (Leaf("", ".weight", _same, _same),),
     "scale": (_SCALE,),
+    "layer scale": (_SCALE._replace(theirs=".lambda1"),),
     "norm": (_SCALE, _BIAS._replace(axes=(0,))),
     "kernel": (_KERNEL,),
     "linear": (_KERNEL, _BIAS),

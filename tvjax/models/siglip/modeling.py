@@ -45,9 +45,7 @@ class CrossAttention(nnx.Module):
 
     def __init__(self, config: SiglipVisionConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         width = config.hidden_size
-        self.query, self.key, self.value, self.out = (
-            linear(width, width, dtype, rngs, width**-0.5) for _ in range(4)
-        )
+        self.query, self.key, self.value, self.out = (linear(width, width, dtype, rngs, width**-0.5) for _ in range(4))
         self.heads = config.num_attention_heads
 
     def __call__(
@@ -112,7 +110,7 @@ class TextEmbeddings(nnx.Module):
     """First text stage: ``tokens`` to ``hidden``."""
 
     def __init__(self, config: SiglipTextConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
-        self.embeddings = TokenEmbeddings(config, dtype, rngs=rngs)
+        self.embeddings = _token_embeddings(config, dtype, rngs)
 
     def __call__(self, carry: dict[str, Array]) -> dict[str, Array]:
         """Replaces ``tokens``; a missing ``mask`` calls all of them real, as the model was trained."""
@@ -170,7 +168,7 @@ class TextTower(nnx.Module):
 
     def __init__(self, config: SiglipTextConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         depth = config.num_hidden_layers
-        self.embeddings = TokenEmbeddings(config, dtype, rngs=rngs)
+        self.embeddings = _token_embeddings(config, dtype, rngs)
         self.blocks = nnx.List([TextBlock(config.block, dtype, depth, rngs=rngs) for _ in range(depth)])
         self.final_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, rngs=rngs)
         self.projection = _projection(config, dtype, rngs)
@@ -314,6 +312,10 @@ def _patches(config: SiglipVisionConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> Pa
     return PatchEmbeddings(
         config.hidden_size, config.image_size, config.patch_size, True, dtype, class_token=False, rngs=rngs
     )
+
+
+def _token_embeddings(config: SiglipTextConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> TokenEmbeddings:
+    return TokenEmbeddings(config.vocab_size, config.max_position_embeddings, config.hidden_size, dtype, rngs=rngs)
 
 
 def _projection(config: SiglipTextConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
