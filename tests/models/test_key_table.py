@@ -6,7 +6,8 @@ import pytest
 
 from tvjax import tree
 from tvjax.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-from tvjax.models.families import CLIP, GPT2, LLAMA, SIGLIP, VIT
+from tvjax.models.dinov2 import Dinov2Config
+from tvjax.models.families import CLIP, DINOV2, GPT2, LLAMA, SIGLIP, VIT
 from tvjax.models.gpt2 import GPT2Config
 from tvjax.models.key_table import Tensor, check_copies, find_sources, kernels_by_module, to_checkpoint
 from tvjax.models.layer_table import KINDS, LayerTable, Row
@@ -22,6 +23,7 @@ FAMILIES = {
             CLIPTextConfig(16, 8, 16, 2, 2, max_position_embeddings=6, projection_dim=4),
         ),
     ),
+    "dinov2": (DINOV2, Dinov2Config(8, 2, 2, 2, image_size=8, patch_size=4, num_labels=3)),
     "gpt2": (GPT2, GPT2Config(16, 8, 12, 2, 2, max_position_embeddings=6, tie_word_embeddings=False)),
     "llama": (
         LLAMA,

@@ -5,6 +5,7 @@ import pytest
 
 from tvjax import tree
 from tvjax.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from tvjax.models.dinov2 import Dinov2Config, Dinov2WithRegistersConfig
 from tvjax.models.families import family_of_config
 from tvjax.models.gpt2 import GPT2Config
 from tvjax.models.layer_table import Space, fix_outputs, in_towers, spaces_of
@@ -19,6 +20,8 @@ CONFIGS = {
         CLIPVisionConfig(8, 16, 2, 2, image_size=8, patch_size=4, projection_dim=4),
         CLIPTextConfig(16, 12, 16, 2, 4, max_position_embeddings=6, projection_dim=4),
     ),
+    "dinov2": Dinov2Config(8, 2, 2, 2, image_size=8, patch_size=4, use_swiglu_ffn=True, num_labels=3),
+    "dinov2 backbone": Dinov2WithRegistersConfig(8, 2, 2, 2, image_size=8, patch_size=4),
     "gpt2": GPT2Config(16, 8, 12, 2, 4, max_position_embeddings=6),
     "llama": LlamaConfig(16, 8, 12, 2, 4, 2, head_dim=6, attention_bias=True, mlp_bias=True, qk_norm=True),
     "siglip": SiglipConfig(
@@ -86,6 +89,8 @@ def test_the_rows_of_towers_are_those_that_the_model_has():
         ("clip", {}),
         ("siglip", {}),
         ("vit", {"head": ("head/kernel", "head/bias")}),
+        ("dinov2", {"head": ("head/class_token/kernel", "head/patches/kernel", "head/bias")}),
+        ("dinov2 backbone", {}),
         ("gpt2", {"head": ("tokens",)}),
         ("llama", {"head": ("head/kernel",)}),
         ("tied llama", {"head": ("tokens",)}),

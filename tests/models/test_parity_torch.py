@@ -98,6 +98,17 @@ def test_texts_padded_on_the_left_with_positions(case):
     np.testing.assert_allclose(np.asarray(found["logits"])[mask], expected[mask], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("side", [9, 20, (12, 25)])
+@pytest.mark.parametrize("case", ["dinov2", "dinov2_backbone", "dinov2_with_registers"])
+def test_positions_of_images_of_another_size(case, side):
+    height, width = side if isinstance(side, tuple) else (side, side)
+    model = record_goldens.build(case)
+    pixels = np.random.default_rng(0).normal(size=(2, height, width, 3)).astype(np.float32)
+    expected = record_goldens.activations(model, {"pixels": pixels})
+    for name, found in from_pretrained(Path(__file__).parent / "goldens" / case).model({"pixels": pixels}).items():
+        np.testing.assert_allclose(found, expected[name], rtol=1e-5, atol=1e-5)
+
+
 LORA_TARGETS = {
     **dict.fromkeys(("llama", "qwen2"), ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]),
     "gpt2": ["c_attn", "attn.c_proj", "c_fc"],

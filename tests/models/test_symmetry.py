@@ -11,7 +11,7 @@ from tvjax import tree
 from tvjax.align.permutations import axes, groups, invert, match_weights, permute, random_permutations
 from tvjax.checkpoints import from_pretrained
 from tvjax.data.embedded import MODELS, model_folder
-from tvjax.models import clip, gpt2, llama, siglip, vit
+from tvjax.models import clip, dinov2, gpt2, llama, siglip, vit
 from tvjax.models.families import FAMILIES, family_of_config
 from tvjax.models.symmetry import symmetry_of_config
 
@@ -21,6 +21,10 @@ CONFIGS = {
     "clip": clip.CLIPConfig(VISION, TEXT),
     "vision": clip.CLIPConfig(VISION, None),
     "text without projection": clip.CLIPConfig(None, dataclasses.replace(TEXT, projection_dim=None)),
+    "dinov2": dinov2.Dinov2Config(16, 2, 4, 2, image_size=8, patch_size=4, num_labels=5),
+    "dinov2 gated": dinov2.Dinov2WithRegistersConfig(
+        16, 2, 4, 1, image_size=8, patch_size=4, use_swiglu_ffn=True, num_labels=5
+    ),
     "siglip": siglip.SiglipConfig(
         siglip.SiglipVisionConfig(16, 24, 2, 4, image_size=8, patch_size=4),
         siglip.SiglipTextConfig(20, 16, 24, 3, 2, max_position_embeddings=7, projection_size=16),
@@ -107,7 +111,7 @@ def test_the_table_covers_every_leaf(name):
     symmetry, params = symmetry_of_config(config), make_params(config, 0)
     found = groups(symmetry, params)
     for tower in {path.split("/")[0] for path in tree.flatten(params) if "/blocks/" in path}:
-        shape = config if isinstance(config, vit.ViTConfig) else getattr(config, tower)
+        shape = getattr(config, tower, config)
         layers = range(shape.num_hidden_layers)
         names = {f"{tower}/blocks/{i}/{kind}" for i in layers for kind in ("hidden", "heads")}
         if name != "text without projection":  # there the residual stream is what the tower returns

@@ -10,6 +10,7 @@ import pytest
 from tvjax import Batch, bico, chain, fit, gradfix, leaf_report, orthogonal_shift, theseus, transfusion, tree
 from tvjax.align.permutations import permute, random_permutations
 from tvjax.capture import check_gradient_identity
+from tvjax.models.dinov2 import Dinov2Config, Dinov2WithRegistersConfig
 from tvjax.models.families import family_of_config
 from tvjax.models.gpt2 import GPT2Config
 from tvjax.models.siglip import SiglipConfig, SiglipVisionConfig
@@ -19,6 +20,10 @@ from tvjax.transport import make_transport
 
 TOKENS, CLASSES = 20, 3
 FAMILIES = {  # a model, and one of another width, depth and number of heads
+    "dinov2": (
+        Dinov2Config(12, 2, 2, 2, image_size=8, patch_size=4, num_labels=3),
+        Dinov2WithRegistersConfig(18, 3, 3, 2, image_size=12, patch_size=4, num_register_tokens=2, num_labels=3),
+    ),
     "gpt2": (
         GPT2Config(TOKENS, 12, 20, 2, 2, max_position_embeddings=8),
         GPT2Config(TOKENS, 18, 30, 3, 3, max_position_embeddings=9, tie_word_embeddings=False),

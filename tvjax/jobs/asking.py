@@ -97,8 +97,9 @@ class OwnHead:
 
     def batches(self, opened: Opened, found: Examples | None, prompts: Prompts, sizes: Sequence[int]) -> list[Batch]:
         """Batches of these sizes, in shapes."""
-        pixels = [opened.checkpoint.family.inputs(opened.config, size)["pixels"] for size in sizes]
-        return [Batch({"pixels": x}, jax.ShapeDtypeStruct(x.shape[:1], jnp.int32)) for x in pixels]
+        shape = _pixels(opened)
+        sides = [(jax.ShapeDtypeStruct((size, *shape), jnp.float32), (size,)) for size in sizes]
+        return [Batch({"pixels": x}, jax.ShapeDtypeStruct(labels, jnp.int32)) for x, labels in sides]
 
     def check(self, opened: Opened, found: Examples, prompts: Prompts) -> None:
         """Raises a ValueError where the task cannot be made of a model, before any weight is read."""
@@ -247,6 +248,14 @@ def with_task(opened: Opened, task: Task) -> Model:
 def float32(params: PyTree) -> PyTree:
     """The parameters in float32: gradients of 16-bit ones would vanish below their range."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+
+
+def _pixels(opened: Opened) -> tuple[int, ...]:
+    """The shape of an image as the model's processor makes it; without one, that which its config names."""
+    expected = opened.checkpoint.family.inputs(opened.config, 1)["pixels"].shape[1:]
+    if opened.processor.image_processor is None:
+        return expected
+    return opened.processor.pixels([np.zeros(expected, np.uint8)]).shape[1:]
 
 
 def _shapes(way: OwnHead, opened: Opened) -> Model:
