@@ -36,7 +36,8 @@ def alignment(rows_a: Stream, rows_b: Stream, tokens_a: int, tokens_b: int, mode
     """The operators that align A's tokens with B's; identities where the two layouts are the same.
 
     A patch grid is recognised where the token count is that of the layout, with its special tokens or without them
-    (the output of a patch kernel), or that of another square grid where the layout's is square. Equal counts without a grid (text, pooled outputs) are aligned as they are.
+    (the output of a patch kernel), or that of another square grid where the layout's is square. Equal counts without a
+    grid (text, pooled outputs) are aligned as they are.
 
     Args:
       rows_a: layout of A's token axis.
