@@ -24,6 +24,7 @@ FAMILIES = {
         ),
     ),
     "dinov2": (DINOV2, Dinov2Config(8, 2, 2, 2, image_size=8, patch_size=4, num_labels=3)),
+    "dinov2 gated": (DINOV2, Dinov2Config(8, 2, 2, 2, image_size=8, patch_size=4, use_swiglu_ffn=True)),
     "gpt2": (GPT2, GPT2Config(16, 8, 12, 2, 2, max_position_embeddings=6, tie_word_embeddings=False)),
     "llama": (
         LLAMA,
@@ -65,13 +66,28 @@ def test_both_directions(family_and_params):
         np.testing.assert_array_equal(source.to_ours(tensors[source.key]), tree.get(params, path))
 
 
-def test_every_row_is_used_once(family_and_params):
-    family, params = family_and_params
-    paths = {Row.path.format(i=0, tower=tower) for Row in family.table.rows for tower in ("vision", "text")}
+def rows_of(family, params):
+    """The rows that each parameter outside the second block and its kin can be of, by their paths."""
+    paths = {row.path.format(i=0, tower=tower) for row in family.table.rows for tower in ("vision", "text")}
     owners = {path: [p for p in paths if any(path == p + leaf.ours for kind in KINDS.values() for leaf in kind)]
               for path in shapes_of(params) if "blocks/" not in path or "blocks/0/" in path}  # fmt: skip
+    return paths, owners
+
+
+def test_every_parameter_is_of_one_row(family_and_params):
+    _, owners = rows_of(*family_and_params)
     assert all(len(found) == 1 for found in owners.values())
-    assert {found[0] for found in owners.values()} == paths
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_every_row_is_of_some_model(name):
+    family = FAMILIES[name][0]
+    used = set()
+    for other, config in FAMILIES.values():  # a gated MLP and a plain one are not in one model
+        if other is family:
+            paths, owners = rows_of(family, jax.eval_shape(lambda c=config: family.init(c, jax.random.key(0))))
+            used |= {found[0] for found in owners.values()}
+    assert used == paths
 
 
 def test_one_error_names_all_that_is_wrong(family_and_params):

@@ -20,7 +20,6 @@ def _table(name: str, backbone: str) -> LayerTable:
         rows=(
             Row(f"{_E}/class_token",     f"{name}.embeddings.cls_token",                   "batched token", (_R,)),
             Row(f"{_E}/mask_token",      f"{name}.embeddings.mask_token",                  "batched array", (_R,)),
-            Row(f"{_E}/registers",       f"{name}.embeddings.register_tokens",             "batched array", (None, _R)),
             Row(f"{_E}/patch",           f"{name}.embeddings.patch_embeddings.projection", "conv",          (None, _R)),
             Row(f"{_E}/positions",       f"{name}.embeddings.position_embeddings",         "batched array", (None, _R)),
             Row("vision/post_norm",      f"{name}.layernorm",                              "norm",          (_R,)),
@@ -61,4 +60,6 @@ def _table(name: str, backbone: str) -> LayerTable:
 
 
 TABLE = _table("dinov2", "Dinov2Model")
+_REGISTERS = Row(f"{_E}/registers", "dinov2_with_registers.embeddings.register_tokens", "batched array", (None, _R))
 TABLE_WITH_REGISTERS = _table("dinov2_with_registers", "Dinov2WithRegistersModel")
+TABLE_WITH_REGISTERS = TABLE_WITH_REGISTERS._replace(rows=(_REGISTERS, *TABLE_WITH_REGISTERS.rows))
