@@ -111,13 +111,14 @@ def test_positions_of_images_of_another_size(case, side):
 
 LORA_TARGETS = {
     **dict.fromkeys(("llama", "qwen2"), ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]),
+    "dinov2": ["q_proj", "o_proj", "fc1"],
     "gpt2": ["c_attn", "attn.c_proj", "c_fc"],
 }
 
 
 @pytest.mark.parametrize("case", LORA_TARGETS)
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
-def test_lora_adapters_of_a_decoder(case, tmp_path):
+def test_lora_adapters_by_the_names_of_transformers(case, tmp_path):
     peft = pytest.importorskip("peft")
     folder = Path(__file__).parent / "goldens" / case
     model = type(record_goldens.build(case)).from_pretrained(folder)
