@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,9 @@ SEQUENCE_TO_SEQUENCE = dict(
 )
 
 
+TWO_TOWERS = (transformers.CLIPModel, transformers.SiglipModel)
+
+
 def clip(vision: dict[str, Any], text: dict[str, Any]) -> torch.nn.Module:
     config = transformers.CLIPConfig(vision_config=VISION | vision, text_config=TEXT | text, projection_dim=12)
     return transformers.CLIPModel(config)
@@ -70,6 +75,23 @@ def clip_vision(model_class: type, **changes: Any) -> torch.nn.Module:
 
 def vit(**changes: Any) -> torch.nn.Module:
     return transformers.ViTForImageClassification(transformers.ViTConfig(**VISION | changes))
+
+
+def siglip(vision: dict[str, Any], text: dict[str, Any]) -> torch.nn.Module:
+    text = {"projection_size": VISION["hidden_size"], **TEXT, **text}
+    return transformers.SiglipModel(transformers.SiglipConfig(vision_config=VISION | vision, text_config=text))
+
+
+def dinov2(model: str, **changes: Any) -> torch.nn.Module:
+    shape = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=3, mlp_ratio=2)
+    registers = "WithRegisters" if "WithRegisters" in model else ""
+    config = getattr(transformers, f"Dinov2{registers}Config")(**shape | changes)
+    return getattr(transformers, f"Dinov2{model}")(config)
+
+
+def gpt2(**changes: Any) -> torch.nn.Module:
+    shape = dict(vocab_size=30, n_embd=24, n_layer=3, n_head=3, n_positions=10, bos_token_id=27, eos_token_id=28)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape | changes))
 
 
 def decoder(family: str, **changes: Any) -> torch.nn.Module:
@@ -116,6 +138,18 @@ CASES = {
     "clip_text_with_projection": lambda: transformers.CLIPTextModelWithProjection(
         transformers.CLIPTextConfig(**TEXT, eos_token_id=28, projection_dim=8)
     ),
+    "dinov2": lambda: dinov2("ForImageClassification", image_size=12, patch_size=4, num_labels=5),
+    "dinov2_backbone": lambda: dinov2("Model", image_size=13, patch_size=4, qkv_bias=False, use_mask_token=False),
+    "dinov2_gated": lambda: dinov2(
+        "ForImageClassification", image_size=8, patch_size=4, use_swiglu_ffn=True, layer_norm_eps=1e-3
+    ),
+    "dinov2_with_registers": lambda: dinov2(
+        "WithRegistersForImageClassification", image_size=8, patch_size=4, num_register_tokens=3, hidden_act="relu"
+    ),
+    "gpt2": lambda: gpt2(),
+    "gpt2_untied": lambda: gpt2(
+        tie_word_embeddings=False, n_inner=20, activation_function="relu", layer_norm_epsilon=1e-3
+    ),
     "llama": lambda: decoder("Llama", rms_norm_eps=1e-3, rope_parameters=LLAMA3),
     "llama_of_many_biases": lambda: decoder(
         "Llama", attention_bias=True, mlp_bias=True, num_key_value_heads=4, rope_parameters=LINEAR, hidden_act="gelu"
@@ -129,16 +163,26 @@ CASES = {
     "t5_v1_1": lambda: encoder_decoder("T5", True, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     "mt5": lambda: encoder_decoder("MT5", True, num_decoder_layers=None, layer_norm_epsilon=1e-3),
     "umt5": lambda: encoder_decoder("UMT5", feed_forward_proj="gated-silu", num_layers=2, num_decoder_layers=3),
+    "siglip": lambda: siglip(dict(image_size=13, patch_size=4), dict(eos_token_id=28)),
+    "siglip_gelu": lambda: siglip(
+        dict(image_size=8, patch_size=4, hidden_act="gelu", layer_norm_eps=1e-3), dict(hidden_act="gelu_pytorch_tanh")
+    ),
+    "siglip_text": lambda: transformers.SiglipTextModel(transformers.SiglipTextConfig(**TEXT, projection_size=8)),
+    "siglip_vision": lambda: transformers.SiglipVisionModel(
+        transformers.SiglipVisionConfig(**VISION, image_size=12, patch_size=6)
+    ),
     "vit": lambda: vit(image_size=12, patch_size=4, id2label={i: f"class {i}" for i in range(5)}),
     "vit_without_qkv_bias": lambda: vit(
         image_size=11, patch_size=3, qkv_bias=False, hidden_act="gelu_new", layer_norm_eps=1e-4, num_labels=3
     ),
 }
 
-OLDER = ("clip", "vit"), ("llama", "mistral", "qwen")  # the seeds of recorded cases stay
-ENCODERS = ("bert", "mpnet", "roberta", "xlm_roberta")
-ORDER = sorted(CASES, key=lambda case: (case.startswith(ENCODERS), *(not case.startswith(o) for o in OLDER), case))
-SEEDS = {case: seed for seed, case in enumerate(ORDER)}
+# Those that a case was recorded with: at first its place, of later ones the checksum of the name.
+FIRST = [case for names in (("clip", "vit"), ("llama", "mistral", "qwen")) for case in sorted(CASES)
+         if case.startswith(names)]  # fmt: skip
+SEEDS = {case: zlib.crc32(case.encode()) for case in CASES}
+for later in (("t5", "mt5", "umt5"), ("bert", "mpnet", "roberta", "xlm_roberta")):
+    SEEDS |= {case: seed for seed, case in enumerate([*FIRST, *sorted(c for c in CASES if c.startswith(later))])}
 
 
 def build(case: str) -> torch.nn.Module:
@@ -147,8 +191,8 @@ def build(case: str) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(SEEDS[case])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name != "logit_scale":
-                offset = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
+            if name not in ("logit_scale", "logit_bias"):
+                offset = 1.0 if re.search(r"norm|ln_", name.lower()) and name.endswith("weight") else 0.0
                 size = 0.1 if name.endswith("Attention.q.weight") else 0.3  # T5 does not scale the scores
                 parameter.copy_(offset + size * torch.randn(parameter.shape, generator=generator))
     return model
@@ -196,7 +240,7 @@ def activations(model: torch.nn.Module, given: dict[str, np.ndarray]) -> dict[st
     with torch.no_grad():
         if model.config.model_type in ("bert", "roberta", "xlm-roberta", "mpnet"):
             return _of_encoder(model, arguments)
-        if isinstance(model, transformers.CLIPModel):
+        if isinstance(model, TWO_TOWERS):
             outputs = model(**arguments, output_hidden_states=True)
             towers = {"vision": outputs.vision_model_output, "text": outputs.text_model_output}
             found = {
@@ -210,7 +254,7 @@ def activations(model: torch.nn.Module, given: dict[str, np.ndarray]) -> dict[st
             if model.config.is_encoder_decoder:
                 towers = {name: getattr(model, name).block for name in ("encoder", "decoder")}
             else:
-                towers = {"text": model.model.layers}
+                towers = {"text": model.transformer.h if hasattr(model, "transformer") else model.model.layers}
             last = {}  # what transformers calls the last hidden state has the final norm behind it
             hooks = [
                 blocks[-1].register_forward_hook(lambda module, given, output, name=name: last.update({name: output}))
@@ -228,7 +272,8 @@ def activations(model: torch.nn.Module, given: dict[str, np.ndarray]) -> dict[st
             outputs = model(**arguments, output_hidden_states=True)
             name = {"pixels": "vision", "tokens": "text"}[next(iter(given))]
             towers = {name: outputs}
-            renamed = {"image_embeds": "image", "text_embeds": "text", "logits": "logits", "pooler_output": "image"}
+            renamed = {"image_embeds": "image", "text_embeds": "text", "logits": "logits"}
+            renamed["pooler_output"] = "image" if name == "vision" else "text"
             found = {renamed[key]: value for key, value in outputs.items() if key in renamed}
     for name, tower in towers.items():
         found |= {f"{name}_hidden/{i}": hidden for i, hidden in enumerate(tower.hidden_states)}
@@ -250,7 +295,7 @@ def _of_encoder(model: torch.nn.Module, arguments: dict[str, torch.Tensor]) -> d
 
 def _tower_configs(model: torch.nn.Module) -> tuple[Any, Any]:
     config = model.config
-    if isinstance(model, transformers.CLIPModel):
+    if isinstance(model, TWO_TOWERS):
         return config.vision_config, config.text_config
     return (None, config) if hasattr(config, "vocab_size") else (config, None)
 

@@ -6,9 +6,12 @@ import pytest
 from tvjax import tree
 from tvjax.models.bert import BertConfig, MPNetConfig, RobertaConfig
 from tvjax.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from tvjax.models.dinov2 import Dinov2Config, Dinov2WithRegistersConfig
 from tvjax.models.families import family_of_config
+from tvjax.models.gpt2 import GPT2Config
 from tvjax.models.layer_table import Space, fix_outputs, in_towers, spaces_of
 from tvjax.models.llama import LlamaConfig
+from tvjax.models.siglip import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 from tvjax.models.t5 import T5Config, UMT5Config
 from tvjax.models.transformer import stage_function
 from tvjax.models.vit import ViT, ViTConfig
@@ -19,7 +22,14 @@ CONFIGS = {
         CLIPVisionConfig(8, 16, 2, 2, image_size=8, patch_size=4, projection_dim=4),
         CLIPTextConfig(16, 12, 16, 2, 4, max_position_embeddings=6, projection_dim=4),
     ),
+    "dinov2": Dinov2Config(8, 2, 2, 2, image_size=8, patch_size=4, use_swiglu_ffn=True, num_labels=3),
+    "dinov2 backbone": Dinov2WithRegistersConfig(8, 2, 2, 2, image_size=8, patch_size=4),
+    "gpt2": GPT2Config(16, 8, 12, 2, 4, max_position_embeddings=6),
     "llama": LlamaConfig(16, 8, 12, 2, 4, 2, head_dim=6, attention_bias=True, mlp_bias=True, qk_norm=True),
+    "siglip": SiglipConfig(
+        SiglipVisionConfig(8, 16, 2, 2, image_size=8, patch_size=4),
+        SiglipTextConfig(16, 12, 16, 2, 4, max_position_embeddings=6, projection_size=8),
+    ),
     "tied llama": LlamaConfig(16, 8, 12, 2, 4, 4, head_dim=6, tie_word_embeddings=True),
     "t5": T5Config(16, 8, 4, 12, 2, 1, 3, tie_word_embeddings=False),
     "tied t5": T5Config(16, 8, 4, 12, 1, 2, 3, is_gated_act=True),
@@ -95,7 +105,11 @@ def test_the_rows_of_towers_are_those_that_the_model_has():
     ("name", "fixed"),
     [
         ("clip", {}),
+        ("siglip", {}),
         ("vit", {"head": ("head/kernel", "head/bias")}),
+        ("dinov2", {"head": ("head/class_token/kernel", "head/patches/kernel", "head/bias")}),
+        ("dinov2 backbone", {}),
+        ("gpt2", {"head": ("tokens",)}),
         ("llama", {"head": ("head/kernel",)}),
         ("tied llama", {"head": ("tokens",)}),
         ("bert", {}),

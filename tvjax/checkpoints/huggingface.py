@@ -42,7 +42,7 @@ from tvjax.checkpoints.safetensors import (
 )
 from tvjax.models.differences import function_values, to_text
 from tvjax.models.families import family_of_config, shapes_of
-from tvjax.models.key_table import Tensor, copies_of_tied, to_checkpoint
+from tvjax.models.key_table import Joined, Tensor, copies_of_tied, to_checkpoint
 from tvjax.models.settings import Settings
 from tvjax.stages import Model, PyTree
 
@@ -246,7 +246,14 @@ def write_checkpoint(
         file_of = plan_shards(headers, max_shard_size)
     settings = settings_with_dtype(like.settings, [headers[source.key] for source in sources.values()])
     with _new_model(folder, headers, file_of, settings, like.folder) as (write, temporary):
-        yield lambda path, array: write(sources[path].key, sources[path].to_theirs(array))
+        joined = Joined()
+
+        def write_parameter(path: str, array: np.ndarray) -> None:
+            tensor = joined.add(sources[path], array)
+            if tensor is not None:
+                write(sources[path].key, tensor)
+
+        yield write_parameter
         for key in sorted(like.others):
             write(key, tensors.read(key))
         if card is not None:

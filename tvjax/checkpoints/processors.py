@@ -37,6 +37,8 @@ class Processor:
       vocabulary: tokens that the model has embeddings for; None: not known, and not looked at.
       end_token: the id at which the model reads a text's embedding; None: not known, and not looked at.
       padding: the id of the padding that the model's config names; None: not known, and not looked at.
+      reads_padding: whether the model reads padding as any other token (SigLIP): then the mask has none.
+      unusable: why the folder's tokenizer cannot be opened, "" where it can.
     """
 
     image_processor: Any = None
@@ -45,6 +47,8 @@ class Processor:
     vocabulary: int | None = None
     end_token: int | None = None
     padding: int | None = None
+    reads_padding: bool = False
+    unusable: str = ""
 
     def pixels(self, images: Sequence[Any]) -> Float[np.ndarray, "images height width 3"]:
         """Resized, cropped and normalised images, channels last.
@@ -80,13 +84,16 @@ class Processor:
         )
         ids = np.asarray(batch["input_ids"], np.int32)
         self._check(texts, ids)
-        return {"tokens": ids, "mask": np.asarray(batch["attention_mask"], bool)}
+        mask = np.ones(ids.shape, bool) if self.reads_padding else np.asarray(batch["attention_mask"], bool)
+        return {"tokens": ids, "mask": mask}
 
     def check_tokenizer(self) -> None:
         """Raises a ValueError without a tokenizer, and for one that is another model's.
 
         Such a one has more tokens than the model has embeddings for, or another token of padding.
         """
+        if self.unusable:
+            raise ValueError(f"the folder's tokenizer cannot be opened: {self.unusable}")
         if self.tokenizer is None:
             raise ValueError(
                 "the folder has neither tokenizer.json nor vocab.json: copy the one of the original folder"
@@ -156,17 +163,27 @@ def read_processor(folder: Path, text: Any = None) -> Processor:
         if (folder / name).is_file() and not read_json(folder / name):
             raise ValueError(f"{folder / name} is empty: download it again")
     transformers = _import_transformers()
-    image_processor = tokenizer = None
+    image_processor, tokenizer, unusable = None, None, ""
     if any((folder / name).is_file() for name in _IMAGE_FILES):
         load = transformers.AutoImageProcessor.from_pretrained
         image_processor = load(folder, backend="pil", trust_remote_code=False)
     if any((folder / name).is_file() for name in _TOKEN_FILES):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except ImportError as error:  # said when it is needed: images go without
+            unusable = " ".join(str(error).split())
     if text is None:
-        return Processor(image_processor, tokenizer)
-    length = getattr(text, "max_position_embeddings", Processor.length)  # relative positions have no end
-    special = (getattr(text, name, None) for name in ("eos_token_id", "pad_token_id"))
-    return Processor(image_processor, tokenizer, length, text.vocab_size, *special)
+        return Processor(image_processor, tokenizer, unusable=unusable)
+    return Processor(
+        image_processor,
+        tokenizer,
+        length=getattr(text, "max_position_embeddings", Processor.length),  # relative positions have no end
+        vocabulary=text.vocab_size,
+        end_token=getattr(text, "eos_token_id", None),
+        padding=getattr(text, "pad_token_id", None),
+        reads_padding=getattr(text, "reads_padding", False),
+        unusable=unusable,
+    )
 
 
 def processor_fingerprint(folder: Path) -> str:

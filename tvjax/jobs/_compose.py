@@ -140,7 +140,7 @@ def _read(config: ComposeConfig, opened: Opened) -> _Data:
     """
     way = asking(opened)
     if not way.can_score(opened):
-        raise ValueError(f"{config.model!r} has no text tower to make a zero-shot head from: give a full CLIP")
+        raise ValueError(f"{config.model!r} {way.lacks}")
     if config.objective != "few_shot" and way.kind is not Images:
         raise ValueError(
             f"{config.objective} looks at images, and {config.model!r} takes {way.kind.kind}: take few_shot"

@@ -14,7 +14,7 @@ from tvjax.data.texts import Texts
 from tvjax.evaluate.accuracy import Accuracy, Predictions, predictions
 from tvjax.evaluate.scale import scale_curve
 from tvjax.jobs import inputs
-from tvjax.jobs.asking import Prompts, asking, with_task
+from tvjax.jobs.asking import Prompts, ZeroShot, asking, with_task
 from tvjax.jobs.calibration import of_head
 from tvjax.jobs.configs import EvaluateConfig
 from tvjax.jobs.copies import copy_beside
@@ -22,7 +22,6 @@ from tvjax.jobs.harness import Harnessed, harness
 from tvjax.jobs.opened import Models, Opened
 from tvjax.jobs.parts import check_labels
 from tvjax.jobs.schema import Progress
-from tvjax.models.clip import clip
 from tvjax.renamed import warn
 from tvjax.report import records
 from tvjax.report.plots import plot_scale_curve
@@ -148,20 +147,21 @@ def read_scales(text: str) -> tuple[float, ...]:
 
 
 def _base(opened: dict[str, Opened]) -> Opened | None:
-    """The first full CLIP, whose text tower goes with vision towers alone; None where there is no such tower.
+    """The first full dual encoder, whose text tower goes with vision towers alone; None where there is no such tower.
 
     Raises:
-      ValueError: where there are such towers, and no full CLIP.
+      ValueError: where there are such towers and no full model, or a model that no text tower helps.
     """
-    towers = [name for name, one in opened.items() if not asking(one).can_score(one)]
-    full = [one for one in opened.values() if asking(one).can_score(one) and asking(one).labels(one) is None]
-    if towers and not full:
-        raise ValueError(f"{towers[0]!r} has no text tower to make a zero-shot head from: give a full CLIP first")
+    towers = [one for one in opened.values() if not asking(one).can_score(one)]
+    full = [one for one in opened.values() if asking(one).can_score(one) and isinstance(asking(one), ZeroShot)]
+    for one in towers:
+        if not full or not isinstance(asking(one), ZeroShot):
+            raise ValueError(f"{one.name!r} {asking(one).lacks}")
     return full[0] if towers else None
 
 
 def with_text(tower: Opened, base: Opened) -> Opened:
-    """A vision tower alone in the place of a full CLIP's own, run with its config.
+    """A vision tower alone in the place of a full dual encoder's own, run with its config.
 
     Raises:
       ValueError: for a tower that does not fit.
@@ -173,11 +173,15 @@ def with_text(tower: Opened, base: Opened) -> Opened:
         raise ValueError(
             f"{tower.name!r} has no text tower, and does not fit that of {base.name!r}: {error}"
         ) from error
-    vision = dataclasses.replace(loaded.config.vision, projection_dim=full.config.vision.projection_dim)
+    vision = loaded.config.vision
+    if vision.projection_dim is None:  # of a CLIP that was saved without its projection
+        vision = dataclasses.replace(vision, projection_dim=full.config.vision.projection_dim)
     config = dataclasses.replace(full.config, vision=vision)
     made = Opened(base.checkpoint)
     made.config = config
-    made.pretrained = dataclasses.replace(whole, model=clip(config, whole.params), config=config, settings=None)
+    made.pretrained = dataclasses.replace(
+        whole, model=base.checkpoint.family.build(config, whole.params), config=config, settings=None
+    )
     images = tower.processor.image_processor or base.processor.image_processor
     made.processor = dataclasses.replace(base.processor, image_processor=images)
     return made

@@ -47,12 +47,14 @@ class OwnHead:
       kind: of the examples.
       needs_labels: whether examples without labels have no loss and no score.
       labelling: how examples get labels.
+      lacks: what a model is without that cannot score by itself, and the way out.
       templates: the prompts where nobody gives any.
     """
 
     kind: type[Examples] = Images
     needs_labels = True
     labelling = "put the images of each class into a folder of its name"
+    lacks = "has no head of classes: give a model that has one (...ForImageClassification)"
     templates: tuple[str, ...] = ()
 
     def config(self, opened: Opened) -> Any:
@@ -69,13 +71,15 @@ class OwnHead:
 
     def labels(self, opened: Opened) -> tuple[str, ...] | None:
         """The names of the classes of the model's own head; empty where they are only numbered, None without a head."""
+        if not self.can_score(opened):
+            return None
         names = opened.checkpoint.settings.get("id2label") or {}
         labels = tuple(str(names[key]) for key in sorted(names, key=int))
         return () if all(label == f"LABEL_{number}" for number, label in enumerate(labels)) else labels
 
     def can_score(self, opened: Opened) -> bool:
         """Whether the model makes a task of examples without another beside it."""
-        return True
+        return getattr(opened.config, "num_labels", 0) is not None
 
     def length(self, opened: Opened, asked: int) -> int:
         """Tokens that are kept of a text, where so many are asked for."""
@@ -101,8 +105,9 @@ class OwnHead:
 
     def batches(self, opened: Opened, found: Examples | None, prompts: Prompts, sizes: Sequence[int]) -> list[Batch]:
         """Batches of these sizes, in shapes."""
-        pixels = [opened.checkpoint.family.inputs(opened.config, size)["pixels"] for size in sizes]
-        return [Batch({"pixels": x}, jax.ShapeDtypeStruct(x.shape[:1], jnp.int32)) for x in pixels]
+        shape = _pixels(opened)
+        sides = [(jax.ShapeDtypeStruct((size, *shape), jnp.float32), (size,)) for size in sizes]
+        return [Batch({"pixels": x}, jax.ShapeDtypeStruct(labels, jnp.int32)) for x, labels in sides]
 
     def check(self, opened: Opened, found: Examples, prompts: Prompts) -> None:
         """Raises a ValueError where the task cannot be made of a model, before any weight is read."""
@@ -114,13 +119,14 @@ class OwnHead:
 class ZeroShot(OwnHead):
     """Images, by a dual encoder: the classes are the embeddings of prompts."""
 
+    lacks = "has no text tower to make a zero-shot head from: give the full model"
     templates = TEMPLATES
 
     def config(self, opened: Opened) -> Any:
         """The config of the vision tower."""
         if opened.config.vision is None:
             found = type(opened.config).__name__
-            raise ValueError(f"{opened.name!r} is a {found} without a CLIP vision tower: give a CLIP, or a ViT")
+            raise ValueError(f"{opened.name!r} is a {found} without a vision tower: give a model that has one")
         return opened.config.vision
 
     def tower(self, model: Model) -> Model:
@@ -368,6 +374,14 @@ def with_task(opened: Opened, task: Task) -> Model:
 def float32(params: PyTree) -> PyTree:
     """The parameters in float32: gradients of 16-bit ones would vanish below their range."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+
+
+def _pixels(opened: Opened) -> tuple[int, ...]:
+    """The shape of an image as the model's processor makes it; without one, that which its config names."""
+    expected = opened.checkpoint.family.inputs(opened.config, 1)["pixels"].shape[1:]
+    if opened.processor.image_processor is None:
+        return expected
+    return opened.processor.pixels([np.zeros(expected, np.uint8)]).shape[1:]
 
 
 def _shapes(way: OwnHead, opened: Opened) -> Model:

@@ -53,9 +53,7 @@ def prepare(config: TransportConfig | PlanConfig, models: Models) -> Prepared:
     check_pair(moving, source, target)
     part, way = find_part(source, config.part), asking(target)
     if config.validation is not None and not way.can_score(target):
-        raise ValueError(
-            f"--validation needs a zero-shot head, but {config.target!r} has no text tower: give the full CLIP"
-        )
+        raise ValueError(f"--validation needs a score, but {config.target!r} {way.lacks}")
     notes: tuple[str, ...] = ()
     if config.finetuned is not None:
         names, tuned = (config.source, config.finetuned), models[config.finetuned]

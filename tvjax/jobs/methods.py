@@ -59,10 +59,7 @@ def check_pair(moving: Transport, source: Opened, target: Opened) -> None:
         raise ValueError(f"one model has a head of its own: {heads[0]}, {heads[1]}; give two with a head, or none")
     for model in (source, target) if moving.needs_gradients else ():
         if not asking(model).can_score(model):
-            raise ValueError(
-                f"{moving.name} reads gradients of the zero-shot loss, but {model.name!r} has no text tower: "
-                "give the full CLIP"
-            )
+            raise ValueError(f"{moving.name} reads gradients of the loss, but {model.name!r} {asking(model).lacks}")
     if rotates(moving):
         return
     for field in SHAPE:

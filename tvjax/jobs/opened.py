@@ -16,8 +16,7 @@ from tvjax.data.images import Images
 from tvjax.data.loader import image_batches
 from tvjax.data.tokens import Encoder
 from tvjax.models.bert.config import BertConfig
-from tvjax.models.clip.config import CLIPConfig
-from tvjax.models.clip.modeling import vision_model
+from tvjax.stages import tower
 from tvjax.tasks.classification import text_batches
 from tvjax.tasks.zero_shot import unit_embeddings
 
@@ -77,13 +76,13 @@ class Opened:
         if isinstance(self.config, BertConfig) and self.config.num_labels is None:
             encoder = self.encoder(self.config.length)
             return unit_embeddings(self.pretrained.model, text_batches("embedding", examples, encoder, batch_size))
-        if not isinstance(self.config, CLIPConfig) or not isinstance(examples, Images):
+        if self.checkpoint.family.asked != "zero_shot" or not isinstance(examples, Images):
             raise ValueError(
                 f"{self.name!r} is a {type(self.config).__name__}, which gives no embeddings to choose {examples.kind} "
                 "by: take --select random"
             )
         model, pixels = self.pretrained.model, self.processor.pixels
-        return unit_embeddings(vision_model(model), image_batches(examples, pixels, batch_size))
+        return unit_embeddings(tower(model, "vision"), image_batches(examples, pixels, batch_size))
 
 
 class Models(contextlib.ExitStack):

@@ -57,14 +57,17 @@ _CONV = Leaf(  # height, width, in, out here; out, in, height, width there
 _BIAS = Leaf("/bias", ".bias", _same, _same, (1,))
 KINDS: dict[str, tuple[Leaf, ...]] = {
     "array": (Leaf("", "", _same, _same),),
+    "scalar": (Leaf("", "", lambda x: x.reshape(()), lambda x: x.reshape(1)),),  # an array of one number there
     "batched array": (Leaf("", "", lambda x: x[0], lambda x: x[None]),),
     "batched token": (Leaf("", "", lambda x: x[0, 0], lambda x: x[None, None]),),
     "embedding": (Leaf("", ".weight", _same, _same),),
     "scale": (_SCALE,),
+    "layer scale": (_SCALE._replace(theirs=".lambda1"),),
     "norm": (_SCALE, _BIAS._replace(axes=(0,))),
     "kernel": (_KERNEL,),
     "linear": (_KERNEL, _BIAS),
     "conv1d": (_KERNEL._replace(to_ours=_same, to_theirs=_same), _BIAS),  # GPT-2's: [in, out] on both sides
+    "in_proj": (_KERNEL._replace(theirs="_weight"), _BIAS._replace(theirs="_bias")),  # of torch's multi-head attention
     "conv kernel": (_CONV,),
     "conv": (_CONV, _BIAS),
 }
@@ -87,6 +90,20 @@ class Heads(NamedTuple):
     rotary: bool = False
 
 
+class Part(NamedTuple):
+    """Which part a layer is of arrays that a checkpoint has in one piece: the queries of a fused kernel.
+
+    Attributes:
+      number: of the part, from 0.
+      of: how many equal parts there are.
+      axis: the one that is cut, of our arrays: that of the outputs, or of a kernel 0 for its inputs.
+    """
+
+    number: int
+    of: int
+    axis: int = -1
+
+
 class Row(NamedTuple):
     """One layer: ``{i}`` stands for a number, ``{tower}`` for ``vision`` or ``text``, in path, key and spaces.
 
@@ -101,6 +118,7 @@ class Row(NamedTuple):
         their own (pixels, tokens, positions, classes).
       fixed: its outputs have a meaning in every model of the family (classes, a vocabulary): they are never rotated.
       tied: path of the leaf that a model without this layer uses in its place.
+      part: which part it is of what the checkpoint has under the key; None: all of it.
     """
 
     path: str
@@ -109,6 +127,7 @@ class Row(NamedTuple):
     spaces: tuple[str | Heads | None, ...] = ()
     fixed: bool = False
     tied: str = ""
+    part: Part | None = None
 
 
 class LayerTable(NamedTuple):
