@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from tvjax.checkpoints import load_tree as load_task_vector
     from tvjax.checkpoints import save_pretrained as save
     from tvjax.checkpoints import save_tree as save_task_vector
+    from tvjax.factors import LowRank
     from tvjax.layers import stack, unstack
     from tvjax.stages import Batch, Model, Stage, Stream, single_stage
     from tvjax.transport.base import State, Transport, chain, identity, scale_by
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 # Public names by module, imported on first use: the command line starts without JAX.
 _NAMES = {
     "arithmetic": ("add", "analogy", "apply", "interpolate", "negate", "scale", "task_vector"),
+    "factors": ("LowRank",),
     "layers": ("stack", "unstack"),
     "stages": ("Batch", "Model", "Stage", "Stream", "single_stage"),
     "transport.plan": ("plan",),
@@ -69,6 +71,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "Batch",
+    "LowRank",
     "Model",
     "Stage",
     "State",

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tvjax import tree
+from tvjax.factors import dense
 from tvjax.finite import check_finite
 from tvjax.merge.leaf_report import Report, tell
 
@@ -41,7 +42,7 @@ class Vectors:
         """Checks the vectors.
 
         Args:
-          taus: task vectors; all cover the same leaves (None elsewhere).
+          taus: task vectors; all cover the same leaves (None elsewhere). Low-rank leaves are merged as arrays.
           least: how many the method needs.
 
         Raises:
@@ -52,8 +53,8 @@ class Vectors:
             raise ValueError(f"a merge takes a list of task vectors, found {type(taus).__name__}")
         if len(taus) < least:
             raise ValueError(f"this merge needs at least {least} task vectors, found {len(taus)}")
-        self.flat = [tree.flatten(tau) for tau in taus]
-        self._structure = jax.tree.structure(taus[0])
+        self.flat = [tree.flatten(dense(tau)) for tau in taus]
+        self._structure = tree.structure(taus[0])
         shapes = [{path: tuple(np.shape(leaf)) for path, leaf in flat.items()} for flat in self.flat]
         problems = [
             f"{path}: " + " and ".join(str(found.get(path, "missing")) for found in shapes)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from tvjax import tree
 from tvjax.align import tokens as token_alignment
+from tvjax.factors import float32
 from tvjax.finite import check_finite
 from tvjax.renamed import renamed_arguments
 from tvjax.stages import Batch, Model
@@ -134,7 +135,7 @@ def transport_stages(
         check_leaves(tau, shapes)
         check_finite(tau, f"task vector {number}")
     stream = Fitting(transport, source, target, batches, depth, tokens, check_gradients, offload, task, progress)
-    flats = [{path: jnp.asarray(leaf, jnp.float32) for path, leaf in tree.flatten(tau).items()} for tau in taus]
+    flats: list[Flat] = [{path: float32(leaf) for path, leaf in tree.flatten(tau).items()} for tau in taus]
     moved: list[Flat] = [{} for _ in taus]
     for pair, found in stream:
         sources = {leaf.source for leaf in pair.leaves}
