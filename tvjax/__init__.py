@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tvjax.transport.permutation import transfusion
     from tvjax.transport.plan import plan
     from tvjax.transport.theseus import theseus
+    from tvjax.truncate import low_rank
 
 # Public names by module, imported on first use: the command line starts without JAX.
 _NAMES = {
@@ -30,6 +31,7 @@ _NAMES = {
     "layers": ("stack", "unstack"),
     "stages": ("Batch", "Model", "Stage", "Stream", "single_stage"),
     "transport.plan": ("plan",),
+    "truncate": ("low_rank",),
     "transport": (
         *("State", "Transport", "bico", "chain", "fit", "gradfix", "identity", "leaf_report", "orthogonal_shift"),
         *("scale_by", "theseus", "transfusion", "transport_stages"),
@@ -95,6 +97,7 @@ __all__ = [
     "leaf_report",
     "load",
     "load_task_vector",
+    "low_rank",
     "merge",
     "models",
     "negate",

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tvjax.align.decompositions import qr
+from tvjax.align.decompositions import qr, svd
 from tvjax.align.products import product, wide
 
 PyTree = Any
@@ -165,6 +165,20 @@ def core(leaf: LowRank) -> Array:
         return jnp.zeros((*leaf.left.shape[:-2], 0, 0), leaf.dtype)
     left, right = (_triangle(wide(side)) for side in (leaf.left, jnp.swapaxes(leaf.right, -1, -2)))
     return product(left, jnp.swapaxes(right, -1, -2))
+
+
+@jax.jit
+def triplets(left: Array, right: Array) -> tuple[Array, Array, Array]:
+    """The singular value decomposition of a product ``[d_in, r] [r, d_out]``, from its factors.
+
+    ``A = Q_A R_A`` and ``B^T = Q_B R_B`` leave the small core ``R_A R_B^T = U S V^T``: ``(Q_A U) S (V^T Q_B^T)``.
+
+    >>> triplets(jnp.ones((4, 1)), jnp.full((1, 9), 2.0))[1].round(4).tolist()
+    [12.0]
+    """
+    (basis_a, small_a), (basis_b, small_b) = qr(left), qr(right.T)
+    turn_a, values, turn_b = svd(product(small_a, small_b.T))
+    return product(basis_a, turn_a), values, product(turn_b, basis_b.T)
 
 
 def dot(x: Any, y: Any) -> Array:

@@ -38,12 +38,13 @@ class Vectors:
       paths: of the leaves that the vectors cover.
     """
 
-    def __init__(self, taus: Sequence[PyTree], least: int = 1):
+    def __init__(self, taus: Sequence[PyTree], least: int = 1, factors: bool = False):
         """Checks the vectors.
 
         Args:
-          taus: task vectors; all cover the same leaves (None elsewhere). Low-rank leaves are merged as arrays.
+          taus: task vectors; all cover the same leaves (None elsewhere).
           least: how many the method needs.
+          factors: leave leaves of low rank as they are; else they become arrays.
 
         Raises:
           ValueError: too few vectors, other paths or shapes, leaves that are no floating-point arrays, or values that
@@ -53,7 +54,7 @@ class Vectors:
             raise ValueError(f"a merge takes a list of task vectors, found {type(taus).__name__}")
         if len(taus) < least:
             raise ValueError(f"this merge needs at least {least} task vectors, found {len(taus)}")
-        self.flat = [tree.flatten(dense(tau)) for tau in taus]
+        self.flat = [tree.flatten(tau if factors else dense(tau)) for tau in taus]
         self._structure = tree.structure(taus[0])
         shapes = [{path: tuple(np.shape(leaf)) for path, leaf in flat.items()} for flat in self.flat]
         problems = [

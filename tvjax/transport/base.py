@@ -27,11 +27,11 @@ import numpy as np
 
 from tvjax import tree
 from tvjax.capture.views import View
-from tvjax.factors import LowRank, float32, scaled
+from tvjax.factors import float32, scaled
 from tvjax.finite import check_finite
 
 PyTree = Any
-Flat = dict[str, jax.Array | LowRank]
+Flat = dict[str, Any]  # of arrays, and leaves of low rank
 OptionsT = TypeVar("OptionsT", bound=tuple)
 
 

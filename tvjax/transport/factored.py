@@ -108,12 +108,10 @@ def find_sides(view: View, shape: tuple[int, ...], depth: int, cut: int) -> Side
     rows = np.arange(math.prod(inputs)).reshape(*inputs, *(1 for _ in outputs))
     columns = np.arange(math.prod(outputs)).reshape(outputs)
     seen = [_follow(view[depth:], np.broadcast_to(numbers, shape[depth:])) for numbers in (rows, columns)]
-    if any(numbers is None or numbers.ndim != 2 or 0 in numbers.shape for numbers in seen):
+    found = [numbers for numbers in seen if numbers is not None and numbers.ndim == 2 and numbers.size]
+    if len(found) < 2 or (found[0] != found[0][:, :1]).any() or (found[1] != found[1][:1]).any():
         return None
-    rows, columns = seen
-    if (rows != rows[:, :1]).any() or (columns != columns[:1]).any():
-        return None
-    return Sides(layers, tuple(rows[:, 0].tolist()), tuple(columns[0].tolist()))
+    return Sides(layers, tuple(found[0][:, 0].tolist()), tuple(found[1][0].tolist()))
 
 
 def _follow(view: View, numbers: np.ndarray) -> np.ndarray | None:
@@ -130,7 +128,7 @@ def _follow(view: View, numbers: np.ndarray) -> np.ndarray | None:
         elif step[0] == "slice":
             numbers = numbers[(*(slice(None) for _ in kept), *map(slice, *step[1:]))]
         elif step[0] == "rev":
-            numbers = np.flip(numbers, [lead + axis for axis in step[1]])
+            numbers = np.flip(numbers, tuple(lead + axis for axis in step[1]))
         else:
             return None
     return numbers
