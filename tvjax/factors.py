@@ -124,7 +124,7 @@ def float32(leaf: Any) -> Any:
     """
     if not is_low_rank(leaf):
         return jnp.asarray(leaf, jnp.float32)
-    return LowRank(*(jnp.asarray(side, jnp.float32) for side in (leaf.left, leaf.right)), leaf.shape)
+    return LowRank(jnp.asarray(leaf.left, jnp.float32), jnp.asarray(leaf.right, jnp.float32), leaf.shape)
 
 
 def scaled(leaf: Any, factor: Any) -> Any:

@@ -44,7 +44,7 @@ def extract(config: ExtractConfig, progress: Progress | None = None) -> Extracte
         }
         found: Extracted | ExtractedAdapter
         if low:
-            size = {"rank": config.rank, "energy": config.energy, "key": jax.random.key(config.seed)}
+            size: dict[str, Any] = {"rank": config.rank, "energy": config.energy, "key": jax.random.key(config.seed)}
             found = streaming.extract_low_rank(base, config.finetuned, config.output, **size, **options)
             report = {"error": found.error, "leaves": found.truncated}
             inputs.write_json(config.output / "leaf_report.json", report)

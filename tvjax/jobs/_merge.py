@@ -146,7 +146,9 @@ def _loaded(
     config: MergeConfig, base: Checkpoint | None
 ) -> tuple[tuple[PyTree, ...], tuple[dict[str, str], ...], list[str]]:
     """The task vectors, what their files say of their model, and what the user should know."""
-    loaded, made, told = [], [], []
+    loaded: list[PyTree] = []
+    made: list[dict[str, str]] = []
+    told: list[str] = []
     for file in map(str, config.task_vectors):
         if is_adapter(file):
             if base is None:

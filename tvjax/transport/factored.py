@@ -56,32 +56,29 @@ def rotate_factors(
     cut, ours = next(((cut, found) for cut, found in zip(cuts, tried, strict=True) if all(found)), (0, []))
     if not ours or not all(theirs):
         return None
-    inputs = {
-        (a.layers, a.rows, b.rows, p.inner, p.taps) for a, b, p in zip(theirs, ours, pieces, strict=True) if a and b
-    }
+    sides = zip(theirs, ours, pieces, strict=True)
+    inputs = {(a.layers, a.rows, b.rows, piece.inner) for a, b, piece in sides if a and b}
     if len(inputs) > 1:
         return None
-    layers, rows, places, inner, taps = inputs.pop()
-    left = _take(leaf.left, layers)[..., np.array(rows), :]
+    layers, rows, places, inner = inputs.pop()
+    left = _taken(_layers(leaf.left, layers), -2, rows)
     if inner is not None:
-        left = per_layer(leaf.layers, functools.partial(rotate_inputs, taps))(maps[inner], left)
+        left = per_layer(leaf.layers, _rotate_inputs)(maps[inner], left)
     left = _placed(left, -2, places, math.prod(shape[leaf.layers : cut]))
     right = jnp.float32(0)
     for piece, a, b in zip(pieces, theirs, ours, strict=True):
         assert a is not None and b is not None
-        part = _take(leaf.right, layers)[..., np.array(a.columns)]
+        part = _taken(_layers(leaf.right, layers), -1, a.columns)
         if piece.outer is not None:
             part = per_layer(leaf.layers, procrustes.apply_right)(part, maps[piece.outer])
         right = right + _placed(part, -1, b.columns, math.prod(shape[cut:]))
     return LowRank(left, right, shape)
 
 
-def rotate_inputs(taps: int, inner: OrthogonalMap, kernel: jax.Array) -> jax.Array:
-    """``R_in^T K`` at every tap of a kernel ``[channels * taps, d_out]``."""
-    if taps == 1:
-        return procrustes.apply_left(inner, kernel)
-    moved = procrustes.apply_left(inner, kernel.reshape(inner.left.shape[0], -1))
-    return moved.reshape(-1, kernel.shape[-1])
+def _rotate_inputs(inner: OrthogonalMap, left: jax.Array) -> jax.Array:
+    """``R_in^T A`` at every tap, as ``(A^T R_in)^T``: with few rows that takes half the time."""
+    columns = left.reshape(inner.left.shape[0], -1).T
+    return procrustes.apply_right(columns, inner).T.reshape(-1, left.shape[-1])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -134,8 +131,15 @@ def _follow(view: View, numbers: np.ndarray) -> np.ndarray | None:
     return numbers
 
 
-def _take(factor: jax.Array, layers: tuple[int, ...] | None) -> jax.Array:
+def _layers(factor: jax.Array, layers: tuple[int, ...] | None) -> jax.Array:
     return factor if layers is None else factor[np.array(layers)]
+
+
+def _taken(factor: jax.Array, axis: int, places: tuple[int, ...]) -> jax.Array:
+    """The rows or columns of these numbers."""
+    if places == tuple(range(factor.shape[axis])):
+        return factor
+    return jnp.take(factor, np.array(places), axis=axis)
 
 
 def _placed(factor: jax.Array, axis: int, places: tuple[int, ...], size: int) -> jax.Array:

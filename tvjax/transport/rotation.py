@@ -35,7 +35,7 @@ from tvjax.capture.axes import PART
 from tvjax.capture.views import apply_view, restore_view
 from tvjax.factors import LowRank, is_low_rank, scaled
 from tvjax.transport.base import Flat, LeafUse, Link, LinkState, MapInfo, Needs, Rule, Transport, register_state
-from tvjax.transport.factored import rotate_factors, rotate_inputs
+from tvjax.transport.factored import rotate_factors
 from tvjax.transport.rules import Map, SitePair, maps_and_rules
 from tvjax.transport.statistics import MomentAccumulator, Options, matmul, per_layer
 
@@ -258,7 +258,7 @@ def _rotate(
         value = per_layer(layers, partial(_rotate_blocks, piece, inner, outer))(value)
     elif kernel:
         if inner is not None:
-            value = per_layer(layers, partial(rotate_inputs, piece.taps))(inner, value)
+            value = per_layer(layers, partial(_rotate_inputs, piece.taps))(inner, value)
         if outer is not None:
             value = per_layer(layers, procrustes.apply_right)(value, outer)
     elif piece.kind == "scale" and options.scale_rule == "diagonal" and inner is not None and outer is not None:
@@ -266,6 +266,14 @@ def _rotate(
     elif outer is not None:
         value = per_layer(layers, procrustes.apply_right)(value, outer)
     return restore_view(piece.target_view, value, shape)
+
+
+def _rotate_inputs(taps: int, inner: OrthogonalMap, kernel: jax.Array) -> jax.Array:
+    """``R_in^T K`` at every tap of a kernel ``[channels * taps, d_out]``."""
+    if taps == 1:
+        return procrustes.apply_left(inner, kernel)
+    moved = procrustes.apply_left(inner, kernel.reshape(inner.left.shape[0], -1))
+    return moved.reshape(-1, kernel.shape[-1])
 
 
 def _rotate_blocks(
