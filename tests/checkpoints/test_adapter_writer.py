@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import tvjax as tv
 from tvjax import tree
@@ -107,6 +108,23 @@ def test_ranks_by_pattern(bases, tmp_path):
     assert settings["r"] == settings["lora_alpha"] == 2
     assert settings["rank_pattern"] == settings["alpha_pattern"] == {key: 1}
     assert settings["task_type"] == "CAUSAL_LM"
+
+
+def test_a_model_without_modelling_code(tmp_path):
+    """Its weights lie as torch has them, and so do its adapters' products."""
+    random = np.random.default_rng(0)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "of_next_year"}))
+    weights = {f"layers.{i}.fc.weight": random.normal(size=(6, 4)).astype(np.float32) for i in (0, 1)}
+    safetensors.numpy.save_file(weights, tmp_path / "base" / "model.safetensors")
+    base = from_pretrained(tmp_path / "base")
+    sides = (random.normal(size=shape).astype(np.float32) for shape in ((6, 2), (2, 4)))
+    tau = {"layers": {"1": {"fc": {"weight": tv.LowRank(*map(jnp.asarray, sides))}}}}
+    save_adapter(tau, tmp_path / "lora", base)
+    written = safetensors.numpy.load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert written["base_model.model.layers.1.fc.lora_A.weight"].shape == (2, 4)
+    again = to_task_vector(load_adapter(tmp_path / "lora", base), base.params, low_rank=True)
+    np.testing.assert_array_equal(tree.get(again, "layers/1/fc/weight").left, tau["layers"]["1"]["fc"]["weight"].left)
 
 
 def test_what_an_adapter_cannot_hold_is_named_and_nothing_is_written(bases, tmp_path):

@@ -70,7 +70,7 @@ def test_an_adapter_in_an_adapter_out(models, images, lora, tmp_path, capsys):
     card = (tmp_path / "moved" / "README.md").read_text()
     assert "library_name: peft" in card and "theseus" in card
     report = json.loads((tmp_path / "moved" / "leaf_report.json").read_text())
-    forms = {leaf["target"]: leaf["form"] for leaf in report["leaves"]}
+    forms = {leaf["target"]: leaf.get("form") for leaf in report["leaves"]}
     assert forms[UP.format(0)] == "rank 2" and report["form"] == "adapter"
     assert (tmp_path / "moved" / "tvjax.yaml").exists()
 
@@ -88,6 +88,16 @@ def test_the_naive_way_is_the_adapter_itself(models, lora, tmp_path):
     assert run(["transport", *words, "--output", str(tmp_path / "moved"), "--quiet"]) == 0
     for path, leaf in read(tmp_path / "moved", models["same"]).items():
         np.testing.assert_array_equal(leaf.left, lora[1][path].left)
+
+
+def test_the_scale_is_chosen_and_folded_in(models, images, lora, tmp_path, capsys):
+    words = ["--source", models["source"], "--target", models["same"], "--method", "naive", "--task-vector", lora[0]]
+    words += ["--validation", str(images), "--output", str(tmp_path / "moved"), "--json"]
+    assert run(["transport", *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["form"] == "adapter" and len(found["validation"]["accuracy"]) == len(found["validation"]["scales"])
+    for path, leaf in read(tmp_path / "moved", models["same"]).items():
+        np.testing.assert_allclose(leaf.right, found["scale"] * lora[1][path].right, rtol=1e-6)
 
 
 def test_a_task_vector_on_disk_moves_as_its_fine_tuning(models, images, tmp_path):

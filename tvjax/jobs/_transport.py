@@ -84,9 +84,9 @@ def transport(config: TransportConfig, progress: Progress | None = None) -> Tran
         tau, also = _task_vector(config, ready, models)
         state = _fitted(config, ready, models, sides, looked_at, progress)
         moved = ready.moving.apply(state, tau)
-        forms = leaf_forms(ready.moving, state, tau)
+        forms = leaf_forms(ready.moving, state, tau) if any(map(is_low_rank, tree.flatten(tau).values())) else ()
         form = _form(config, tau, moved)
-        state = dataclasses.replace(state, notes=(*state.notes, *ready.notes, *also, *_lost(tau, moved, forms, state)))
+        state = dataclasses.replace(state, notes=(*state.notes, *ready.notes, *also, *_lost(moved, forms, state)))
         chosen = None if ready.held_out is None else _chosen(config, ready, target, moved)
         result = Transported(
             output=config.output,
@@ -122,12 +122,10 @@ def _form(config: TransportConfig, tau: PyTree, moved: PyTree) -> str:
     return "adapter" if not config.dense and all(map(is_low_rank, leaves)) else "model"
 
 
-def _lost(tau: PyTree, moved: PyTree, forms: Forms, state: State) -> list[str]:
+def _lost(moved: PyTree, forms: Forms, state: State) -> list[str]:
     """Which links did not keep the factors of an adapter, and which leaves came to nothing."""
-    if not all(map(is_low_rank, tree.flatten(tau).values())):
-        return []
     notes = []
-    for part, form in zip(state.parts, forms, strict=True):
+    for part, form in zip(state.parts, forms, strict=False):  # no forms of a task vector that is no adapter
         lost = [path for path, said in form.items() if said.startswith("dense, from")]
         if lost:
             notes.append(f"{part.link} makes arrays of {len(lost)} leaves of the adapter ({lost[0]}, ...)")
@@ -207,7 +205,9 @@ def _save(
         edited = apply(receiver.params, moved, result.scale)
         save_pretrained(receiver.with_params(edited), config.output, card=card)
     about = {name: value for name, value in result._asdict().items() if name not in ("output", "notes")}
-    content = {**about, "notes": state.notes, "leaves": [leaf._asdict() for leaf in leaf_report(state, forms)]}
+    rows = [leaf._asdict() for leaf in leaf_report(state, forms)]
+    leaves = [{name: value for name, value in row.items() if value or name != "form"} for row in rows]
+    content = {**about, "notes": state.notes, "leaves": leaves}
     inputs.write_json(config.output / "leaf_report.json", content)
     with replacing(config.output / "leaf_report.txt") as temporary:
         temporary.write_text(summary(state, forms) + "\n", encoding="utf-8")
