@@ -7,7 +7,7 @@ import pytest
 
 import tvjax as tv
 from tvjax import tree
-from tvjax.checkpoints import from_pretrained, load_adapter, save_adapter
+from tvjax.checkpoints import from_pretrained, load_adapter, load_tree, save_adapter
 from tvjax.cli.main import run
 from tvjax.factors import dense
 from tvjax.merge import to_task_vector
@@ -230,6 +230,13 @@ def test_other_merges_and_dense_give_the_model(models, two, tmp_path, capsys):
     expected = tree.flatten(tv.apply(expected, tree.nest(flat)))
     for path, leaf in tree.flatten(from_pretrained(tmp_path / "dense").params).items():
         np.testing.assert_allclose(leaf, expected[path], atol=1e-5)
+
+
+def test_a_file_gets_the_products(models, two, tmp_path):
+    assert merge(models, two, tmp_path / "tau.safetensors", "task_arithmetic", "--quiet") == 0
+    for path, leaf in tree.flatten(load_tree(tmp_path / "tau.safetensors")[0]).items():
+        expected = sum(np.asarray(tau[path]) for _, tau in two if path in tau)
+        np.testing.assert_allclose(leaf, expected, atol=1e-5)
 
 
 def test_a_merge_of_adapters_needs_their_model(models, two, tmp_path, capsys):

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from tvjax import tree
 from tvjax.checkpoints.adapter_writer import linear_kernels, save_adapter
 from tvjax.checkpoints.extraction import common_leaves, part_of
-from tvjax.checkpoints.folder import Name, open_checkpoint
+from tvjax.checkpoints.folder import Checkpoint, Name, open_checkpoint
 from tvjax.checkpoints.huggingface import check_new
 from tvjax.checkpoints.memory import Scratch
 from tvjax.checkpoints.model_card import model_card
@@ -93,27 +93,7 @@ def extract_low_rank(
         covered, left = common_leaves(base, tuned, subtree)
         configs = (base.config, tuned.config)
         notes = check_configs((base.name, tuned.name), configs, part_of(list(covered)), allow_config_differences)
-        linear = linear_kernels(base)
-        kept: dict[str, LowRank] = {}
-        rows: list[tuple[Truncated, float]] = []
-        changed = []
-        with SideBySide(base, tuned) as reader:
-            for path, (before, after) in reader.leaves(progress):
-                if path not in covered:
-                    if before is not None and after is not None and not np.array_equal(before, after):
-                        changed.append(path)
-                    continue
-                after = tuned.read(covered[path], Scratch()) if covered[path] != path else after
-                change = np.subtract(after, before, dtype=np.float32, casting="same_kind")
-                square, error = float(np.vdot(change, change)), 1.0
-                if not square:
-                    continue
-                if path in linear:
-                    own = None if key is None else jax.random.fold_in(key, len(rows))
-                    kept[path], error = truncate(change, rank, energy, "io", own)
-                rule, size = ("truncated", kept[path].rank) if path in kept else ("left out", 0)
-                rows.append((Truncated(path, change.shape, rule, size, error, square), square))
-        digests = reader.fingerprints()
+        kept, rows, changed, digests = _truncated(base, tuned, covered, (rank, energy), key, progress)
         if not kept:
             raise ValueError(
                 f"fine-tuning changed no linear layer of {base.name!r} that the adapter could hold: extract a task "
@@ -140,15 +120,44 @@ def extract_low_rank(
         )
         save_adapter(tree.nest(kept), folder, base, metadata=metadata, dtype=dtype, card=card)
         if base.family is GENERIC:
-            notes = (
-                *notes,
-                "the weights of the base are taken for [out, in], as torch has them",
-            )
+            notes = (*notes, "the weights of the base are taken for [out, in], as torch has them")
     parameters = sum(leaf.left.size + leaf.right.size for leaf in kept.values())
     norm = float(tree.norm(tree.nest(kept)))
     told = (*notes, *_told(truncated, error))
     by_leaf = tuple(row._asdict() for row in truncated)
     return ExtractedAdapter(len(kept), parameters, norm, error, by_leaf, metadata, tuple(changed), left, told)
+
+
+def _truncated(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    covered: Mapping[str, str],
+    size: tuple[int | None, float | None],
+    key: jax.Array | None,
+    progress: Progress | None,
+) -> tuple[dict[str, LowRank], list[tuple[Truncated, float]], list[str], list[str]]:
+    """The truncated leaves; each changed one with its squared norm; changes elsewhere; both fingerprints."""
+    linear = linear_kernels(base)
+    kept: dict[str, LowRank] = {}
+    rows: list[tuple[Truncated, float]] = []
+    changed = []
+    with SideBySide(base, tuned) as reader:
+        for path, (before, after) in reader.leaves(progress):
+            if path not in covered:
+                if before is not None and after is not None and not np.array_equal(before, after):
+                    changed.append(path)
+                continue
+            after = tuned.read(covered[path], Scratch()) if covered[path] != path else after
+            change = np.subtract(after, before, dtype=np.float32, casting="same_kind")
+            square, error = float(np.vdot(change, change)), 1.0
+            if not square:
+                continue
+            if path in linear:
+                own = None if key is None else jax.random.fold_in(key, len(rows))
+                kept[path], error = truncate(change, *size, key=own)
+            rule, rank = ("truncated", kept[path].rank) if path in kept else ("left out", 0)
+            rows.append((Truncated(path, change.shape, rule, rank, error, square), square))
+    return kept, rows, changed, reader.fingerprints()
 
 
 def _told(rows: tuple[Truncated, ...], error: float) -> list[str]:

@@ -76,7 +76,6 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> Merged:
     adapters = [is_adapter(file) for file in files]
     if all(adapters) and not config.dense and config.method in _LINEAR:  # the same result, and it has factors
         function = functools.partial(methods.core_space, merge=function)
-    left: Mapping[str, str] = {}
     with contextlib.ExitStack() as stack:
         base = None
         if config.model is not None and (any(adapters) or config.output.suffix != ".safetensors"):
@@ -90,30 +89,11 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> Merged:
             origin.check(base, loaded)
         taus, partly = methods.cover(loaded)
         tau, rows = _merged(function, taus, partly, progress)
-        action = f"{len(made)} task vectors, merged by {config.method}, were added to the weights of the base model."
-        settings = {"method": config.method, **config.options}
         form = _form(config, all(adapters), tau)
         if form == "adapter":
-            assert base is not None
             tau, lost = _shortened(config, tau)
             told += lost
-            card = model_card(
-                config.output.name,
-                f"{len(made)} task vectors, merged by {config.method}, as a LoRA adapter of the base model.",
-                metadata,
-                inputs=dict(zip(files, made, strict=True)),
-                settings={"scale": config.scale, **settings},
-                library="peft",
-            )
-            adapter = arithmetic.scale(tau, config.scale)
-            save_adapter(adapter, config.output, base, metadata=metadata, dtype=config.dtype, card=card)
-        elif form == "task vector":
-            save_tree(config.output, arithmetic.scale(tau, config.scale), metadata, config.dtype)
-        else:
-            assert base is not None
-            left = streaming.apply_trees(
-                base, [tau], config.output, origin, scale=config.scale, action=action, settings=settings
-            ).left
+        left = _write(config, form, tau, base, metadata, origin)
     about = {"method": config.method, "scale": config.scale, "form": form, "task_vectors": files}
     report = report_name(config.output)
     inputs.write_json(report, {**about, "leaves": [row._asdict() for row in rows]})
@@ -140,6 +120,39 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> Merged:
         left=left,
         notes=tuple(notes),
     )
+
+
+def _write(
+    config: MergeConfig,
+    form: str,
+    tau: PyTree,
+    base: Checkpoint | None,
+    metadata: Mapping[str, str],
+    origin: streaming.Origin,
+) -> Mapping[str, str]:
+    """Writes what was merged; returns why tensors of the model take no part."""
+    count = len(origin.names)
+    settings = {"method": config.method, **config.options}
+    if form == "task vector":
+        save_tree(config.output, arithmetic.scale(tau, config.scale), metadata, config.dtype)
+        return {}
+    assert base is not None
+    if form == "model":
+        action = f"{count} task vectors, merged by {config.method}, were added to the weights of the base model."
+        return streaming.apply_trees(
+            base, [tau], config.output, origin, scale=config.scale, action=action, settings=settings
+        ).left
+    card = model_card(
+        config.output.name,
+        f"{count} task vectors, merged by {config.method}, as a LoRA adapter of the base model.",
+        metadata,
+        inputs=dict(zip(origin.names, origin.metadata, strict=True)),
+        settings={"scale": config.scale, **settings},
+        library="peft",
+    )
+    adapter = arithmetic.scale(tau, config.scale)
+    save_adapter(adapter, config.output, base, metadata=metadata, dtype=config.dtype, card=card)
+    return {}
 
 
 def _loaded(
