@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,6 +12,7 @@ from tvjax.checkpoints import from_pretrained, load_adapter, load_tree, save_ada
 from tvjax.cli.main import run
 from tvjax.factors import dense
 from tvjax.merge import to_task_vector
+from tvjax.models.clip.modeling import vision_model
 
 UP = "vision/blocks/{}/mlp/up/kernel"
 
@@ -134,6 +136,27 @@ def test_what_cannot_be_is_one_line_before_any_weight_is_read(models, images, lo
     assert transport(models, images, tmp_path / "moved", tau, "--finetuned", models["finetuned"]) == 2
     assert "give either" in error_of(capsys)
     assert not (tmp_path / "moved").exists()
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+def test_peft_loads_what_was_moved_and_computes_what_the_edited_target_does(models, images, lora, tmp_path):
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    from transformers import CLIPVisionModelWithProjection
+
+    words = ("--options", "rank_tolerance=1e-3", "--scale", "2", "--quiet")
+    assert transport(models, images, tmp_path / "moved", lora[0], *words) == 0
+    pixels = np.random.default_rng(0).normal(size=(3, 8, 8, 3)).astype(np.float32)
+    plain = CLIPVisionModelWithProjection.from_pretrained(models["wider"])
+    with torch.no_grad():
+        seen = {"pixel_values": torch.tensor(pixels.transpose(0, 3, 1, 2))}
+        before = plain(**seen).image_embeds.numpy()
+        expected = peft.PeftModel.from_pretrained(plain, tmp_path / "moved").eval()(**seen).image_embeds.numpy()
+    target = from_pretrained(models["wider"])
+    edited = tv.apply(target.params, tree.nest(read(tmp_path / "moved", models["wider"])))
+    found = vision_model(target.model.replace(params=edited))({"pixels": jnp.asarray(pixels)})["image"]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.abs(expected - before).max() > 1e-3
 
 
 # -- extract --------------------------------------------------------------------------------------------------------
