@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from tvjax.checkpoints import load_tree as load_task_vector
     from tvjax.checkpoints import save_pretrained as save
     from tvjax.checkpoints import save_tree as save_task_vector
+    from tvjax.factors import LowRank
     from tvjax.layers import stack, unstack
     from tvjax.stages import Batch, Model, Stage, Stream, single_stage
     from tvjax.transport.base import State, Transport, chain, identity, scale_by
@@ -21,13 +22,16 @@ if TYPE_CHECKING:
     from tvjax.transport.permutation import transfusion
     from tvjax.transport.plan import plan
     from tvjax.transport.theseus import theseus
+    from tvjax.truncate import low_rank
 
 # Public names by module, imported on first use: the command line starts without JAX.
 _NAMES = {
     "arithmetic": ("add", "analogy", "apply", "interpolate", "negate", "scale", "task_vector"),
+    "factors": ("LowRank",),
     "layers": ("stack", "unstack"),
     "stages": ("Batch", "Model", "Stage", "Stream", "single_stage"),
     "transport.plan": ("plan",),
+    "truncate": ("low_rank",),
     "transport": (
         *("State", "Transport", "bico", "chain", "fit", "gradfix", "identity", "leaf_report", "orthogonal_shift"),
         *("scale_by", "theseus", "transfusion"),
@@ -70,6 +74,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "Batch",
+    "LowRank",
     "Model",
     "Stage",
     "State",
@@ -93,6 +98,7 @@ __all__ = [
     "leaf_report",
     "load",
     "load_task_vector",
+    "low_rank",
     "merge",
     "models",
     "negate",

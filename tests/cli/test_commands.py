@@ -166,7 +166,7 @@ def test_a_leaf_that_only_some_vectors_cover_counts_as_zero_in_the_others(models
         whole.append(str(tmp_path / f"whole{number}.safetensors"))
         save_tree(whole[-1], tree.nest(zeros | leaves), base)
     merged = []
-    words = ["--method", method, *(("--options", "merge=ties") if method == "knots" else ())]
+    words = ["--method", method, *(("--options", "merge=ties") if method in ("knots", "core_space") else ())]
     for inputs, output in ((files, tmp_path / "merged.safetensors"), (whole, tmp_path / "expected.safetensors")):
         assert run(["merge", *inputs, *words, "--output", str(output)]) == 0
         merged.append(tree.flatten(load_tree(output)[0]))

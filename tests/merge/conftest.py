@@ -124,6 +124,7 @@ METHODS = {
     "knots": matrix(
         partial(merge.knots, merge=merge.task_arithmetic), zeros="all", traced=False,
     ),
+    "core_space": Method(partial(merge.core_space, merge=merge.task_arithmetic), two=None, zeros="all"),
     "regmean": matrix(with_grams, symmetric=False, two={}, settings={"weights": ()}),
     "fisher": Method(with_fishers, symmetric=False, two={}, tolerance=1e-5, settings={"weights": ()}),
 }  # fmt: skip

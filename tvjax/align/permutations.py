@@ -13,7 +13,7 @@ A permutation stands in gather order, ``permuted[j] = leaf[permutation[j]]``: un
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from tvjax import tree
 from tvjax.align.products import product, wide
+from tvjax.factors import LowRank, is_low_rank
 
 PyTree = Any
 Order = Int[Array | np.ndarray, "..."]
@@ -277,9 +278,18 @@ def permute(symmetry: Symmetry, permutations: Permutations, params: PyTree) -> P
     return tree.map_with_path(partial(_permute_leaf, symmetry, permutations), params)
 
 
-def _permute_leaf(symmetry: Symmetry, permutations: Permutations, path: str, leaf: Any) -> Array:
-    leaf = jnp.asarray(leaf)
-    for axis, name in enumerate(axes(symmetry, path, leaf.ndim)):
+def _permute_leaf(symmetry: Symmetry, permutations: Permutations, path: str, leaf: Any) -> Any:
+    names = axes(symmetry, path, np.ndim(leaf))
+    if not is_low_rank(leaf) or leaf.layers:  # an order of layers is none of one factor
+        return _permute_axes(permutations, path, jnp.asarray(leaf), names)
+    inputs, outputs = leaf.shape[: leaf.cut], leaf.shape[leaf.cut :]
+    left = _permute_axes(permutations, path, leaf.left.reshape(*inputs, -1), (*names[: leaf.cut], None))
+    right = _permute_axes(permutations, path, leaf.right.reshape(-1, *outputs), (None, *names[leaf.cut :]))
+    return LowRank(left.reshape(leaf.left.shape), right.reshape(leaf.right.shape), leaf.shape)
+
+
+def _permute_axes(permutations: Permutations, path: str, leaf: Array, names: Sequence[str | None]) -> Array:
+    for axis, name in enumerate(names):
         if name is not None:
             order = index(permutations, name)
             if order.shape != leaf.shape[axis : axis + 1]:

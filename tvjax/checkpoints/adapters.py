@@ -31,9 +31,9 @@ from tvjax.models.key_table import FLOATS, fused_kernels, kernels_by_module, mod
 from tvjax.models.layer_table import LayerTable, Part
 
 CONFIG = "adapter_config.json"
-_WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 _OUTER = (("A", 1), ("B", 0))  # inputs and outputs of a layer: the axis of each factor
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
 class Factors(NamedTuple):
@@ -155,9 +155,9 @@ def open_adapter(
         check_settings(settings)
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
-    if not (folder / _WEIGHTS).is_file():
-        raise ValueError(f"{folder} has no {_WEIGHTS}: save the adapter with safe_serialization=True")
-    with open_tensors(folder / _WEIGHTS) as tensors:
+    if not (folder / WEIGHTS).is_file():
+        raise ValueError(f"{folder} has no {WEIGHTS}: save the adapter with safe_serialization=True")
+    with open_tensors(folder / WEIGHTS) as tensors:
         factors = _find_factors(folder, settings, base, tensors)
         notes = check_base(settings, base, any_base)
         trained_on = str(settings.get("base_model_name_or_path") or "")
@@ -184,7 +184,7 @@ def _find_factors(
     pairs: dict[str, dict[str, str]] = {}
     problems = []
     for key in tensors.headers:
-        match = re.fullmatch(rf"(?:{re.escape(_PREFIX)})?(.+)\.lora_([AB])(?:\.default)?\.weight", key)
+        match = re.fullmatch(rf"(?:{re.escape(PREFIX)})?(.+)\.lora_([AB])(?:\.default)?\.weight", key)
         if match is None:
             problems.append(f"{key}: no factor of a linear layer")
         else:

@@ -18,8 +18,8 @@ def transport(config: TransportConfig, quiet: Quiet = False, json: Json = False)
     show(
         found._asdict(),
         *(f"note: {note}" for note in found.notes),
-        f"{found.output}: {found.target} with {found.scale:g} times the task of {found.finetuned}, moved by "
-        f"{found.method}",
+        f"{found.output}: {'an adapter for ' if found.form == 'adapter' else ''}{found.target} with {found.scale:g} "
+        f"times the task of {found.finetuned}, moved by {found.method}",
         f"norm {found.norms['source']:.4g} in the source, {found.norms['target']:.4g} in the target; by leaf: "
         "leaf_report.txt",
         *(

@@ -14,6 +14,7 @@ from tvjax.jobs.configs import PlanConfig, TransportConfig
 from tvjax.jobs.methods import check_pair, read_depth
 from tvjax.jobs.opened import Models, Opened
 from tvjax.jobs.parts import Part, check_labels, find_part, part_task_vector
+from tvjax.jobs.task_vectors import check_given
 from tvjax.stages import Batch
 from tvjax.transport import Transport, make_transport
 
@@ -60,6 +61,8 @@ def prepare(config: TransportConfig | PlanConfig, models: Models) -> Prepared:
         configs = (source.config, tuned.config)
         notes = check_configs(names, configs, source.checkpoint.family.part, config.allow_config_differences)
         part_task_vector(part, parameters(source), parameters(tuned), config.finetuned)  # fits
+    if config.task_vector is not None:
+        notes += check_given(config.task_vector, source, part, config.any_base)
     prompts = inputs.read_prompts(config, (source, target))
     named = next((model for model in (target, source) if way.labels(model)), target)
     labelled = prompts if config.classes else of_head(named, prompts)

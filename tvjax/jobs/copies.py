@@ -8,6 +8,7 @@ from typing import Any
 from tvjax.arithmetic import apply
 from tvjax.jobs.opened import Models, Opened
 from tvjax.jobs.parts import copied, find_part, part_task_vector
+from tvjax.jobs.task_vectors import read_given
 
 REPORT = "leaf_report.json"
 
@@ -31,14 +32,19 @@ def copy_beside(moved: Opened, models: Models) -> Opened | str | None:
         return None
     try:
         report: dict[str, Any] = json.loads(text)
-        names = [report[side] for side in ("source", "finetuned", "target")]
+        names = report["source"], report["target"]
+        given, tuned = report.get("task_vector"), report["finetuned"]
         scale = float((report.get("copy") or {}).get("scale", 1.0))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{REPORT} does not say what the model is made of ({type(error).__name__}: {error})"
     try:
-        source, tuned, target = (models[name] for name in names)
+        source, target = (models[name] for name in names)
         part = find_part(source, report.get("part"))
-        tau = part_task_vector(part, source.pretrained.params, tuned.pretrained.params, names[1])
+        if given:
+            tau = read_given(given, source, part, any_base=True)
+        else:
+            tau = part_task_vector(part, source.pretrained.params, models[tuned].pretrained.params, tuned)
+            models[tuned].release()
         tau = copied(tau, target.pretrained.params)
     except ValueError as error:  # a model that has moved away or changed since
         return str(error)
@@ -46,6 +52,6 @@ def copy_beside(moved: Opened, models: Models) -> Opened | str | None:
         return None
     made = Opened(target.checkpoint)
     made.pretrained = target.pretrained.with_params(apply(target.pretrained.params, tau, scale))
-    for one in (source, tuned, target):
-        one.release()
+    source.release()
+    target.release()
     return made

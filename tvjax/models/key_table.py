@@ -252,6 +252,28 @@ def module_key(table: LayerTable, module: str) -> str:
     return module
 
 
+def module_name(table: LayerTable, key: str, model_class: str = "") -> str:
+    """What recent transformers calls the module of a checkpoint's key; the inverse of `module_key`.
+
+    Args:
+      table: of the family.
+      key: of the module in a checkpoint.
+      model_class: of transformers; a tower alone leaves its name out.
+
+    >>> from tvjax.models.vit.table import TABLE
+    >>> module_name(TABLE, "vit.encoder.layer.3.output.dense"), module_name(TABLE, "classifier")
+    ('vit.layers.3.mlp.fc2', 'classifier')
+    >>> module_name(TABLE, "vit.encoder.layer.3.output.dense", "ViTModel")
+    'layers.3.mlp.fc2'
+    """
+    for name, pattern in table.renamed:
+        found = matches(pattern, key)
+        if found is not None:
+            key = name.format(**found)
+            break
+    return key.removeprefix(table.wrapper_of.get(model_class, ""))
+
+
 def _locate(table: LayerTable, path: str) -> Source:
     """Where the parameter at a path is read, by the key that the table gives."""
     row, leaf, names = locate(table, path)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from tvjax import tree
 from tvjax.align import tokens as token_alignment
+from tvjax.factors import float32
 from tvjax.finite import check_finite
 from tvjax.renamed import renamed_arguments, warn
 from tvjax.stages import Batch, Model
@@ -118,7 +119,7 @@ def _check_stream(source: Model, taus: Sequence[PyTree]) -> None:
 
 def _streamed(fitting: Fitting, taus: Sequence[PyTree]) -> list[PyTree]:
     """Task vectors moved stage by stage, the maps of a stage dropped once they are applied."""
-    flats = [{path: jnp.asarray(leaf, jnp.float32) for path, leaf in tree.flatten(tau).items()} for tau in taus]
+    flats: list[Flat] = [{path: float32(leaf) for path, leaf in tree.flatten(tau).items()} for tau in taus]
     moved: list[Flat] = [{} for _ in taus]
     for pair, found in fitting:
         sources = {leaf.source for leaf in pair.leaves}
