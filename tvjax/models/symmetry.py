@@ -39,7 +39,7 @@ def symmetry_of_config(config: Any) -> Symmetry:
         space: getattr(config_of(config, space.group), space.number)
         for row in table.rows
         for space in row.spaces
-        if isinstance(space, Heads)
+        if isinstance(space, Heads) and not space.shared
     }
     heads = {space.group: min(n for other, n in counts.items() if other.group == space.group) for space in counts}
     names = {space: _name(space, count // heads[space.group]) for space, count in counts.items()}
@@ -49,7 +49,7 @@ def symmetry_of_config(config: Any) -> Symmetry:
         if space.rotary or any(heads[s.group] != n for s, n in counts.items() if s[:2] == space[:2])
     }
     rows = tuple(
-        Row(row.path + leaf.ours, tuple(names[s] if isinstance(s, Heads) else s for s in leaf_spaces(row, leaf)))
+        Row(row.path + leaf.ours, tuple(names.get(s) if isinstance(s, Heads) else s for s in leaf_spaces(row, leaf)))
         for row, leaf in leaves(table)
     )
     fixed = tuple(
