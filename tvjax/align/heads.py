@@ -43,6 +43,7 @@ Matching = Literal["index", "assignment"]
 STRUCTURES: tuple[Structure, ...] = ("free", "blocks", "rotary")
 MATCHINGS: tuple[Matching, ...] = ("index", "assignment")
 DEFAULT_STRUCTURE: Structure = "free"
+Places = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class HeadPairs(NamedTuple):
@@ -58,8 +59,8 @@ class HeadPairs(NamedTuple):
 def by_index(number_a: int, number_b: int) -> HeadPairs:
     """The pairs of the heads of two layers by their places; as many as the layer with more heads has.
 
-    >>> [tuple(map(int, pair)) for pair in zip(*by_index(2, 4))], [tuple(map(int, pair)) for pair in zip(*by_index(3, 2))]
-    ([(0, 0), (0, 1), (1, 2), (1, 3)], [(0, 0), (1, 0), (2, 1)])
+    >>> [by_index(2, 4).source.tolist(), by_index(3, 2).target.tolist()]
+    [[0, 0, 1, 1], [0, 0, 1]]
     """
     source, target = np.arange(max(number_a, number_b)), np.arange(max(number_a, number_b))
     if number_a < number_b:
@@ -108,9 +109,7 @@ def by_assignment(scores: np.ndarray) -> HeadPairs:
     return _pairs(rows % number_a, columns % number_b)
 
 
-def grouped_by_assignment(
-    group_scores: np.ndarray, scores: np.ndarray | None
-) -> tuple[HeadPairs, HeadPairs | None]:
+def grouped_by_assignment(group_scores: np.ndarray, scores: np.ndarray | None) -> tuple[HeadPairs, HeadPairs | None]:
     """The pairs of key heads, and of query heads inside them, with the greatest total score.
 
     For every pair of key heads the best assignment of their queries is found first; its value is added to that of the
@@ -233,7 +232,8 @@ def for_inputs(outputs: OrthogonalMap, pairs: HeadPairs, numbers: tuple[int, int
     """
     ratio = _shares(pairs.source, numbers[0]) / _shares(pairs.target, numbers[1])
     directions = outputs.left.shape[-1] // ratio.shape[0]
-    return outputs._replace(left=outputs.left * jnp.repeat(ratio, directions, total_repeat_length=directions * len(ratio)))
+    weights = jnp.repeat(ratio, directions, total_repeat_length=outputs.left.shape[-1])
+    return outputs._replace(left=outputs.left * weights)
 
 
 def _shares(heads: Any, number: int) -> Array:
@@ -244,18 +244,17 @@ def _shares(heads: Any, number: int) -> Array:
 # -- rotary positions -----------------------------------------------------------------------------------------------
 
 
-def pair_frequencies(frequencies_a: Sequence[float], frequencies_b: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+def pair_frequencies(frequencies_a: Sequence[float], frequencies_b: Sequence[float]) -> Places:
     """Which pairs of units of a source head and of a target head positions turn alike.
 
     One to one, nearest in the logarithm; pairs farther apart than half of the wider spacing of the two correspond to
     none. Heads of 64 and 128 units at one base share every second frequency, and only those.
 
     Returns:
-      Places in the source and in the target, ``[n]`` each, ascending in the target.
+      Places in the source and in the target, ascending in the target.
 
-    >>> a, b = pair_frequencies((1.0, 0.01), (1.0, 0.1, 0.01, 0.001))
-    >>> a.tolist(), b.tolist()
-    ([0, 1], [0, 2])
+    >>> pair_frequencies((1.0, 0.01), (1.0, 0.1, 0.01, 0.001))
+    ((0, 1), (0, 2))
     """
     from scipy.optimize import linear_sum_assignment  # takes as long to import as the rest of tvjax
 
@@ -266,17 +265,17 @@ def pair_frequencies(frequencies_a: Sequence[float], frequencies_b: Sequence[flo
     rows, columns = linear_sum_assignment(np.where(distances < limit, distances, 1e6))
     near = distances[rows, columns] < limit
     order = np.argsort(columns[near])
-    return rows[near][order], columns[near][order]
+    return tuple(rows[near][order].tolist()), tuple(columns[near][order].tolist())
 
 
-def pair_moments(blocks: Array, places: tuple[np.ndarray, np.ndarray]) -> Array:
+def pair_moments(blocks: Array, places: Places) -> Array:
     """``c = sum conj(z_A) z_B`` of each frequency from blocks of a cross-moment, ``[..., d_a, d_b]`` to ``[..., n]``.
 
     >>> quarter_turn = jnp.array([[0.0, 2.0], [-2.0, 0.0]])  # x_B = (-x_A2, x_A1): the second unit is 90 degrees on
-    >>> pair_moments(quarter_turn, (np.array([0]), np.array([0]))).tolist()
+    >>> pair_moments(quarter_turn, ((0,), (0,))).tolist()
     [4j]
     """
-    i, j = places
+    i, j = map(np.array, places)
     first_a, first_b = blocks.shape[-2] // 2, blocks.shape[-1] // 2
     ends = ((i, i + first_a), (j, j + first_b))
     c = [[blocks[..., a, b] for b in ends[1]] for a in ends[0]]
@@ -285,12 +284,12 @@ def pair_moments(blocks: Array, places: tuple[np.ndarray, np.ndarray]) -> Array:
 
 def phase_map(
     moments: Array,
-    places: tuple[np.ndarray, np.ndarray],
+    places: Places,
     sizes: tuple[int, int],
     complete: Completion,
     rank_tolerance: float | None,
 ) -> OrthogonalMap:
-    """The rotation by ``c / |c|`` of each frequency, as a map ``[d_a, d_b]`` of a head; frequencies of one side only: 0.
+    """The rotation by ``c / |c|`` of each frequency, as a map ``[d_a, d_b]`` of a head, 0 for those of one side only.
 
     Args:
       moments: c, ``[n]`` complex.
@@ -300,7 +299,7 @@ def phase_map(
         the edge as in `tvjax.align.procrustes.polar`; ``"thin"``: whatever it is; ``"eye"``: none.
       rank_tolerance: relative to the largest c; None: as in `tvjax.align.procrustes.polar`.
 
-    >>> found = phase_map(jnp.array([4j]), (np.array([0]), np.array([0])), (2, 2), "zero", None)
+    >>> found = phase_map(jnp.array([4j]), ((0,), (0,)), (2, 2), "zero", None)
     >>> procrustes.matrix(found).tolist()
     [[0.0, 1.0], [-1.0, 0.0]]
     """
@@ -315,7 +314,7 @@ def phase_map(
         cosine, sine = share * cosine, share * sine
     elif complete == "eye":
         cosine, sine = jnp.where(size > edge, cosine, 1), jnp.where(size > edge, sine, 0)
-    i, j = places
+    i, j = map(np.array, places)
     ends = ((i, i + sizes[0] // 2), (j, j + sizes[1] // 2))
     whole = jnp.zeros(sizes, size.dtype)
     for (a, b), entries in zip(np.ndindex(2, 2), (cosine, sine, -sine, cosine), strict=True):
