@@ -107,6 +107,16 @@ def test_a_task_moves_from_one_language_model_into_another(llamas, texts, tmp_pa
     assert planned.leaves == [{k: v for k, v in leaf.items() if k != "measures"} for leaf in done["leaves"]]
 
 
+def test_maps_by_head_are_options_of_a_job(llamas, texts):
+    given = {"source": llamas["source"], "target": llamas["wider"], "data": texts["plain"], "method": "bico"}
+    given |= {"data": texts["labelled"]}
+    planned = jobs.plan(jobs.PlanConfig(**given, options={"heads": "rotary", "head_matching": "assignment"}))
+    heads = {own["heads"] for stage in planned.stages for own in stage["maps"]}
+    assert heads == {(1, 1), (2, 2), (2, 4)}
+    with pytest.raises(ValueError, match="heads must be one of .*rotary.*found 'diagonal'"):
+        jobs.plan(jobs.PlanConfig(**given, options={"heads": "diagonal"}))
+
+
 def test_naive_transport_into_the_source_is_the_fine_tuned_model(llamas, texts, tmp_path):
     given = {"source": llamas["source"], "finetuned": llamas["finetuned"], "target": llamas["source"]}
     jobs.transport(jobs.TransportConfig(**given, method="naive", output=tmp_path / "edited"))

@@ -466,3 +466,23 @@ def test_vocabularies_of_other_sizes_are_never_rotated():
     rules = {rule.target: rule for rule in fit(theseus(), source, target, batches()).parts[0].rules}
     assert rules["head/kernel"].action == "zeroed by rule"
     assert rules["head/kernel"].why == "20 outputs of their own meaning in the source, 24 in the target"
+
+
+def test_vocabularies_that_differ_by_padding_are_those_of_the_smaller():
+    larger = dataclasses.replace(CONFIG, vocab_size=21, tie_word_embeddings=True)
+    models = [model_of(config, params_of(config, seed)) for seed, config in enumerate((CONFIG, larger))]
+    transport = theseus(transport_embeddings=True)
+    for source, target in (models, models[::-1]):
+        tau = jax.tree.map(lambda leaf: np.asarray(0.1 * leaf), source.params)
+        state = fit(transport, source, target, batches())
+        moved = transport.apply(state, tau)
+        shapes = [each.params["embeddings"]["tokens"].shape for each in (source, target)]
+        assert moved["embeddings"]["tokens"].shape == shapes[1]
+        assert np.abs(moved["embeddings"]["tokens"][:20]).max() > 0.01
+        assert not moved["embeddings"]["tokens"][20:].any()
+        rules = {rule.target: rule for rule in state.parts[0].rules}
+        if "head/kernel" in rules:
+            assert rules["head/kernel"].source == "embeddings/tokens" and rules["head/kernel"].action == "rotated"
+            inner = procrustes.matrix(state.parts[0].arrays[rules["head/kernel"].pieces[0].inner])
+            expected = inner.T @ tau["embeddings"]["tokens"][:20].T
+            np.testing.assert_allclose(moved["head"]["kernel"], expected, atol=1e-5)

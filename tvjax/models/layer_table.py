@@ -226,7 +226,7 @@ def in_towers(table: LayerTable, config: Any) -> LayerTable:
 
 
 def describe(table: LayerTable, config: Any, stages: Iterable[Stage]) -> tuple[Stage, ...]:
-    """The stages of a model with what its family's table says of their layers: `fixed`, `tied` and `heads`."""
+    """The stages of a model with what its family's table says of their layers: `fixed`, `vocabulary`, `heads`."""
     return tuple(
         dataclasses.replace(stage, heads=_heads_of(table, config, stage)) for stage in fix_outputs(table, stages)
     )
@@ -265,22 +265,28 @@ def _local_paths(stage: Stage) -> dict[str, str]:
 def fix_outputs(table: LayerTable, stages: Iterable[Stage]) -> tuple[Stage, ...]:
     """The stages of a model, each with its `fixed`: the layers whose outputs the table calls fixed.
 
-    A tied leaf is fixed in the stage that uses it in the layer's place, not in the one that owns it; that stage's
-    `tied` says for which layer.
+    A tied leaf is fixed in the stage that uses it in the layer's place, not in the one that owns it. A layer that may
+    be tied is the head of a vocabulary: the stage's `vocabulary` says which leaf it uses for it.
     """
     fixed = [(row.path + leaf.ours, row.tied) for row, leaf in leaves(table) if row.fixed]
     owned: set[str] = set()
     found = []
     for stage in stages:
         local_of = _local_paths(stage)
-        tied = [(pattern, local_of[path]) for pattern, path in fixed if path in local_of and path in owned]
+        vocabulary = [
+            (pattern, local_of[used])
+            for pattern, tied in fixed
+            if tied
+            for used in (pattern, tied)
+            if used in local_of and (used == pattern or used in owned)
+        ]
         names = [
             local
             for pattern, tied in fixed
             for path, local in local_of.items()
             if matches(pattern, path) is not None or (path == tied and path in owned)
         ]
-        found.append(dataclasses.replace(stage, fixed=tuple(dict.fromkeys(names)), tied=tuple(tied)))
+        found.append(dataclasses.replace(stage, fixed=tuple(dict.fromkeys(names)), vocabulary=tuple(vocabulary)))
         owned |= local_of.keys()
     return tuple(found)
 

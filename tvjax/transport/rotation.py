@@ -125,7 +125,8 @@ def _observe(options: Options, pair: Pair, table: MapTable) -> dict[str, MomentA
     for rows, found in observed.items():
         if found.table is not None:
             a, b = pair.source_leaves[found.table[0]], pair.target_leaves[found.table[1]]
-            statistics[rows].add(jnp.asarray(a), jnp.asarray(b), jnp.ones(a.shape[0], jnp.float32))
+            common = min(a.shape[0], b.shape[0])
+            statistics[rows].add(jnp.asarray(a[:common]), jnp.asarray(b[:common]), jnp.ones(common, jnp.float32))
     names = [_names(list(observed.values()), model) for model in (0, 1)]
     for batch in range(pair.batches):
         seen = (
