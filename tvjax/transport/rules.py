@@ -262,8 +262,10 @@ def _layers(site_a: Site, site_b: Site, leaf: Leaf, pair: Pair) -> Site:
 def _heads(leaf: Leaf, sites: list[SitePair], options: Options, pair: Pair) -> tuple[HeadAxes | None, HeadAxes | None]:
     """The heads by which the inputs and the outputs of a leaf are mapped, None where one map is over all of them.
 
+    A norm over all heads together has one map: it is no matrix whose sides could be shared out.
+
     Raises:
-      ValueError: heads that do not divide the units of a layer.
+      ValueError: heads that do not divide the units of a layer, or are rotated in part.
     """
     layers = [
         dict(stage.heads).get(path, (None, None))
@@ -273,7 +275,8 @@ def _heads(leaf: Leaf, sites: list[SitePair], options: Options, pair: Pair) -> t
     sides: list[HeadAxes | None] = []
     for side in (0, 1):
         a, b = (layer[side] for layer in layers)
-        if a is None or b is None or a.shared != b.shared or site_a.groups or site_b.groups:
+        alike = a is not None and b is not None and a.shared == b.shared and not site_a.groups and not site_b.groups
+        if a is None or b is None or not alike or (site_b.kind == "scale" and not a.shared):
             sides.append(None)
             continue
         sizes = [(site.d_in, site.d_out)[side] for site in (site_a, site_b)]
@@ -282,6 +285,12 @@ def _heads(leaf: Leaf, sites: list[SitePair], options: Options, pair: Pair) -> t
                 raise ValueError(
                     f"{leaf.target}: {size} units in the {model} are declared to be {axis.number} heads, which do not "
                     "divide them: correct the heads of its stage"
+                )
+            size //= 1 if a.shared else axis.number
+            if options.heads == "rotary" and axis.frequencies and 2 * len(axis.frequencies) != size:
+                raise ValueError(
+                    f"{leaf.target}: heads of {size} units in the {model}, of which positions rotate "
+                    f"{2 * len(axis.frequencies)}: heads='rotary' is for whole heads; use heads='blocks'"
                 )
         own_maps = options.heads != "free" or (a.shared and a.number != b.number)
         sides.append((a, b) if own_maps else None)
