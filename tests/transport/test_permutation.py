@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from tvjax import apply, chain, fit, gradfix, leaf_report, scale_by, theseus, transfusion, transport_stages, tree
-from tvjax.align.permutations import match_weights, permute, random_permutations
+from tvjax.align.permutations import permute, random_permutations
+from tvjax.align.weight_matching import match_weights
 from tvjax.checkpoints import load_state, save_state
 from tvjax.models import clip, llama
 from tvjax.models.symmetry import symmetry_of_config
