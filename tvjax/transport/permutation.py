@@ -22,8 +22,8 @@ def transfusion(symmetry: Symmetry, *, key: Array, progress: Progress | None = N
     ``P`` maximises ``<P(theta_A), theta_B>`` over the permutations under which the source computes what it did
     (`tvjax.align.weight_matching.match_weights`); ``tau`` becomes ``P(tau)``. No data are needed; the models must have
     one shape, and layers are paired as they stand. Where every norm that reads a residual stream is an RMS norm, its
-    units may change their signs as well; grouped queries move with their key head, and no unit that positions rotate leaves
-    its place in a head.
+    units may change their signs as well; grouped queries move with their key head, and no unit that positions rotate
+    leaves its place in a head.
 
     Args:
       symmetry: the table of the models' family (`tvjax.models.symmetry.symmetry_of_config`), or of your own model; it
