@@ -85,6 +85,30 @@ def test_heads_that_share_a_table_of_position_biases_are_exchanged_together():
     assert spaces_of(tables["t5"], CONFIGS["t5"], "encoder/position_bias") == (None, Space("encoder/heads:bias", 3))
 
 
+def test_stages_say_the_heads_of_the_table(config):
+    family, seen = family_of_config(config), set()
+    model = family.build(config, {})
+    for stage in model.stages:
+        for local, (_, outputs) in stage.heads:
+            path = next(f"{where}/{local}".strip("/") for _, where in stage.paths)
+            space = spaces_of(family.table, config, path)[-1]
+            if outputs is not None and not outputs.shared:
+                assert (outputs.number, bool(outputs.frequencies)) == (space.heads, space.rotary), path
+            seen.add(path)
+    headed = [path for path in shapes_of(config) if any(s and s.heads for s in spaces_of(family.table, config, path))]
+    assert set(headed) <= seen and all(path in headed or path.endswith("norm/scale") for path in seen)
+    groups = {stage.heads for stage in model.stages if stage.group.endswith("blocks")}
+    assert len(groups) == len({stage.group for stage in model.stages if stage.group})  # alike in every block
+
+
+def test_norms_inside_heads_share_a_map_and_a_vocabulary_has_a_kernel():
+    models = {name: family_of_config(CONFIGS[name]).build(CONFIGS[name], {}) for name in ("llama", "tied llama")}
+    norm = dict(models["llama"].stages[1].heads)["attention/key_norm/scale"][1]
+    assert (norm.number, len(norm.frequencies), norm.shared) == (2, 3, True)
+    assert models["llama"].stages[-1].vocabulary == (("head/kernel", "head/kernel"),)
+    assert models["tied llama"].stages[-1].vocabulary == (("head/kernel", "tokens"),)
+
+
 def test_heads_are_those_of_the_tower():
     config = CONFIGS["clip"]
     table = family_of_config(config).table

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from tvjax import tree
-from tvjax.align.permutations import axes, groups, invert, match_weights, permute, random_permutations
+from tvjax.align.permutations import axes, groups, invert, permute, random_permutations
+from tvjax.align.weight_matching import match_weights
 from tvjax.checkpoints import from_pretrained
 from tvjax.data.embedded import MODELS, model_folder
 from tvjax.models import bert, clip, dinov2, gpt2, llama, siglip, vit

@@ -49,6 +49,7 @@ class OwnHead:
       labelling: how examples get labels.
       lacks: what a model is without that cannot score by itself, and the way out.
       templates: the prompts where nobody gives any.
+      head_stays: whether outputs with a meaning of their own (classes) are of one task, and are not moved with others.
     """
 
     kind: type[Examples] = Images
@@ -56,6 +57,7 @@ class OwnHead:
     labelling = "put the images of each class into a folder of its name"
     lacks = "has no head of classes: give a model that has one (...ForImageClassification)"
     templates: tuple[str, ...] = ()
+    head_stays = True
 
     def config(self, opened: Opened) -> Any:
         """The config of what reads the examples.
@@ -272,6 +274,7 @@ class Language(OfTexts):
     """
 
     needs_labels = False
+    head_stays = False  # every task has the same vocabulary
 
     def labels(self, opened: Opened) -> None:
         """None: the words are those of the examples."""

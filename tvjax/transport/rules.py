@@ -9,6 +9,7 @@ from tvjax.align.rows import mismatch, row_axes, stream_of
 from tvjax.capture import Site
 from tvjax.capture.axes import NEW
 from tvjax.capture.views import View, is_slice, shape_after
+from tvjax.stages import HeadAxis
 from tvjax.transport.base import LeafUse, Rule
 from tvjax.transport.statistics import Options
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from tvjax.transport.pair import Leaf, Pair
 
 SitePair = tuple[Site, Site]
+HeadAxes = tuple[HeadAxis, HeadAxis]
+
+_COMMON = 0.95  # of the larger of two vocabularies that differ by padding alone, the least that both have
 
 
 class Map(NamedTuple):
@@ -26,12 +30,18 @@ class Map(NamedTuple):
       side: ``input``, ``output``, ``gradient`` (of the output) or ``input gradient``.
       sites: the uses that share the map: the occurrences of a tied leaf.
       linear: it is the output of one linear layer, so its moment follows from that of its input.
+      heads: the heads of the source and of the target, where they have maps of their own.
+      rows: name of what it is estimated from; maps of one activation share it.
+      table: local paths of the tables, in the source and in the target, whose rows it is estimated from.
     """
 
     name: str
     side: str
     sites: tuple[SitePair, ...]
     linear: bool = False
+    heads: HeadAxes | None = None
+    rows: str = ""
+    table: tuple[str, str] | None = None
 
     def names(self, model: int) -> tuple[str, ...]:
         """Names of the captured arrays that it reads in the source (0) or the target (1)."""
@@ -51,18 +61,28 @@ class MapTable:
         self.stage, self.pair = pair.name, pair
         self.maps: dict[Any, Map] = {}
 
-    def request(self, side: str, sites: tuple[SitePair, ...]) -> str:
-        """The name of the map of one side of these sites."""
+    def request(self, side: str, sites: tuple[SitePair, ...], heads: HeadAxes | None = None) -> str:
+        """The name of the map of one side of these sites, by heads where they are given."""
         linear = side == "output" and len(sites) == 1 and self._is_linear(*sites[0])
         if linear:
             self.request("input", sites)
-        found = Map("", side, sites, linear)
+        found = Map("", side, sites, linear, heads)
         space = "linear" if linear else side if "gradient" in side else "activation"
-        identity = (space, found.names(0), found.names(1))
+        identity = (space, found.names(0), found.names(1), heads)
         if identity not in self.maps:
             seen = "&".join(dict.fromkeys((*found.names(1), *found.names(0))))  # in the target, then what differs
-            self.maps[identity] = found._replace(name=f"{self.stage}:{seen}:{space}")
+            rows = f"{self.stage}:{seen}:{space}"
+            name = rows if heads is None else f"{rows}:heads"
+            if heads is not None and heads[0].shared:
+                rows = name
+            self.maps[identity] = found._replace(name=name, rows=rows)
         return self.maps[identity].name
+
+    def request_table(self, source: str, target: str) -> str:
+        """The name of the map between the rows of two tables, which correspond."""
+        name = f"{self.stage}:{target}:table"
+        self.maps["table", source, target] = Map(name, "table", (), rows=name, table=(source, target))
+        return name
 
     def _is_linear(self, site_a: Site, site_b: Site) -> bool:
         """Whether the outputs are ``[x, 1] [K; b]`` of leaves as they are."""
@@ -75,7 +95,7 @@ class MapTable:
     def input_of(self, linear: Map) -> Map:
         """The map of the activation that a linear layer reads."""
         base = linear._replace(side="input")
-        return self.maps["activation", base.names(0), base.names(1)]
+        return self.maps["activation", base.names(0), base.names(1), None]
 
 
 def maps_and_rules(inputs: str, outputs: str, options: Options, pair: Pair) -> tuple[MapTable, list[Rule]]:
@@ -102,7 +122,8 @@ def _rule(leaf: Leaf, inputs: str, outputs: str, options: Options, pair: Pair, t
     sites = _paired_sites(leaf, pair)
     if not sites or _is_embedding(sites[0][1], pair):
         return _embedding_rule(rule, sites, leaf, outputs, options, pair, table)
-    if (why := _no_correspondence(leaf, sites, inputs, pair)) is not None:
+    heads = _heads(leaf, sites, options, pair)
+    if (why := _no_correspondence(leaf, sites, inputs, pair, heads[1])) is not None:
         return rule._replace(action="zeroed by rule", why=why)
     if sites[0][1].kind == "scale" and options.scale_rule == "zero":
         return rule._replace(action="zeroed by rule", why="scale_rule='zero'")
@@ -114,17 +135,42 @@ def _rule(leaf: Leaf, inputs: str, outputs: str, options: Options, pair: Pair, t
                 f"{leaf.target}: a {site_b.kind} leaf of shape {leaf.shape} in the target, a {site_a.kind} leaf of "
                 f"shape {leaf.source_shape} in the source ({leaf.source}): the two models must use it alike"
             )
-        fixed = options.keep_fixed and _is_fixed(pair, site_b) and site_a.d_out == site_b.d_out
-        outer = None if fixed else table.request(outputs, _producers(group, pair))
+        fixed = options.keep_fixed and _is_fixed(pair, site_b)
+        if fixed and site_a.d_out != site_b.d_out:
+            return _between_vocabularies(rule, leaf, group, inputs, pair, table)
+        outer = None if fixed else table.request(outputs, _producers(group, pair), heads[1])
         inner = None
         if site_b.kind in ("dense", "conv"):
-            inner = table.request(inputs, group)
+            inner = table.request(inputs, group, heads[0])
         elif site_b.kind == "scale" and options.scale_rule == "diagonal":
-            inner = table.request("input", group)
+            inner = table.request("input", group, heads[1])
         groups = (site_a.groups, site_b.groups) if site_a.groups and site_b.groups else None
         pieces.append(LeafUse(site_b.kind, site_a.view, site_b.view, inner, outer, groups, site_b.taps))
     why = "its outputs have a meaning of their own" if pieces[0].outer is None else ""
     return rule._replace(pieces=tuple(pieces), why=why)
+
+
+def _between_vocabularies(
+    rule: Rule, leaf: Leaf, group: tuple[SitePair, ...], inputs: str, pair: Pair, table: MapTable
+) -> Rule:
+    """The rule of a layer with outputs of their own meaning, of which the two models have other numbers."""
+    site_a, site_b = group[0]
+    sizes = site_a.d_out, site_b.d_out
+    head_of_words = leaf.local in dict(pair.stages[1].vocabulary).values()
+    if not head_of_words or not _padded(*sizes) or site_b.kind != "dense" or any(site_b.levels):
+        why = f"{sizes[0]} outputs of their own meaning in the source, {sizes[1]} in the target"
+        return rule._replace(action="zeroed by rule", why=why)
+    common = min(sizes)
+    views = [(*site.view, ("slice", (0, 0), (site.d_in, common), (1, 1))) for site in (site_a, site_b)]
+    piece = LeafUse("dense", views[0], views[1], table.request(inputs, group), None)
+    return rule._replace(
+        pieces=(piece,), why=f"its outputs have a meaning of their own, {common} of them in both models"
+    )
+
+
+def _padded(size_a: int, size_b: int) -> bool:
+    """Whether the sizes of two vocabularies are near enough that they differ by rows of padding, which come last."""
+    return min(size_a, size_b) >= _COMMON * max(size_a, size_b)
 
 
 def _embedding_rule(
@@ -137,6 +183,16 @@ def _embedding_rule(
         action="zeroed by rule", why=", ".join(pair.target_table.unclassified.get(leaf.local, ())) or "an embedding"
     )
     patch = _patch(pair)
+    if options.transport_embeddings and patch is None and len(leaf.shape) == len(leaf.source_shape) == 2:
+        if not _padded(leaf.shape[0], leaf.source_shape[0]):
+            return zeroed._replace(why=f"{leaf.source_shape[0]} rows in the source, {leaf.shape[0]} in the target")
+        outer = table.request_table(leaf.source_local, leaf.local)
+        common = min(leaf.shape[0], leaf.source_shape[0])
+        first, second = (
+            () if shape[0] == common else (("slice", (0, 0), (common, shape[1]), (1, 1)),)
+            for shape in (leaf.source_shape, leaf.shape)
+        )
+        return rule._replace(pieces=(LeafUse("dense", first, second, None, outer),), why="embedding")
     if not options.transport_embeddings or patch is None or leaf.shape[-1] != patch[1].d_out:
         return zeroed
     outer = table.request(outputs, (patch,))
@@ -170,7 +226,8 @@ def _paired_sites(leaf: Leaf, pair: Pair) -> list[SitePair]:
     if leaf.local in pair.target_table.unclassified:
         return []
     theirs, mine = (
-        [site for site in table.sites if site.path == leaf.local] for table in (pair.source_table, pair.target_table)
+        [site for site in table.sites if site.path == path]
+        for table, path in ((pair.source_table, leaf.source_local), (pair.target_table, leaf.local))
     )
     parts = any(_is_part(site.view) for site in (*theirs, *mine))
     if parts and len(theirs) != len(mine):
@@ -202,8 +259,49 @@ def _layers(site_a: Site, site_b: Site, leaf: Leaf, pair: Pair) -> Site:
     return site_a._replace(view=view, layers=layers)
 
 
-def _no_correspondence(leaf: Leaf, sites: list[SitePair], inputs: str, pair: Pair) -> str | None:
+def _heads(leaf: Leaf, sites: list[SitePair], options: Options, pair: Pair) -> tuple[HeadAxes | None, HeadAxes | None]:
+    """The heads by which the inputs and the outputs of a leaf are mapped, None where one map is over all of them.
+
+    A norm over all heads together has one map: it is no matrix whose sides could be shared out.
+
+    Raises:
+      ValueError: heads that do not divide the units of a layer, or are rotated in part.
+    """
+    layers = [
+        dict(stage.heads).get(path, (None, None))
+        for stage, path in zip(pair.stages, (leaf.source_local, leaf.local), strict=True)
+    ]
+    site_a, site_b = sites[0]
+    sides: list[HeadAxes | None] = []
+    for side in (0, 1):
+        a, b = (layer[side] for layer in layers)
+        alike = a is not None and b is not None and a.shared == b.shared and not site_a.groups and not site_b.groups
+        if a is None or b is None or not alike or (site_b.kind == "scale" and not a.shared):
+            sides.append(None)
+            continue
+        sizes = [(site.d_in, site.d_out)[side] for site in (site_a, site_b)]
+        for axis, size, model in zip((a, b), sizes, ("source", "target"), strict=True):
+            if not a.shared and size % axis.number:
+                raise ValueError(
+                    f"{leaf.target}: {size} units in the {model} are declared to be {axis.number} heads, which do not "
+                    "divide them: correct the heads of its stage"
+                )
+            size //= 1 if a.shared else axis.number
+            if options.heads == "rotary" and axis.frequencies and 2 * len(axis.frequencies) != size:
+                raise ValueError(
+                    f"{leaf.target}: heads of {size} units in the {model}, of which positions rotate "
+                    f"{2 * len(axis.frequencies)}: heads='rotary' is for whole heads; use heads='blocks'"
+                )
+        own_maps = options.heads != "free" or (a.shared and a.number != b.number)
+        sides.append((a, b) if own_maps else None)
+    return sides[0], sides[1]
+
+
+def _no_correspondence(
+    leaf: Leaf, sites: list[SitePair], inputs: str, pair: Pair, heads: HeadAxes | None
+) -> str | None:
     """Why the rows at the sites of a leaf do not correspond, or the leaf cannot be moved by them; else None."""
+    numbers = (heads[0].number, heads[1].number) if heads is not None and heads[0].shared else None
     for site_a, site_b in sites:
         if site_a.kind != site_b.kind:
             return None
@@ -217,7 +315,7 @@ def _no_correspondence(leaf: Leaf, sites: list[SitePair], inputs: str, pair: Pai
             return "a constant is added to it, so that the gradient of its input is not that of the leaf alone"
         images = (False, True) if site_b.kind == "conv" else (False,)
         for of_image in images:
-            why = mismatch(row_axes(site_a, of_image), row_axes(site_b, of_image))
+            why = mismatch(row_axes(site_a, of_image), row_axes(site_b, of_image), numbers)
             if why is not None:
                 return why
     return None

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tvjax.models import transformer
 from tvjax.models.bert import table
 from tvjax.models.bert.config import BertConfig, MPNetConfig, RobertaConfig
-from tvjax.models.layer_table import LayerTable, fix_outputs
+from tvjax.models.layer_table import LayerTable, describe
 from tvjax.models.transformer import MLP, Attention, LayerNorm, linear, parameters, stage_function
 from tvjax.stages import Model, PyTree, Stage, Stream
 
@@ -220,7 +220,7 @@ def bert(config: BertConfig, params: PyTree, dtype: DTypeLike = jnp.float32) -> 
         last = Stage("pooling", stage_function(Pooling, config), (), streams=stream)
     else:
         last = Stage("head", stage_function(Head, config, dtype), (("", "head"),), streams=stream)
-    return Model(params, fix_outputs(TABLES[type(config)], (first, *blocks, last)))
+    return Model(params, describe(TABLES[type(config)], config, (first, *blocks, last)))
 
 
 def inputs(config: BertConfig, examples: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from tvjax.models.dinov2.config import Dinov2BlockConfig, Dinov2WithRegistersConfig, Shape
 from tvjax.models.dinov2.positions import resized
 from tvjax.models.dinov2.table import TABLE, TABLE_WITH_REGISTERS
-from tvjax.models.layer_table import fix_outputs
+from tvjax.models.layer_table import describe
 from tvjax.models.transformer import MLP, Attention, LayerNorm, linear, parameters, silu, stage_function
 from tvjax.stages import Model, PyTree, Stage, Stream
 
@@ -238,7 +238,7 @@ def dinov2(config: Shape, params: PyTree, dtype: DTypeLike = jnp.float32) -> Mod
         Stage("head", last, head, streams=stream),
     ]
     table = TABLE_WITH_REGISTERS if isinstance(config, Dinov2WithRegistersConfig) else TABLE
-    return Model(params, fix_outputs(table, stages))
+    return Model(params, describe(table, config, stages))
 
 
 def inputs(config: Shape, examples: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -11,7 +11,7 @@ from jaxtyping import Array
 from tvjax.models.chunked_loss import token_scores
 from tvjax.models.gpt2.config import GPT2Config
 from tvjax.models.gpt2.table import TABLE
-from tvjax.models.layer_table import fix_outputs
+from tvjax.models.layer_table import describe
 from tvjax.models.transformer import Block, LayerNorm, linear, parameters, stage_function
 from tvjax.stages import Model, PyTree, Stage, Stream
 
@@ -131,7 +131,7 @@ def gpt2(config: GPT2Config, params: PyTree, dtype: DTypeLike = jnp.float32) -> 
         *(Stage(name, block, (("", name),), group="blocks", streams=stream) for name in names),
         Stage("head", stage_function(Head, config, dtype), (("final_norm", "final_norm"), head), streams=stream),
     ]
-    return Model(params, fix_outputs(TABLE, stages))
+    return Model(params, describe(TABLE, config, stages))
 
 
 def inputs(config: GPT2Config, examples: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from tvjax.models.clip.modeling import TokenEmbeddings, similarities
-from tvjax.models.layer_table import fix_outputs
+from tvjax.models.layer_table import describe
 from tvjax.models.siglip.config import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 from tvjax.models.siglip.table import TABLE
 from tvjax.models.transformer import (
@@ -266,7 +266,7 @@ def siglip(config: SiglipConfig, params: PyTree, dtype: DTypeLike = jnp.float32)
     if config.vision and config.text:
         names = (("logit_scale", "logit_scale"), ("logit_bias", "logit_bias"))
         stages.append(Stage("logits", stage_function(Logits), names))
-    return Model(params, fix_outputs(TABLE, stages))
+    return Model(params, describe(TABLE, config, stages))
 
 
 def inputs(config: SiglipConfig, examples: int) -> dict[str, jax.ShapeDtypeStruct]:
