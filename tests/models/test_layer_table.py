@@ -15,7 +15,7 @@ from tvjax.models.siglip import SiglipConfig, SiglipTextConfig, SiglipVisionConf
 from tvjax.models.t5 import T5Config, UMT5Config
 from tvjax.models.transformer import stage_function
 from tvjax.models.vit import ViT, ViTConfig
-from tvjax.stages import Stage
+from tvjax.stages import Stage, owner_paths
 
 CONFIGS = {
     "clip": CLIPConfig(
@@ -87,10 +87,11 @@ def test_heads_that_share_a_table_of_position_biases_are_exchanged_together():
 
 def test_stages_say_the_heads_of_the_table(config):
     family, seen = family_of_config(config), set()
-    model = family.build(config, {})
+    model, params = family.build(config, {}), tree.nest(shapes_of(config))
     for stage in model.stages:
+        owners = owner_paths(stage, params)
         for local, (_, outputs) in stage.heads:
-            path = next(f"{where}/{local}".strip("/") for _, where in stage.paths)
+            path = owners[local]
             space = spaces_of(family.table, config, path)[-1]
             if outputs is not None and not outputs.shared:
                 assert (outputs.number, bool(outputs.frequencies)) == (space.heads, space.rotary), path

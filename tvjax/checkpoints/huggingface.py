@@ -179,12 +179,7 @@ def save_pretrained(
     folder = Path(folder)
     family = family_of_config(pretrained.config)
     check_params(pretrained.config, pretrained.params)
-    tensors = dict(
-        (pretrained.keys.get(path, key), tensor)
-        for path, (key, tensor) in zip(
-            tree.flatten(pretrained.params), to_checkpoint(family.table, pretrained.params).items(), strict=True
-        )
-    )
+    tensors = to_checkpoint(family.table, pretrained.params, pretrained.keys)
     others = {}
     if pretrained.others and pretrained.folder is not None and has_weights(pretrained.folder):
         with open_checkpoint(pretrained.folder) as like:

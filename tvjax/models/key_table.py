@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -151,12 +152,15 @@ def _spelled(table: LayerTable, key: str) -> str:
     return key
 
 
-def to_checkpoint(table: LayerTable, params: PyTree) -> dict[str, np.ndarray]:
+def to_checkpoint(
+    table: LayerTable, params: PyTree, keys: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, np.ndarray]:
     """The parameters as the tensors of a Hugging Face checkpoint.
 
     Args:
       table: the family's layers.
       params: nested dicts of arrays.
+      keys: of parameters by path, where they are to be others than those of the table.
 
     Returns:
       Arrays by key.
@@ -167,6 +171,7 @@ def to_checkpoint(table: LayerTable, params: PyTree) -> dict[str, np.ndarray]:
     tensors, joined = {}, Joined()
     for path, leaf in tree.flatten(params).items():
         source = _locate(table, path)
+        source = source._replace(key=keys.get(path, source.key))
         tensor = joined.add(source, np.asarray(leaf))
         if tensor is not None:
             tensors[source.key] = tensor
