@@ -1,0 +1,230 @@
+"""Trains the embedded language models of the demo, and a task vector for each task.
+
+    python scripts/build_language_models.py
+
+Everything is drawn from fixed seeds. The texts come from `build_language_texts`, pinned packages. The folders of
+``tvjax/demo_language`` are replaced; the table of accuracies on test texts goes to
+``results/build_language_models.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from build_language_texts import (
+    HALVES,
+    PACKAGES,
+    VOCABULARY,
+    Extract,
+    documents,
+    extract,
+    train_tokenizer,
+    write,
+    write_tokenizer,
+)
+from tokenizers import Tokenizer
+
+from tvjax.arithmetic import task_vector
+from tvjax.checkpoints import Pretrained, fingerprint, from_pretrained, load_processor, save_pretrained, save_tree
+from tvjax.data.embedded import LANGUAGE_FOLDER, LANGUAGE_MODELS, model_folder
+from tvjax.data.embedded_texts import FOLDER as TEXTS
+from tvjax.data.embedded_texts import LENGTH, TASKS
+from tvjax.data.texts import Texts
+from tvjax.demo.language import by_length, label_task
+from tvjax.evaluate.accuracy import accuracy
+from tvjax.evaluate.fine_tune import fine_tune
+from tvjax.models.llama import LlamaConfig, init, llama
+from tvjax.stages import Batch, Model, PyTree
+from tvjax.tasks.base import Task
+from tvjax.tasks.language import NEXT_TOKEN
+
+TRAINED = ("blocks/*", "final_norm/*")  # what transport reaches: no token embeddings, which are the head too
+
+
+class Recipe(NamedTuple):
+    """How a model is made.
+
+    Attributes:
+      config: its shape.
+      half: the half of the texts that it is trained on.
+      steps: of pre-training.
+      batch_size: rows of `LENGTH` tokens in a step of pre-training.
+      learning_rate: the greatest.
+      start: the model that it is trained further from; "" for a random start.
+    """
+
+    config: LlamaConfig
+    half: str
+    steps: int
+    batch_size: int
+    learning_rate: float
+    start: str = ""
+
+
+def shape(width: int, depth: int, heads: int, shared: int, hidden: int) -> LlamaConfig:
+    return LlamaConfig(
+        VOCABULARY, width, hidden, depth, heads, shared, 16, tie_word_embeddings=True, max_position_embeddings=LENGTH
+    )
+
+
+SMALL, LARGE = shape(64, 4, 4, 2, 128), shape(80, 6, 6, 3, 160)
+RECIPES = {
+    "llama-A": Recipe(SMALL, "source", 1500, 64, 3e-3),
+    "llama-B": Recipe(LARGE, "target", 1500, 32, 2e-3),
+    "llama-C": Recipe(SMALL, "target", 400, 32, 1e-3, start="llama-A"),
+}
+SEEDS = {name: number for number, name in enumerate(RECIPES, start=1)}
+
+
+# --- Pre-training ---
+
+
+def windows(tokenizer: Tokenizer, texts: list[str]) -> Batch:
+    """Texts one after the other, cut into rows of equal length, each token with the one that follows."""
+    tokens = np.concatenate([text.ids for text in tokenizer.encode_batch(texts)]).astype(np.int32)
+    rows = tokens[: len(tokens) // LENGTH * LENGTH].reshape(-1, LENGTH)
+    known = np.broadcast_to(np.arange(LENGTH) < LENGTH - 1, rows.shape)
+    return Batch({"tokens": rows}, {"tokens": np.roll(rows, -1, 1), "mask": known})
+
+
+def warm_adamw(steps: int, learning_rate: jax.Array) -> optax.GradientTransformation:
+    """AdamW whose rate rises over the first fifteenth of the steps, then falls as a cosine."""
+    share = optax.warmup_cosine_decay_schedule(0.0, 1.0, steps // 15, steps)
+    rate = lambda step: learning_rate * share(step)  # noqa: E731
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.05))
+
+
+def build(name: str, tokenizer: Tokenizer, rows: Batch, folder: Path, steps: float) -> float:
+    """Pre-trains a model and saves it as a Hugging Face folder, in place of what is there; returns its last loss."""
+    recipe, seed = RECIPES[name], SEEDS[name]
+    params = init(recipe.config, jax.random.key(seed))
+    if recipe.start:
+        params = float32(from_pretrained(folder.with_name(recipe.start)).params)
+    count = max(15, int(recipe.steps * steps))
+    model = llama(recipe.config, params).with_loss(NEXT_TOKEN)
+    trained = fine_tune(
+        model, rows, steps=count, batch_size=recipe.batch_size, learning_rates=(recipe.learning_rate,),
+        optimiser=partial(warm_adamw, count), key=jax.random.key(10 + seed),
+    )  # fmt: skip
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_tokenizer(tokenizer, folder, LENGTH)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), trained.params)
+    settings = recipe.config.to_dict() | {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    save_pretrained(Pretrained(llama(recipe.config, half), recipe.config, name, settings=settings), folder)
+    return float(trained.losses[-50:].mean())
+
+
+# --- Fine-tuning ---
+
+
+def decaying_adam(steps: int, learning_rate: jax.Array) -> optax.GradientTransformation:
+    return optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
+
+
+def batch_of(task: Task, name: str, texts: list[tuple[str, str]]) -> Batch:
+    """All texts as one batch."""
+    words, read = TASKS[name].words, [(text,) for text, _ in texts].__getitem__
+    labels = np.array([words.index(word) for _, word in texts], np.int32)
+    (batch,) = task.batches(Texts(name, range(len(texts)), read, labels, words, (), ("text",)), len(texts))
+    return batch
+
+
+def float32(params: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+
+
+def percent(model: Model, batch: Batch) -> float:
+    return round(100 * accuracy(model, by_length(batch)).fraction, 2)
+
+
+def tune(name: str, folder: Path, found: Extract, steps: int) -> dict[str, dict[str, float]]:
+    """Fine-tunes a model on every task and saves the task vectors; returns accuracies."""
+    saved = from_pretrained(folder)
+    base = saved.model.replace(params=float32(saved.params))
+    shutil.rmtree(folder / "task_vectors", ignore_errors=True)
+    (folder / "task_vectors").mkdir()
+    table = {}
+    for task in TASKS:
+        asked = label_task(task, load_processor(folder).tokenizer)
+        model, test = asked.model(base), batch_of(asked, task, found.parts[task]["test"])
+        short, *_ = by_length(batch_of(asked, task, found.parts[task][RECIPES[name].half]))  # to save time
+        tuned = fine_tune(
+            model, short, steps=steps, batch_size=32,
+            learning_rates=(1e-3,), optimiser=partial(decaying_adam, steps), trainable=TRAINED,
+            key=jax.random.key(200 + SEEDS[name]),
+        )  # fmt: skip
+        tau = task_vector(model.params, tuned.params)
+        metadata = {**saved.identity(), "base_model": f"tvjax/demo_language/{name}", "task": task}
+        save_tree(folder / "task_vectors" / f"{task}.safetensors", changed(tau), metadata, jnp.float16)
+        after = percent(model.replace(params=tuned.params), test)
+        table[task] = {"zero_shot": percent(model, test), "fine_tuned": after}
+        print(f"  {task}: {table[task]}", flush=True)
+    return table
+
+
+def changed(tau: PyTree) -> PyTree:
+    """A task vector without the token embeddings, which are not trained."""
+    return {part: leaves for part, leaves in tau.items() if part != "embeddings"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=LANGUAGE_MODELS, default=LANGUAGE_MODELS)
+    parser.add_argument("--cache", type=Path, default=Path("/tmp/tvjax_texts"), help="where the packages are kept")
+    parser.add_argument("--share", type=float, default=1.0, help="of the steps of pre-training")
+    parser.add_argument("--fine-tuning-steps", type=int, default=300)
+    parser.add_argument("--fine-tune-only", action="store_true", help="keep the pre-trained models of the folder")
+    parser.add_argument("--results", type=Path, default=Path("results/build_language_models.json"))
+    options = parser.parse_args()
+
+    began = time.time()
+    found = extract(options.cache)
+    write(found, options.cache, TEXTS)
+    texts = {half: documents(found, half) for half in HALVES}
+    tokenizer = train_tokenizer([text for half in HALVES for text in texts[half]])
+    rows = {half: windows(tokenizer, texts[half]) for half in HALVES}
+    record = json.loads(options.results.read_text()) if options.results.is_file() else {"models": {}}
+    for name in options.models:
+        folder, half = model_folder(name), RECIPES[name].half
+        made: dict[str, object] = record["models"].get(name, {})
+        if not options.fine_tune_only:
+            made["loss"] = round(build(name, tokenizer, rows[half], folder, options.share), 4)
+            print(f"{name}: loss {made['loss']} ({time.time() - began:.0f} s)", flush=True)
+        made["accuracy"] = tune(name, folder, found, options.fine_tuning_steps)
+        made["fingerprint"] = fingerprint(from_pretrained(folder).params)
+        print(f"{name}: done ({time.time() - began:.0f} s)", flush=True)
+        record["models"][name] = made
+
+    digests = {
+        str(file.relative_to(TEXTS)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(TEXTS.rglob("*"))
+        if file.is_file()
+    }
+    files = [file for file in LANGUAGE_FOLDER.rglob("*") if file.is_file()]
+    record |= {
+        "texts": {task: {part: len(texts) for part, texts in parts.items()} for task, parts in found.parts.items()},
+        "files": digests,
+        "told": {half: {task: len(texts) for task, texts in found.told[half].items()} for half in HALVES},
+        "tokens": {half: int(rows[half].inputs["tokens"].size) for half in HALVES},
+        "packages": {name: {"file": file, "sha256": digest} for name, (_, file, digest) in PACKAGES.items()},
+        "megabytes": round(sum(file.stat().st_size for file in files) / 1e6, 2),
+        "seconds": round(time.time() - began),
+        "jax": jax.__version__,
+    }
+    options.results.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""The demo on language models: task vectors moved into embedded models of other shapes and other training."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tvjax.checkpoints import from_pretrained, load_processor, load_tree
+from tvjax.data.batches import few_shot, take
+from tvjax.data.embedded import model_folder, task_vector_file
+from tvjax.data.embedded_texts import LENGTH, TASKS, embedded_texts
+from tvjax.data.tokens import Encoder
+from tvjax.demo import base
+from tvjax.demo.base import Embedded, Sets, float32, named_key
+from tvjax.demo.experiment import Findings, Progress, measured
+from tvjax.demo.transports import Bench
+from tvjax.stages import Batch
+from tvjax.tasks import Task, label_words
+
+SOURCES = {"llama-C": "llama-A", "llama-B": "llama-A"}  # of the targets
+TITLES = {
+    "llama-C": "llama A to C: A trained further on other texts",
+    "llama-B": "llama A to B: wider, deeper, more heads, other texts",
+}
+SHORT = 32  # tokens of the shorter half of the texts, which go in a batch of their own
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(base.Settings):
+    """What the demo measures on language.
+
+    Attributes:
+      targets: names of embedded models.
+      validation_per_class: validation texts of each class; None: all.
+      test_per_class: test texts of each class; None: all.
+    """
+
+    tasks: tuple[str, ...] = ("topics", "reviews")
+    rotation_scales: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
+    trainable: tuple[str, ...] = ("blocks/*", "final_norm/*")
+    targets: tuple[str, ...] = tuple(SOURCES)
+    validation_per_class: int | None = 20
+    test_per_class: int | None = 60
+
+
+QUICK = Settings()
+FULL = dataclasses.replace(QUICK, tasks=tuple(TASKS), draws=3, validation_per_class=None, test_per_class=None)
+
+
+def run(settings: Settings, progress: Progress | None = None) -> Findings:
+    """Measures everything; nothing is written.
+
+    Args:
+      settings: what to measure.
+      progress: called with (steps done, steps in all, what was done).
+
+    Raises:
+      ValueError: for an unknown task or target, none of them, or no draw.
+    """
+    if not settings.tasks or not settings.targets or settings.draws < 1:
+        raise ValueError(
+            f"found {len(settings.tasks)} tasks, {len(settings.targets)} targets and {settings.draws} draws, expected "
+            "one of each at least"
+        )
+    benches = {}
+    for task in settings.tasks:
+        for target in settings.targets:
+            if target not in SOURCES:
+                raise ValueError(f"there is no embedded target {target!r}: choose one of {', '.join(SOURCES)}")
+            source, other = (load(name, task) for name in (SOURCES[target], target))
+            benches[target, task] = Bench(source, other, task, examples(target, task, settings), settings)
+    ordered = {(target, task): benches[target, task] for target in settings.targets for task in settings.tasks}
+    return measured(ordered, {name: TITLES[name] for name in settings.targets}, "texts", progress)
+
+
+def load(name: str, task: str) -> Embedded:
+    """An embedded language model in float32, asked for the words of a task's classes."""
+    pretrained = from_pretrained(model_folder(name))
+    model = label_task(task, load_processor(model_folder(name)).tokenizer).model(pretrained.model)
+    tau = float32(load_tree(task_vector_file(name, task))[0])
+    return Embedded(model.replace(params=float32(model.params)), {task: tau})
+
+
+def label_task(task: str, tokenizer: Any) -> Task:
+    """The words of a task's classes, by a tokenizer of the embedded models."""
+    asked = TASKS[task]
+    return label_words(Encoder(tokenizer, LENGTH), [f" {word}" for word in asked.words], asked.template)
+
+
+def examples(name: str, task: str, settings: Settings) -> Sets:
+    """The texts of a task, as an embedded model sees them."""
+    made = label_task(task, load_processor(model_folder(name)).tokenizer)
+    found: dict[str, Batch] = {}
+    for part, per_class in (
+        ("pool", None),
+        ("validation", settings.validation_per_class),
+        ("test", settings.test_per_class),
+    ):
+        texts = embedded_texts(task, part)
+        (batch,) = made.batches(texts, len(texts))
+        if per_class is not None:
+            chosen = few_shot(batch.labels, per_class, named_key(settings.seed, f"{part} {task}"))
+            batch = take(batch, chosen)
+        found[part] = batch
+    sets = (found["pool"], *(by_length(found[part]) for part in ("validation", "test")))
+    return Sets(*sets, TASKS[task].trained)
+
+
+def by_length(batch: Batch) -> Sequence[Batch]:
+    """The texts of at most `SHORT` tokens as one batch, cut to them, and the others as a second."""
+    short = batch.inputs["mask"].sum(1) <= SHORT
+    first, second = (take(batch, np.flatnonzero(chosen)) for chosen in (short, ~short))
+    tokens = {name: first.inputs[name][:, :SHORT] for name in ("tokens", "mask")}
+    first = first._replace(inputs={**first.inputs, **tokens})
+    return [part for part in (first, second) if len(part.labels)]
