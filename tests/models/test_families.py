@@ -15,6 +15,7 @@ from tvjax.checkpoints.safetensors import open_tensors
 from tvjax.models.clip import CLIP, CLIPConfig
 from tvjax.models.families import family_of_config
 from tvjax.models.llama import Llama, LlamaConfig
+from tvjax.models.t5 import T5, T5Config, UMT5Config
 from tvjax.models.transformer import parameter_shapes, parameters, set_parameters
 from tvjax.models.vit import ViT, ViTConfig
 from tvjax.stages import local_params, run_stage
@@ -32,9 +33,10 @@ def golden(request):
 
 
 one_of_each = pytest.mark.parametrize(
-    "golden", ["clip_quick_gelu", "vit_without_qkv_bias", "qwen2", "qwen3"], indirect=True
+    "golden", ["clip_quick_gelu", "vit_without_qkv_bias", "qwen2", "qwen3", "t5", "umt5"], indirect=True
 )
-MODULES = {CLIPConfig: CLIP, ViTConfig: ViT, LlamaConfig: Llama}
+MODULES = {CLIPConfig: CLIP, ViTConfig: ViT, LlamaConfig: Llama, T5Config: T5, UMT5Config: T5}
+CARRIED = {"encoder": "encoder_hidden", "decoder": "decoder_hidden"}  # by tower; "hidden" of all others
 
 
 def module_of(pretrained, dtype=jnp.float32):
@@ -44,7 +46,7 @@ def module_of(pretrained, dtype=jnp.float32):
 def tower_of(stage):
     """The name of a stage's hidden states in the goldens: a language model is a text tower."""
     tower = stage.name.split("/")[0]
-    return tower if tower in ("vision", "text") else "text"
+    return tower if tower in ("vision", "text", *CARRIED) else "text"
 
 
 def test_outputs_are_those_of_transformers(golden, assert_equal_at_tokens):
@@ -72,12 +74,14 @@ def test_hidden_states_are_those_of_transformers(golden, assert_equal_at_tokens)
     seen = dict.fromkeys(towers, 0)
     for stage in pretrained.model.stages:
         carry = run_stage(stage.function, local_params(stage, pretrained.params), carry)
-        tower = tower_of(stage)
-        if "hidden" in carry:
-            hidden = expected[f"{tower}_hidden"][str(seen[tower])]
-            assert_equal_at_tokens(carry["hidden"], hidden, inputs, stage.name, atol=2e-5)
-            assert stage.streams.tokens in (None, hidden.shape[1])
-            seen[tower] += 1
+        entered = [tower for tower in CARRIED if stage.name == "embeddings" and CARRIED[tower] in carry]
+        for tower in entered or [tower_of(stage)]:
+            name = CARRIED.get(tower, "hidden")
+            if name in carry and stage.name != "encoder/final_norm":
+                hidden = expected[f"{tower}_hidden"][str(seen[tower])]
+                assert_equal_at_tokens(carry[name], hidden, inputs, stage.name, atol=2e-5)
+                assert stage.stream(name).tokens in (None, hidden.shape[1])
+                seen[tower] += 1
     assert seen == {tower: len(expected[f"{tower}_hidden"]) for tower in towers}
 
 
@@ -125,15 +129,15 @@ def test_blocks_run_under_scan_and_vmap(golden, assert_equal_at_tokens):
     blocks = [stage for stage in pretrained.model.stages if stage.group == pretrained.model.stages[1].group]
     blocks = [stage for stage in blocks if stage.function is blocks[0].function]
     tower = tower_of(blocks[0])
-    hidden = jnp.asarray(expected[f"{tower}_hidden"]["0"])
-    carry = {"hidden": hidden} | ({"mask": jnp.asarray(inputs["mask"])} if tower == "text" else {})
+    hidden, name = jnp.asarray(expected[f"{tower}_hidden"]["0"]), CARRIED.get(tower, "hidden")
+    carry = {name: hidden} | ({"mask": jnp.asarray(inputs["mask"])} if tower != "vision" else {})
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *(local_params(stage, pretrained.params) for stage in blocks))
     function = blocks[0].function
     scanned, _ = jax.lax.scan(lambda carry, params: (function(params, carry), None), carry, stacked)
-    assert_equal_at_tokens(scanned["hidden"], expected[f"{tower}_hidden"][str(len(blocks))], inputs, tower, atol=2e-5)
+    assert_equal_at_tokens(scanned[name], expected[f"{tower}_hidden"][str(len(blocks))], inputs, tower, atol=2e-5)
     mapped = jax.vmap(function, in_axes=(0, None))(stacked, carry)
     first = function(local_params(blocks[0], pretrained.params), carry)
-    np.testing.assert_allclose(mapped["hidden"][0], first["hidden"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(mapped[name][0], first[name], rtol=1e-5, atol=1e-5)
 
 
 @one_of_each
@@ -201,7 +205,8 @@ def test_a_carry_passes_through_what_is_not_the_models(golden):
     pretrained, inputs, _ = golden
     outputs = pretrained.model(inputs | {"labels": np.arange(3)})
     np.testing.assert_array_equal(outputs["labels"], np.arange(3))
-    assert not {"pixels", "tokens", "mask", "hidden", "end"} & outputs.keys()
+    gone = {"pixels", "tokens", "mask", "hidden", "end", "decoder_tokens", "decoder_mask", *CARRIED.values()}
+    assert not gone & outputs.keys()
 
 
 def test_inputs_in_shapes_are_what_the_model_takes(golden):

@@ -1,6 +1,7 @@
 """Live parity with transformers in PyTorch, on random models and inputs of this run."""
 
 import importlib.util
+import json
 import logging
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import pytest
 from tvjax import tree
 from tvjax.checkpoints.adapters import load_adapter
 from tvjax.checkpoints.huggingface import from_pretrained, save_pretrained
+from tvjax.models.t5.modeling import position_buckets
 
 pytestmark = [
     pytest.mark.torch,
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT asks for it
 ]
+TARGETS = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 spec = importlib.util.spec_from_file_location("record_goldens", Path(__file__).with_name("record_goldens.py"))
@@ -81,7 +84,10 @@ def test_configs_are_written_as_transformers_reads_them(tmp_path):
         again = type(model.config).from_dict(config.to_dict())
         fresh = type(model)(again).state_dict()
         assert {k: v.shape for k, v in fresh.items()} == {k: v.shape for k, v in model.state_dict().items()}
-        assert type(config).from_dict(again.to_dict() | {"architectures": [type(model).__name__]}) == config
+        (tmp_path / case / "config.json").write_text(
+            json.dumps(again.to_dict() | {"architectures": [type(model).__name__]})
+        )
+        assert from_pretrained(tmp_path / case).config == config
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen3"])
@@ -98,12 +104,40 @@ def test_texts_padded_on_the_left_with_positions(case):
     np.testing.assert_allclose(np.asarray(found["logits"])[mask], expected[mask], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["llama", "qwen2"])
+@pytest.mark.parametrize("case", ["t5", "umt5"])
+def test_texts_and_answers_padded_on_the_left(case):
+    model = record_goldens.build(case)
+    pretrained = from_pretrained(Path(__file__).parent / "goldens" / case)
+    random = np.random.default_rng(0)
+    tokens, answers = (random.integers(0, 30, (3, length)) for length in (8, 20))  # further than the last bucket
+    mask, decoder_mask = np.arange(8) >= np.array([[0], [2], [5]]), np.arange(20) >= np.array([[4], [0], [1]])
+    with torch.no_grad():
+        given = [torch.from_numpy(each).long() for each in (tokens, mask, answers, decoder_mask)]
+        expected = model(*given).logits.numpy()
+    found = pretrained.model(
+        {
+            **{"tokens": tokens.astype(np.int32), "mask": mask},
+            **{"decoder_tokens": answers.astype(np.int32), "decoder_mask": decoder_mask},
+        }
+    )
+    np.testing.assert_allclose(np.asarray(found["logits"])[decoder_mask], expected[decoder_mask], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("both_sides", [True, False])
+@pytest.mark.parametrize(("buckets", "max_distance"), [(32, 128), (8, 12), (64, 256), (4, 5), (12, 200)])
+def test_position_buckets_are_those_of_transformers(buckets, max_distance, both_sides):
+    bucket_of = transformers.models.t5.modeling_t5.T5Attention._relative_position_bucket
+    distances = torch.arange(-max_distance, max_distance + 1)
+    expected = bucket_of(distances, both_sides, buckets, max_distance).numpy()
+    np.testing.assert_array_equal(position_buckets(buckets, max_distance, both_sides), expected)
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen2", "t5", "umt5"])
 def test_lora_adapters_of_a_decoder(case, tmp_path):
     peft = pytest.importorskip("peft")
     folder = Path(__file__).parent / "goldens" / case
     model = type(record_goldens.build(case)).from_pretrained(folder)
-    targets = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
+    targets = ["q", "v", "o", "wi", "wi_0", "wo"] if case.endswith("t5") else TARGETS
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=6, target_modules=targets))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -112,7 +146,7 @@ def test_lora_adapters_of_a_decoder(case, tmp_path):
     adapted.save_pretrained(tmp_path / "adapter")
     base = from_pretrained(folder)
     factors = load_adapter(tmp_path / "adapter", base, any_base=True)
-    assert len(factors) == 3 * len(targets)
+    assert len(factors) == {"t5": 3 * 5 + 2 * 8, "umt5": 2 * 5 + 3 * 8}.get(case, 3 * len(targets))
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
     merged = tree.flatten(from_pretrained(tmp_path / "merged").params)
     for path, leaf in tree.flatten(base.params).items():

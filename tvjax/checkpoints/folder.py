@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import os
 import shutil
@@ -25,7 +24,6 @@ from tvjax.checkpoints.memory import Scratch, contiguous, to_jax
 from tvjax.checkpoints.safetensors import Tensors, open_tensors, tensor_bytes
 from tvjax.models.differences import function_values, to_text
 from tvjax.models.families import GENERIC, Family, family_of_settings, shapes_of
-from tvjax.models.generic import shapes_of_tensors
 from tvjax.models.key_table import Source, check_copies, find_sources
 from tvjax.models.settings import NoCode, Settings, check_not_quantised
 from tvjax.stages import PyTree
@@ -98,9 +96,7 @@ class Checkpoint:
         family = self.family
         with self._naming_config():
             config = family.config.from_dict(self.settings)
-        if family is GENERIC:  # its config does not say the shapes
-            return dataclasses.replace(config, shapes=shapes_of_tensors(self.tensors.headers))
-        return config
+        return config if family.completed is None else family.completed(config, self.tensors.headers)
 
     @functools.cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:

@@ -139,9 +139,8 @@ def read_processor(folder: Path, text: Any = None) -> Processor:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if text is None:
         return Processor(image_processor, tokenizer)
-    return Processor(
-        image_processor, tokenizer, text.max_position_embeddings, text.vocab_size, getattr(text, "eos_token_id", None)
-    )
+    length = getattr(text, "max_position_embeddings", Processor.length)  # relative positions have no end
+    return Processor(image_processor, tokenizer, length, text.vocab_size, getattr(text, "eos_token_id", None))
 
 
 def _import_transformers() -> Any:

@@ -18,8 +18,8 @@ from tvjax.jobs.opened import Opened
 from tvjax.models.families import GENERIC
 from tvjax.models.generic import no_code
 from tvjax.stages import Batch, Model, PyTree, tower
-from tvjax.tasks import Task, label_words, next_token, own_head, zero_shot
-from tvjax.tasks.language import NEXT_TOKEN
+from tvjax.tasks import Task, label_words, next_token, own_head, sequence_to_sequence, zero_shot
+from tvjax.tasks.language import NEXT_TOKEN, SEQUENCE_TO_SEQUENCE
 from tvjax.tasks.losses import OWN_HEAD
 from tvjax.tasks.zero_shot import TEMPLATES, ZERO_SHOT
 
@@ -144,7 +144,10 @@ class ZeroShot(OwnHead):
 
 
 class Language(OwnHead):
-    """Texts, by a decoder: labelled ones by the words of their classes, others by the next token."""
+    """Texts, by a decoder: labelled ones by the words of their classes, others by the next token.
+
+    Where an encoder reads the texts (a ``decoder_start_token_id`` of the config), the decoder says the answer alone.
+    """
 
     kind = Texts
     needs_labels = False
@@ -153,16 +156,21 @@ class Language(OwnHead):
         """None: the words are those of the examples."""
 
     def length(self, opened: Opened, asked: int) -> int:
-        """At most what the model has positions for."""
-        return min(asked, opened.config.max_position_embeddings)
+        """At most what the model has positions for; relative ones have no end."""
+        return min(asked, getattr(opened.config, "max_position_embeddings", asked))
 
     def task(self, opened: Opened, found: Examples | None, prompts: Prompts) -> Task:
-        """The words of the classes where there are labels, else the next token.
+        """The words of the classes where there are labels, else the next token, or that of the answer.
 
-        A word, and the answer to a prompt of a template, are set off by a space.
+        A word, and the answer to a prompt of a template, are set off by a space where they follow the text.
         """
         assert isinstance(found, Texts)
         encoder, template = opened.encoder(prompts.length), _template(found, prompts.templates)
+        start = _start(opened)
+        if start is not None:
+            if found.labels is not None:
+                return label_words(encoder, found.class_names, template, start)
+            return sequence_to_sequence(encoder, start, template)
         space = "" if template[-1:].isspace() else " "
         if found.labels is not None:
             return label_words(encoder, [space + word for word in found.class_names], template)
@@ -171,7 +179,9 @@ class Language(OwnHead):
     def shapes(self, opened: Opened, found: Examples | None, prompts: Prompts) -> Model:
         """The model with the task of the examples."""
         model = _shapes(self, opened)
-        return model.with_loss(NEXT_TOKEN) if found is None else self.task(opened, found, prompts).model(model)
+        if found is None:
+            return model.with_loss(NEXT_TOKEN if _start(opened) is None else SEQUENCE_TO_SEQUENCE)
+        return self.task(opened, found, prompts).model(model)
 
     def batches(self, opened: Opened, found: Examples | None, prompts: Prompts, sizes: Sequence[int]) -> list[Batch]:
         """Those of the examples; without any, texts of the greatest length."""
@@ -180,13 +190,21 @@ class Language(OwnHead):
             return [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch) for batch in made]
         shapes = [(size, prompts.length) for size in sizes]
         sides = [(jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, bool)) for shape in shapes]
+        before = ("",) if _start(opened) is None else ("", "decoder_")
         return [
-            Batch({"tokens": ids, "mask": mask, "wanted": ids}, {"tokens": ids, "mask": mask}) for ids, mask in sides
+            Batch(
+                {f"{side}{name}": x for side in before for name, x in (("tokens", ids), ("mask", mask))}
+                | {"wanted": ids},
+                {"tokens": ids, "mask": mask},
+            )
+            for ids, mask in sides
         ]
 
     def check(self, opened: Opened, found: Examples, prompts: Prompts) -> None:
-        """A model without a tokenizer, and words that are not told apart, are refused."""
-        self.task(opened, found, prompts).model(Model({}, ()))
+        """A model without a tokenizer, words that are not told apart, and texts without answers, are refused."""
+        task = self.task(opened, found, prompts)
+        task.model(Model({}, ()))
+        task.batches(found, 1)
 
     def check_alike(self, models: Sequence[Opened], found: Examples, prompts: Prompts) -> None:
         """Texts have the same tokens in all models."""
@@ -194,7 +212,8 @@ class Language(OwnHead):
         for other in models[1:]:
             sides = [self.task(one, found, prompts).batches(found, size) for one in (models[0], other)]
             for one, two in zip(*sides, strict=True):
-                if any(not np.array_equal(one.inputs[name], two.inputs[name]) for name in ("tokens", "mask")):
+                names = [name for name in ("tokens", "mask", "wanted") if name in one.inputs]
+                if any(not np.array_equal(one.inputs[name], two.inputs[name]) for name in names):
                     raise ValueError(
                         f"the tokenizers of {models[0].name!r} and {other.name!r} give other tokens for the texts of "
                         f"{found.name!r}, and the tokens of different tokenizers are not aligned yet: both models must "
@@ -248,6 +267,11 @@ def _shapes(way: OwnHead, opened: Opened) -> Model:
     """What reads the examples, in shapes; parameters are computed with in float32."""
     model = way.tower(opened.checkpoint.family.build(opened.config, parameters(opened)))
     return model.replace(params=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), model.params))
+
+
+def _start(opened: Opened) -> int | None:
+    """The token that the decoder begins with; None for a model without an encoder."""
+    return getattr(opened.config, "decoder_start_token_id", None)
 
 
 def _template(found: Texts, templates: Sequence[str]) -> str:

@@ -7,7 +7,10 @@ from tvjax.jobs.asking import asking
 from tvjax.jobs.opened import Opened
 from tvjax.transport import Transport
 
-SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "patch_size", "projection_dim")
+SHAPE = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "patch_size", "projection_dim"),
+    *("d_model", "d_ff", "num_layers", "num_decoder_layers"),
+)
 
 
 def read_depth(text: str) -> str | list[int]:

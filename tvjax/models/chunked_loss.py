@@ -1,7 +1,8 @@
-"""The loss over a large vocabulary, a few tokens at a time."""
+"""What a language model says of tokens: their scores, or over a large vocabulary the loss, a few tokens at a time."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 
 import jax
@@ -47,3 +48,30 @@ def chunked(
     _, found = jax.lax.scan(lambda _, given: (None, one(*given, unembedding)), None, (rows, wanted))
     losses, greatest, finite = (part.reshape(-1)[:count].reshape(tokens.shape) for part in found)
     return losses, greatest, finite
+
+
+def token_scores(
+    carry: dict[str, Array],
+    hidden: Float[Array, "batch tokens width"],
+    kernel: Float[Array, "width vocabulary"],
+    replaced: Collection[str],
+) -> dict[str, Array]:
+    """What a head returns: the logits; where the carry names the tokens that are ``wanted``, how likely these are.
+
+    Args:
+      carry: what the head is given.
+      hidden: the last activations.
+      kernel: of the head.
+      replaced: what of the carry is not handed on, ``wanted`` apart.
+
+    Returns:
+      The rest of the carry, with float32 ``logits``, or ``losses``, ``predicted`` and ``finite``.
+
+    >>> sorted(token_scores({"wanted": jnp.zeros((1, 2), int)}, jnp.ones((1, 2, 3)), jnp.ones((3, 4)), ()))
+    ['finite', 'losses', 'predicted']
+    """
+    rest = {name: leaf for name, leaf in carry.items() if name not in (*replaced, "wanted")}
+    if "wanted" in carry:
+        losses, predicted, finite = chunked(hidden, kernel, carry["wanted"])
+        return {**rest, "losses": losses, "predicted": predicted, "finite": finite}
+    return {**rest, "logits": (hidden @ kernel.astype(hidden.dtype)).astype(jnp.float32)}

@@ -17,6 +17,7 @@ from tvjax.models.transformer import ACTIVATIONS
 _IN_THE_SHAPES = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "patch_size", "qkv_bias", "projection_dim"),
     *("vocab_size", "max_position_embeddings", "num_labels"),
+    *("d_model", "d_ff", "num_layers", "num_decoder_layers", "relative_attention_num_buckets"),
 )
 _OF_NO_EFFECT = ("logit_scale_init_value", "model_type")
 
@@ -91,7 +92,7 @@ def from_text(text: str, origin: str) -> dict[str, Any]:
 def _value(config: Any, name: str) -> Any:
     """A field's value, one spelling for each function."""
     value = getattr(config, name)
-    if name == "hidden_act":
+    if name in ("hidden_act", "dense_act_fn"):
         return next((known for known, call in ACTIVATIONS.items() if call is ACTIVATIONS.get(value)), value)
     if name == "eos_token_id" and value == 2:  # OpenAI's first configs: the text is read at the greatest token
         return config.vocab_size - 1

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from tvjax.models import generic
 from tvjax.models.clip import config as clip_config
 from tvjax.models.clip import modeling as clip_modeling
 from tvjax.models.clip import table as clip_table
+from tvjax.models.key_table import Tensor
 from tvjax.models.layer_table import LayerTable
 from tvjax.models.llama import config as llama_config
 from tvjax.models.llama import modeling as llama_modeling
 from tvjax.models.llama import table as llama_table
 from tvjax.models.settings import Settings
+from tvjax.models.t5 import config as t5_config
+from tvjax.models.t5 import modeling as t5_modeling
+from tvjax.models.t5 import table as t5_table
 from tvjax.models.transformer import parameter_shapes
 from tvjax.models.vit import config as vit_config
 from tvjax.models.vit import modeling as vit_modeling
@@ -33,6 +37,7 @@ class Family(NamedTuple):
       part: the part that a task vector covers where nobody says it, "" for all.
       asked: how jobs ask its models (`tvjax.jobs.asking`): by their ``own_head``, by a ``zero_shot`` head, or in
         ``language``; "" where there is no modelling code.
+      completed: ``(config, tensors) -> config``, with what only the tensors of a checkpoint tell; None: nothing.
     """
 
     config: type[Any]
@@ -42,6 +47,7 @@ class Family(NamedTuple):
     inputs: Callable[[Any, int], PyTree]
     part: str = ""
     asked: str = ""
+    completed: Callable[[Any, Mapping[str, Tensor]], Any] | None = None
 
 
 CLIP = Family(
@@ -70,11 +76,30 @@ LLAMA = Family(
     llama_modeling.inputs,
     asked="language",
 )
-GENERIC = Family(generic.GenericConfig, generic.init, generic.build, generic.TABLE, generic.inputs)
+T5 = Family(
+    t5_config.T5Config,
+    t5_modeling.init,
+    t5_modeling.t5,
+    t5_table.TABLE,
+    t5_modeling.inputs,
+    asked="language",
+    completed=t5_config.with_head,
+)
+UMT5 = T5._replace(config=t5_config.UMT5Config, table=t5_table.UMT5_TABLE)
+GENERIC = Family(
+    generic.GenericConfig,
+    generic.init,
+    generic.build,
+    generic.TABLE,
+    generic.inputs,
+    completed=generic.with_shapes,
+)
 FAMILIES = {
     **dict.fromkeys(("clip", "clip_vision_model", "clip_text_model"), CLIP),
     "vit": VIT,
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LLAMA),
+    **dict.fromkeys(("t5", "mt5"), T5),
+    "umt5": UMT5,
 }
 
 
@@ -104,7 +129,7 @@ def family_of_config(config: Any) -> Family:
     """
     known = (*FAMILIES.values(), GENERIC)
     for family in known:
-        if isinstance(config, family.config):
+        if type(config) is family.config:
             return family
     names = sorted({family.config.__name__ for family in known})
     raise ValueError(f"no family has configs of type {type(config).__name__}: expected one of {names}")

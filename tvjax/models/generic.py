@@ -81,6 +81,11 @@ def shapes_of_tensors(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...
     return shapes
 
 
+def with_shapes(config: GenericConfig, tensors: Mapping[str, Tensor]) -> GenericConfig:
+    """The config with the shapes, which a ``config.json`` does not say."""
+    return dataclasses.replace(config, shapes=shapes_of_tensors(tensors))
+
+
 def build(config: GenericConfig, params: PyTree, dtype: DTypeLike | None = None) -> Model:
     """The parameters as a model that cannot be run."""
     del dtype

@@ -75,7 +75,8 @@ class Heads(NamedTuple):
 
     Attributes:
       group: name of the heads; those of one name are exchanged together (``{tower}/blocks/{i}/heads``).
-      units: name of the units inside a head; in axes of one name they correspond (``query_key``).
+      units: name of the units inside a head; in axes of one name they correspond (``query_key``; ``{i}/query_key``
+        where the heads of all blocks are exchanged together).
       number: field of the config that says how many heads there are.
       rotary: positions rotate the units by pairs, each at a frequency of its own.
     """
@@ -184,7 +185,7 @@ def _space(space: str | Heads, config: Any, names: Mapping[str, str]) -> Space:
     if isinstance(space, str):
         return Space(space.format(**names))
     group = space.group.format(**names)
-    return Space(f"{group}:{space.units}", getattr(config_of(config, group), space.number), space.rotary)
+    return Space(f"{group}:{space.units.format(**names)}", getattr(config_of(config, group), space.number), space.rotary)
 
 
 def config_of(config: Any, path: str) -> Any:

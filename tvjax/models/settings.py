@@ -10,6 +10,8 @@ from typing import Any
 
 Settings = Mapping[str, Any]
 
+_MAY_BE_0 = ("eos_token_id", "decoder_start_token_id", "projection_dim", "max_window_layers")
+
 
 def architecture(settings: Settings, defaults: Mapping[str, str]) -> str:
     """The class of transformers that a folder was saved from.
@@ -84,8 +86,8 @@ def _kinds(config_class: type) -> dict[str, tuple[type, bool]]:
 
 def _check_range(name: str, value: int | float) -> None:
     """Numbers that no model has are refused here: sizes would be multiplied, and blocks counted, before any weight."""
-    greatest = 10_000 if name == "num_hidden_layers" else 2**24
-    least = 0 if isinstance(value, float) or name in ("eos_token_id", "projection_dim", "max_window_layers") else 1
+    greatest = 10_000 if name in ("num_hidden_layers", "num_layers", "num_decoder_layers") else 2**24
+    least = 0 if isinstance(value, float) or name in _MAY_BE_0 else 1
     if not name.endswith("init_value") and not least <= value <= greatest:
         raise ValueError(f"{name} is {value!r}, expected a number from {least} to {greatest}")
 

@@ -1,4 +1,4 @@
-"""The pieces that both families are made of, and how a Flax NNX module becomes the function of a stage."""
+"""The pieces that families are made of, and how a Flax NNX module becomes the function of a stage."""
 
 from __future__ import annotations
 
@@ -96,6 +96,20 @@ class LayerNorm(nnx.LayerNorm):
     ) -> Float[Array, "*batch width"]:
         """Normalises each token by itself; `mask` is True at the features that the statistics are of."""
         return super().__call__(x.astype(jnp.float32), mask=mask).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """``x / sqrt(mean(x^2) + epsilon) * scale``, in float32 whatever the dtype of what it normalises."""
+
+    def __init__(self, width: int, epsilon: float, *, rngs: nnx.Rngs):
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        """Normalises each token by itself."""
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        return (wide * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
 def linear(

@@ -11,14 +11,15 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from tvjax.models.chunked_loss import chunked
+from tvjax.models.chunked_loss import token_scores
 from tvjax.models.layer_table import fix_outputs
 from tvjax.models.llama.config import LlamaConfig, Rope
 from tvjax.models.llama.table import TABLE
-from tvjax.models.transformer import ACTIVATIONS, causal_mask, linear, parameters, stage_function
+from tvjax.models.transformer import ACTIVATIONS, RMSNorm, causal_mask, linear, parameters, stage_function
 from tvjax.stages import Model, PyTree, Stage, Stream
 
 _STD = 0.02  # of every initial kernel
+_REPLACED = ("hidden", "mask", "positions")  # by the head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,20 +45,6 @@ def block_config(config: LlamaConfig, block: int) -> BlockConfig:
     """The shape of a block of a model."""
     shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(BlockConfig)[:-1]}
     return BlockConfig(**shared, window=config.window(block))
-
-
-class RMSNorm(nnx.Module):
-    """``x / sqrt(mean(x^2) + epsilon) * scale``, in float32 whatever the dtype of what it normalises."""
-
-    def __init__(self, width: int, epsilon: float, *, rngs: nnx.Rngs):
-        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
-        self.epsilon = epsilon
-
-    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-        """Normalises each token by itself."""
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        return (wide * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -147,7 +134,7 @@ class Embeddings(nnx.Module):
 
 
 class Head(nnx.Module):
-    """Last stage: ``hidden`` to what `_scores` makes of it, by a kernel of its own or by the token embeddings."""
+    """Last stage: ``hidden`` to what `token_scores` makes of it, by a kernel of its own or by the token embeddings."""
 
     def __init__(self, config: LlamaConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
@@ -159,7 +146,7 @@ class Head(nnx.Module):
     def __call__(self, carry: dict[str, Array]) -> dict[str, Array]:
         """Replaces ``hidden``, ``mask``, ``positions`` and ``wanted``."""
         kernel = self.tokens[...].T if hasattr(self, "tokens") else self.head.kernel[...]
-        return _scores(carry, self.final_norm(carry["hidden"]), kernel)
+        return token_scores(carry, self.final_norm(carry["hidden"]), kernel, _REPLACED)
 
 
 class Llama(nnx.Module):
@@ -184,7 +171,7 @@ class Llama(nnx.Module):
         for block in self.blocks:
             carry = block(carry)
         kernel = self.head.kernel[...] if hasattr(self, "head") else self.embeddings.tokens[...].T
-        return _scores(carry, self.final_norm(carry["hidden"]), kernel)
+        return token_scores(carry, self.final_norm(carry["hidden"]), kernel, _REPLACED)
 
 
 def init(config: LlamaConfig, key: Array) -> PyTree:
@@ -276,17 +263,6 @@ def rotate(
     cosine, sine = (f(angles)[:, :, None].astype(x.dtype) for f in (jnp.cos, jnp.sin))
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
-
-
-def _scores(
-    carry: dict[str, Array], hidden: Float[Array, "batch tokens width"], kernel: Float[Array, "width vocabulary"]
-) -> dict[str, Array]:
-    """The logits of the tokens that follow; where the carry names those that are wanted, only how likely these are."""
-    rest = {name: leaf for name, leaf in carry.items() if name not in ("hidden", "mask", "positions", "wanted")}
-    if "wanted" in carry:
-        losses, predicted, finite = chunked(hidden, kernel, carry["wanted"])
-        return {**rest, "losses": losses, "predicted": predicted, "finite": finite}
-    return {**rest, "logits": (hidden @ kernel.astype(hidden.dtype)).astype(jnp.float32)}
 
 
 def _head(config: LlamaConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
