@@ -14,6 +14,7 @@ import hashlib
 import json
 import shutil
 import time
+from fnmatch import fnmatchcase as fnmatch
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -29,34 +30,39 @@ from build_language_texts import (
     Extract,
     documents,
     extract,
+    joined,
     train_tokenizer,
     write,
     write_tokenizer,
 )
 from tokenizers import Tokenizer
 
+from tvjax import tree
 from tvjax.arithmetic import task_vector
-from tvjax.checkpoints import Pretrained, fingerprint, from_pretrained, load_processor, save_pretrained, save_tree
+from tvjax.checkpoints import Pretrained, fingerprint, from_pretrained, save_pretrained, save_tree
 from tvjax.data.embedded import LANGUAGE_FOLDER, LANGUAGE_MODELS, model_folder
 from tvjax.data.embedded_texts import FOLDER as TEXTS
 from tvjax.data.embedded_texts import LENGTH, TASKS
 from tvjax.data.texts import Texts
-from tvjax.demo.language import by_length, label_task
+from tvjax.demo.language import QUICK, ask, by_length
 from tvjax.evaluate.accuracy import accuracy
 from tvjax.evaluate.fine_tune import fine_tune
-from tvjax.models.llama import LlamaConfig, init, llama
+from tvjax.models.families import family_of_config
+from tvjax.models.llama import LlamaConfig
+from tvjax.models.t5 import T5Config
 from tvjax.stages import Batch, Model, PyTree
 from tvjax.tasks.base import Task
-from tvjax.tasks.language import NEXT_TOKEN
+from tvjax.tasks.language import NEXT_TOKEN, SEQUENCE_TO_SEQUENCE
 
-TRAINED = ("blocks/*", "final_norm/*")  # what transport reaches: no token embeddings, which are the head too
+PAD, END, START, GAP = range(4)  # the special tokens; further gaps follow the first
+CUT, ANSWER = 48, 16  # tokens of a text, and of what is cut out of it
 
 
 class Recipe(NamedTuple):
     """How a model is made.
 
     Attributes:
-      config: its shape.
+      config: its shape, which says the family.
       half: the half of the texts that it is trained on.
       steps: of pre-training.
       batch_size: rows of `LENGTH` tokens in a step of pre-training.
@@ -64,7 +70,7 @@ class Recipe(NamedTuple):
       start: the model that it is trained further from; "" for a random start.
     """
 
-    config: LlamaConfig
+    config: LlamaConfig | T5Config
     half: str
     steps: int
     batch_size: int
@@ -78,11 +84,17 @@ def shape(width: int, depth: int, heads: int, shared: int, hidden: int) -> Llama
     )
 
 
+def t5_shape(width: int, heads: int, encoder: int, decoder: int) -> T5Config:
+    return T5Config(VOCABULARY, width, 16, 2 * width, encoder, decoder, heads)
+
+
 SMALL, LARGE = shape(64, 4, 4, 2, 128), shape(80, 6, 6, 3, 160)
 RECIPES = {
     "llama-A": Recipe(SMALL, "source", 1500, 64, 3e-3),
     "llama-B": Recipe(LARGE, "target", 1500, 32, 2e-3),
     "llama-C": Recipe(SMALL, "target", 400, 32, 1e-3, start="llama-A"),
+    "t5-A": Recipe(t5_shape(48, 3, 2, 1), "source", 1500, 64, 3e-3),
+    "t5-B": Recipe(t5_shape(64, 4, 2, 2), "target", 1500, 64, 3e-3),
 }
 SEEDS = {name: number for number, name in enumerate(RECIPES, start=1)}
 
@@ -90,12 +102,49 @@ SEEDS = {name: number for number, name in enumerate(RECIPES, start=1)}
 # --- Pre-training ---
 
 
-def windows(tokenizer: Tokenizer, texts: list[str]) -> Batch:
+def windows(tokenizer: Tokenizer, texts: list[tuple[str, str]]) -> Batch:
     """Texts one after the other, cut into rows of equal length, each token with the one that follows."""
-    tokens = np.concatenate([text.ids for text in tokenizer.encode_batch(texts)]).astype(np.int32)
+    tokens = np.concatenate([text.ids for text in tokenizer.encode_batch(joined(texts))]).astype(np.int32)
     rows = tokens[: len(tokens) // LENGTH * LENGTH].reshape(-1, LENGTH)
     known = np.broadcast_to(np.arange(LENGTH) < LENGTH - 1, rows.shape)
     return Batch({"tokens": rows}, {"tokens": np.roll(rows, -1, 1), "mask": known})
+
+
+def pretraining_rows(name: str, tokenizer: Tokenizer, texts: list[tuple[str, str]]) -> Batch:
+    """What a model is pre-trained on."""
+    if isinstance(RECIPES[name].config, LlamaConfig):
+        return windows(tokenizer, texts)
+    return corrupted(tokenizer, texts, SEEDS[name])
+
+
+def corrupted(tokenizer: Tokenizer, texts: list[tuple[str, str]], seed: int) -> Batch:
+    """Texts with a seventh of their tokens cut out, which the decoder is to say (Raffel et al. 2020), or the answer."""
+    numbers = np.random.default_rng(seed)
+    rows = np.zeros((len(texts), CUT), np.int32)
+    wanted = np.zeros((len(texts), ANSWER), np.int32)
+    asked = tokenizer.encode_batch([text for text, _ in texts])
+    answers = tokenizer.encode_batch([answer for _, answer in texts])
+    for number, (text, answer) in enumerate(zip(asked, answers, strict=True)):
+        ids, said = text.ids[:CUT], answer.ids[1:]
+        if not said:
+            ids, said = with_gaps(ids, numbers)
+        rows[number, : len(ids)] = ids
+        wanted[number, : len(said) + 1] = [*said, END]
+    mask = wanted != PAD
+    inputs = {"tokens": rows, "mask": rows != PAD, "decoder_mask": mask}
+    inputs["decoder_tokens"] = np.concatenate([np.full_like(wanted[:, :1], PAD), wanted[:, :-1]], 1)
+    return Batch(inputs, {"tokens": wanted, "mask": mask})
+
+
+def with_gaps(ids: list[int], numbers: np.random.Generator) -> tuple[list[int], list[int]]:
+    """Tokens with gaps of up to three in each twenty, and what was there, each after the mark of its gap."""
+    left, said = [], []
+    for gap, start in enumerate(range(0, len(ids), 20)):
+        part = ids[start : start + 20]
+        cut = int(numbers.integers(0, max(1, len(part) - 3)))
+        left += [*part[:cut], GAP + gap, *part[cut + 3 :]]
+        said += [GAP + gap, *part[cut : cut + 3]]
+    return left, said
 
 
 def warm_adamw(steps: int, learning_rate: jax.Array) -> optax.GradientTransformation:
@@ -108,11 +157,13 @@ def warm_adamw(steps: int, learning_rate: jax.Array) -> optax.GradientTransforma
 def build(name: str, tokenizer: Tokenizer, rows: Batch, folder: Path, steps: float) -> float:
     """Pre-trains a model and saves it as a Hugging Face folder, in place of what is there; returns its last loss."""
     recipe, seed = RECIPES[name], SEEDS[name]
-    params = init(recipe.config, jax.random.key(seed))
+    family = family_of_config(recipe.config)
+    params = family.init(recipe.config, jax.random.key(seed))
     if recipe.start:
         params = float32(from_pretrained(folder.with_name(recipe.start)).params)
     count = max(15, int(recipe.steps * steps))
-    model = llama(recipe.config, params).with_loss(NEXT_TOKEN)
+    loss = NEXT_TOKEN if isinstance(recipe.config, LlamaConfig) else SEQUENCE_TO_SEQUENCE
+    model = family.build(recipe.config, params).with_loss(loss)
     trained = fine_tune(
         model, rows, steps=count, batch_size=recipe.batch_size, learning_rates=(recipe.learning_rate,),
         optimiser=partial(warm_adamw, count), key=jax.random.key(10 + seed),
@@ -121,8 +172,8 @@ def build(name: str, tokenizer: Tokenizer, rows: Batch, folder: Path, steps: flo
     folder.mkdir(parents=True)
     write_tokenizer(tokenizer, folder, LENGTH)
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), trained.params)
-    settings = recipe.config.to_dict() | {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
-    save_pretrained(Pretrained(llama(recipe.config, half), recipe.config, name, settings=settings), folder)
+    settings = recipe.config.to_dict() | {"pad_token_id": PAD, "eos_token_id": END, "bos_token_id": START}
+    save_pretrained(Pretrained(family.build(recipe.config, half), recipe.config, name, settings=settings), folder)
     return float(trained.losses[-50:].mean())
 
 
@@ -152,31 +203,32 @@ def percent(model: Model, batch: Batch) -> float:
 def tune(name: str, folder: Path, found: Extract, steps: int) -> dict[str, dict[str, float]]:
     """Fine-tunes a model on every task and saves the task vectors; returns accuracies."""
     saved = from_pretrained(folder)
-    base = saved.model.replace(params=float32(saved.params))
     shutil.rmtree(folder / "task_vectors", ignore_errors=True)
     (folder / "task_vectors").mkdir()
     table = {}
     for task in TASKS:
-        asked = label_task(task, load_processor(folder).tokenizer)
-        model, test = asked.model(base), batch_of(asked, task, found.parts[task]["test"])
+        model, asked = ask(name, task)
+        test = batch_of(asked, task, found.parts[task]["test"])
         short, *_ = by_length(batch_of(asked, task, found.parts[task][RECIPES[name].half]))  # to save time
         tuned = fine_tune(
             model, short, steps=steps, batch_size=32,
-            learning_rates=(1e-3,), optimiser=partial(decaying_adam, steps), trainable=TRAINED,
+            learning_rates=(1e-3,), optimiser=partial(decaying_adam, steps), trainable=QUICK.trainable,
             key=jax.random.key(200 + SEEDS[name]),
         )  # fmt: skip
         tau = task_vector(model.params, tuned.params)
         metadata = {**saved.identity(), "base_model": f"tvjax/demo_language/{name}", "task": task}
-        save_tree(folder / "task_vectors" / f"{task}.safetensors", changed(tau), metadata, jnp.float16)
+        save_tree(folder / "task_vectors" / f"{task}.safetensors", trained_leaves(tau), metadata, jnp.float16)
         after = percent(model.replace(params=tuned.params), test)
         table[task] = {"zero_shot": percent(model, test), "fine_tuned": after}
         print(f"  {task}: {table[task]}", flush=True)
     return table
 
 
-def changed(tau: PyTree) -> PyTree:
-    """A task vector without the token embeddings, which are not trained."""
-    return {part: leaves for part, leaves in tau.items() if part != "embeddings"}
+def trained_leaves(tau: PyTree) -> PyTree:
+    """A task vector without what is not trained: token embeddings, which are the head too, and position biases."""
+    leaves = tree.flatten(tau)
+    patterns = QUICK.trainable
+    return tree.nest({path: x for path, x in leaves.items() if any(fnmatch(path, pattern) for pattern in patterns)})
 
 
 def main() -> None:
@@ -193,14 +245,14 @@ def main() -> None:
     found = extract(options.cache)
     write(found, options.cache, TEXTS)
     texts = {half: documents(found, half) for half in HALVES}
-    tokenizer = train_tokenizer([text for half in HALVES for text in texts[half]])
-    rows = {half: windows(tokenizer, texts[half]) for half in HALVES}
+    tokenizer = train_tokenizer([text for half in HALVES for text in joined(texts[half])])
     record = json.loads(options.results.read_text()) if options.results.is_file() else {"models": {}}
     for name in options.models:
         folder, half = model_folder(name), RECIPES[name].half
         made: dict[str, object] = record["models"].get(name, {})
         if not options.fine_tune_only:
-            made["loss"] = round(build(name, tokenizer, rows[half], folder, options.share), 4)
+            rows = pretraining_rows(name, tokenizer, texts[half])
+            made["loss"] = round(build(name, tokenizer, rows, folder, options.share), 4)
             print(f"{name}: loss {made['loss']} ({time.time() - began:.0f} s)", flush=True)
         made["accuracy"] = tune(name, folder, found, options.fine_tuning_steps)
         made["fingerprint"] = fingerprint(from_pretrained(folder).params)
@@ -217,7 +269,7 @@ def main() -> None:
         "texts": {task: {part: len(texts) for part, texts in parts.items()} for task, parts in found.parts.items()},
         "files": digests,
         "told": {half: {task: len(texts) for task, texts in found.told[half].items()} for half in HALVES},
-        "tokens": {half: int(rows[half].inputs["tokens"].size) for half in HALVES},
+        "documents": {half: len(texts[half]) for half in HALVES},
         "packages": {name: {"file": file, "sha256": digest} for name, (_, file, digest) in PACKAGES.items()},
         "megabytes": round(sum(file.stat().st_size for file in files) / 1e6, 2),
         "seconds": round(time.time() - began),

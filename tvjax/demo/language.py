@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from tvjax.demo import base
 from tvjax.demo.base import Embedded, Sets, float32, named_key
 from tvjax.demo.experiment import Findings, Progress, measured
 from tvjax.demo.transports import Bench
-from tvjax.stages import Batch
+from tvjax.stages import Batch, Model
 from tvjax.tasks import Task, label_words
 
 SOURCES = {"llama-C": "llama-A", "llama-B": "llama-A"}  # of the targets
@@ -25,7 +24,7 @@ TITLES = {
     "llama-C": "llama A to C: A trained further on other texts",
     "llama-B": "llama A to B: wider, deeper, more heads, other texts",
 }
-SHORT = 32  # tokens of the shorter half of the texts, which go in a batch of their own
+SHORT = 32  # tokens of a short text; most are, and they go in a batch of their own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Settings(base.Settings):
 
     tasks: tuple[str, ...] = ("topics", "reviews")
     rotation_scales: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
-    trainable: tuple[str, ...] = ("blocks/*", "final_norm/*")
+    trainable: tuple[str, ...] = ("*blocks/*", "*final_norm/*")
     targets: tuple[str, ...] = tuple(SOURCES)
     validation_per_class: int | None = 20
     test_per_class: int | None = 60
@@ -77,36 +76,33 @@ def run(settings: Settings, progress: Progress | None = None) -> Findings:
 
 
 def load(name: str, task: str) -> Embedded:
-    """An embedded language model in float32, asked for the words of a task's classes."""
+    """An embedded language model in float32, asked for the words of a task's classes, and its task vector."""
+    model, _ = ask(name, task)
+    return Embedded(model, {task: float32(load_tree(task_vector_file(name, task))[0])})
+
+
+def ask(name: str, task: str) -> tuple[Model, Task]:
+    """An embedded language model in float32, asked for the words of a task's classes, and the task."""
     pretrained = from_pretrained(model_folder(name))
-    model = label_task(task, load_processor(model_folder(name)).tokenizer).model(pretrained.model)
-    tau = float32(load_tree(task_vector_file(name, task))[0])
-    return Embedded(model.replace(params=float32(model.params)), {task: tau})
-
-
-def label_task(task: str, tokenizer: Any) -> Task:
-    """The words of a task's classes, by a tokenizer of the embedded models."""
-    asked = TASKS[task]
-    return label_words(Encoder(tokenizer, LENGTH), [f" {word}" for word in asked.words], asked.template)
+    encoder = Encoder(load_processor(model_folder(name)).tokenizer, LENGTH)
+    start = getattr(pretrained.config, "decoder_start_token_id", None)  # of a T5
+    words = [word if start is not None else f" {word}" for word in TASKS[task].words]
+    asked = label_words(encoder, words, TASKS[task].template, start)
+    return asked.model(pretrained.model.replace(params=float32(pretrained.params))), asked
 
 
 def examples(name: str, task: str, settings: Settings) -> Sets:
-    """The texts of a task, as an embedded model sees them."""
-    made = label_task(task, load_processor(model_folder(name)).tokenizer)
-    found: dict[str, Batch] = {}
-    for part, per_class in (
-        ("pool", None),
-        ("validation", settings.validation_per_class),
-        ("test", settings.test_per_class),
-    ):
+    """The texts of a task, as an embedded model sees them; the pool has the short ones only."""
+    _, asked = ask(name, task)
+    wanted = {"pool": None, "validation": settings.validation_per_class, "test": settings.test_per_class}
+    found = {}
+    for part, per_class in wanted.items():
         texts = embedded_texts(task, part)
-        (batch,) = made.batches(texts, len(texts))
+        (batch,) = asked.batches(texts, len(texts))
         if per_class is not None:
-            chosen = few_shot(batch.labels, per_class, named_key(settings.seed, f"{part} {task}"))
-            batch = take(batch, chosen)
-        found[part] = batch
-    sets = (found["pool"], *(by_length(found[part]) for part in ("validation", "test")))
-    return Sets(*sets, TASKS[task].trained)
+            batch = take(batch, few_shot(batch.labels, per_class, named_key(settings.seed, f"{part} {task}")))
+        found[part] = by_length(batch)
+    return Sets(found["pool"][0], found["validation"], found["test"], TASKS[task].trained)
 
 
 def by_length(batch: Batch) -> Sequence[Batch]:
