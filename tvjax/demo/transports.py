@@ -138,7 +138,7 @@ class Bench(NamedTuple):
         fitted = {}
         for name, options in self.settings.variants:
             for kind, transport in (("theseus", theseus(**options)), ("bico", bico(**options))):
-                task = self.task if transport.needs_gradients else None
+                task = self.task if transport.needs_gradients else ""
                 fitted[f"{kind}_{name}"] = transport, fit(transport, *models, [examples], task=task)
         return fitted
 
