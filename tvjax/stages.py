@@ -38,6 +38,33 @@ class Stream(NamedTuple):
         return None if self.grid is None else self.special + self.grid[0] * self.grid[1]
 
 
+class HeadAxis(NamedTuple):
+    """The heads that the inputs or the outputs of a layer are split into: one head's units, then the next one's.
+
+    Attributes:
+      units: ``<attention>:<units>``: the layers of one attention begin alike, and layers whose units inside a head
+        correspond have one name (``heads:query_key``, ``heads:value_out``).
+      number: how many heads; the layers of one attention with the fewest have one for each group of the others'.
+      frequencies: by how much a token's position turns the pairs of units (j, j + size / 2) of a head, in radians; ()
+        where positions turn none.
+      shared: the layer acts on every head alike (a norm inside the heads): its rows are tokens times heads.
+    """
+
+    units: str
+    number: int
+    frequencies: tuple[float, ...] = ()
+    shared: bool = False
+
+    @property
+    def attention(self) -> str:
+        """Name of the attention."""
+        return self.units.partition(":")[0]
+
+
+LayerHeads = tuple[HeadAxis | None, HeadAxis | None]
+"""The heads of the inputs and of the outputs of a layer."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """One step of a model: ``carry = function(params, carry)``.
@@ -52,6 +79,9 @@ class Stage:
         from the carry's leaf (``"hidden"``) to the layout of its tokens.
       fixed: local paths of kernels (or biases) whose outputs have a meaning of their own, such as classes or a shared
         embedding: their output is never rotated.
+      heads: the heads of the inputs and outputs of layers, by the local paths of their leaves.
+      tied: ``(path, local path)``: the path of a leaf that other models of this kind have for themselves (the head's
+        kernel), and the leaf that this stage uses in its place (the token table).
     """
 
     name: str
@@ -60,10 +90,14 @@ class Stage:
     group: str = ""
     streams: Stream | Mapping[str, Stream] | tuple[tuple[str, Stream], ...] = Stream()
     fixed: tuple[str, ...] = ()
+    heads: Mapping[str, LayerHeads] | tuple[tuple[str, LayerHeads], ...] = ()
+    tied: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.streams, Mapping):  # hashable, as all that is static
-            object.__setattr__(self, "streams", tuple(self.streams.items()))
+        for name in ("streams", "heads"):
+            value = getattr(self, name)
+            if isinstance(value, Mapping):  # hashable, as all that is static
+                object.__setattr__(self, name, tuple(value.items()))
 
     def stream(self, carried: str) -> Stream:
         """The layout of the tokens of a leaf of the carry.
@@ -169,6 +203,7 @@ def single_stage(
     loss_params: PyTree = None,
     streams: Stream | Mapping[str, Stream] | None = None,
     fixed: tuple[str, ...] = (),
+    heads: Mapping[str, LayerHeads] | None = None,
 ) -> Model:
     """A plain function ``function(params, inputs) -> outputs`` as a model of one stage.
 
@@ -179,6 +214,7 @@ def single_stage(
       loss_params: arrays of the loss.
       streams: layout of the token axis of its activations, or of several, by the input that they belong to.
       fixed: paths of kernels whose outputs have a meaning of their own.
+      heads: the heads of the inputs and outputs of layers, by the paths of their leaves.
 
     The memory of a fit grows with what one stage computes, so with the depth of a scanned stack; a stack that is taken
     apart into stages (`tvjax.unstack`) needs that of one layer.
@@ -188,7 +224,8 @@ def single_stage(
     >>> model(jnp.ones((5, 3))).shape
     (5, 2)
     """
-    return Model(params, (Stage("model", function, streams=streams or Stream(), fixed=fixed),), loss, loss_params)
+    stage = Stage("model", function, streams=streams or Stream(), fixed=fixed, heads=heads or ())
+    return Model(params, (stage,), loss, loss_params)
 
 
 def tower(model: Model, name: str) -> Model:

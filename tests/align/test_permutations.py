@@ -353,3 +353,36 @@ def test_bad_models_are_refused():
             match_weights(TABLE, params, other, key=jax.random.key(0))
     with pytest.raises(ValueError, match="it has no row for\n  more"):
         match_weights(TABLE, {**params, "more": jnp.ones(3)}, params, key=jax.random.key(0))
+
+
+SIGNED = Symmetry(
+    (Row("up", (None, "units")), Row("down", ("units", None)), Row("scale", ("units",), even=True)), signed=("units",)
+)
+
+
+def test_a_signed_group_is_solved_to_its_optimum():
+    random = np.random.default_rng(2)
+    shapes = {"up": (2, 4), "down": (4, 3), "scale": (4,)}
+    a, b = ({name: jnp.asarray(random.normal(size=n), jnp.float32) for name, n in shapes.items()} for _ in "ab")
+    found = match_weights(SIGNED, a, b, key=jax.random.key(0))
+
+    def value(order, signs):
+        moved = permute(SIGNED, {"units": jnp.array(order), "sign of units": jnp.array(signs)}, a)
+        return sum(float(jnp.vdot(moved[name], b[name])) for name in shapes)
+
+    best = max(
+        value(order, signs)
+        for order in itertools.permutations(range(4))
+        for signs in itertools.product((1, -1), repeat=4)
+    )
+    assert abs(found.after - best) < 1e-4
+    assert abs(value(*(np.asarray(found.permutations[name]) for name in ("units", "sign of units"))) - best) < 1e-4
+
+
+def test_signs_are_undone_by_the_inverse_and_leave_even_leaves_alone():
+    params = {"up": jnp.arange(8.0).reshape(2, 4), "down": jnp.ones((4, 3)), "scale": jnp.arange(4.0)}
+    order = random_permutations(SIGNED, params, jax.random.key(0))
+    assert -1 in order["sign of units"]
+    moved = permute(SIGNED, order, params)
+    assert (moved["scale"] >= 0).all() and (moved["up"] < 0).any()
+    jax.tree.map(np.testing.assert_array_equal, permute(SIGNED, invert(order), moved), params)

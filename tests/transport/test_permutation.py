@@ -10,7 +10,7 @@ import pytest
 from tvjax import apply, chain, fit, gradfix, leaf_report, scale_by, theseus, transfusion, transport_stages, tree
 from tvjax.align.permutations import match_weights, permute, random_permutations
 from tvjax.checkpoints import load_state, save_state
-from tvjax.models import clip
+from tvjax.models import clip, llama
 from tvjax.models.symmetry import symmetry_of_config
 from tvjax.transport import summary
 
@@ -161,3 +161,25 @@ def test_progress_is_told_once_for_all_stages(tiny, copied):
     seen = []
     fit(transfusion(copied.symmetry, key=jax.random.key(0), progress=lambda *x: seen.append(x[2])), tiny.a, tiny.b)
     assert [name for name in seen if name.startswith("start")].count("start: vision/residual") == 1
+
+
+LLAMA = llama.LlamaConfig(20, 12, 16, 1, 4, 2, head_dim=4, qk_norm=True)
+
+
+def test_a_task_vector_follows_a_copy_with_other_signs_to_the_bit():
+    random = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: llama.init(LLAMA, jax.random.key(0)))
+    params, tau = (jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), jnp.float32), shapes) for _ in "ab")
+    symmetry = symmetry_of_config(LLAMA)
+    order = random_permutations(symmetry, params, jax.random.key(1))
+    signs = order["sign of residual"]
+    assert set(signs.tolist()) == {1, -1}
+    a, b = (llama.llama(LLAMA, each) for each in (params, permute(symmetry, order, params)))
+    tokens = {"tokens": jnp.asarray(random.integers(0, 20, (3, 5)), jnp.int32)}
+    np.testing.assert_allclose(a(tokens)["logits"], b(tokens)["logits"], rtol=1e-4, atol=1e-4)
+    transport = transfusion(symmetry, key=jax.random.key(0))
+    state = fit(transport, a, b)
+    expected = permute(symmetry, order, tau)
+    assert_same_bits(transport.apply(state, tau), expected)
+    np.testing.assert_array_equal(expected["final_norm"]["scale"], tau["final_norm"]["scale"][order["residual"]])
+    assert all(leaf.measures["cosine"] > 0.9999 for leaf in leaf_report(state))

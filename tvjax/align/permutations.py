@@ -8,6 +8,10 @@ share, and those that values and the output projection share, may be permuted by
 
 A permutation stands in gather order, ``permuted[j] = leaf[permutation[j]]``: unit j of the target is unit
 ``permutation[j]`` of the source.
+
+The units of a *signed* group may change their signs as well: those of a residual stream that only RMS norms read, which
+keep the sign of what they normalise. Its signs stand beside the order, under `sign_name`: ``permuted[j] = sign[j] *
+leaf[permutation[j]]``, in every leaf but the even ones, the scales of the norms (arXiv 2606.31963).
 """
 
 from __future__ import annotations
@@ -41,10 +45,12 @@ class Row(NamedTuple):
       axes: for each axis the group of its units, in which the same ``{name}`` may stand; None where the units have a
         meaning of their own. An axis of a heads group is named ``<group>:<units>``: all axes of one name share the
         permutations inside the heads.
+      even: signs of its units do not reach it: it is multiplied with them (the scale of a norm).
     """
 
     path: str
     axes: tuple[str | None, ...]
+    even: bool = False
 
 
 class Symmetry(NamedTuple):
@@ -55,6 +61,7 @@ class Symmetry(NamedTuple):
       heads: the number of heads of each heads group, by its name (with ``{name}``); every other group is plain.
       fixed: names of groups (with ``{name}``) that stay as they are in this model.
       rigid: names of axes (with ``{name}``) whose units stay in their order while their heads are exchanged.
+      signed: names of plain groups (with ``{name}``) whose units may change their signs.
 
     >>> mlp = Symmetry((Row("{i}/up", (None, "{i}/hidden")), Row("{i}/down", ("{i}/hidden", None))))
     >>> axes(mlp, "3/up", 2)
@@ -65,6 +72,7 @@ class Symmetry(NamedTuple):
     heads: Mapping[str, int] = {}
     fixed: tuple[str, ...] = ()
     rigid: tuple[str, ...] = ()
+    signed: tuple[str, ...] = ()
 
 
 class Use(NamedTuple):
@@ -83,12 +91,14 @@ class Group(NamedTuple):
       sizes: the length of these axes, by their units.
       heads: the number of heads; 0 for a plain group.
       rigid: the units that stay in their order inside each head.
+      signed: whether the units may change their signs.
     """
 
     uses: tuple[Use, ...]
     sizes: dict[str, int]
     heads: int
     rigid: frozenset[str] = frozenset()
+    signed: bool = False
 
 
 class Match(NamedTuple):
@@ -96,7 +106,8 @@ class Match(NamedTuple):
 
     Attributes:
       permutations: of the source onto the target: ``[units]`` by plain group; by heads group ``[heads]``, and by each
-        of its axis names ``[heads, units]``, for each head of the target the order of the units inside its partner.
+        of its axis names ``[heads, units]``, for each head of the target the order of the units inside its partner; by
+        `sign_name` of a signed group ``[units]``, 1 and -1.
       before: ``<A, B>``, summed over the leaves that a group permutes.
       after: ``<P(A), B>``.
       limit: the sum of ``||A|| ||B||`` of these leaves, which nothing exceeds and a permuted copy reaches.
@@ -122,11 +133,7 @@ def axes(symmetry: Symmetry, path: str, ndim: int) -> tuple[str | None, ...]:
     >>> axes(table, "blocks/3/up/kernel", 2)
     (None, 'blocks/3/hidden')
     """
-    found = [(row, match) for row in symmetry.rows if (match := _pattern(row.path).fullmatch(path))]
-    if len(found) != 1:
-        rows = f"{len(found)} rows: {', '.join(row.path for row, _ in found)}" if found else "no row"
-        raise ValueError(f"{path} is covered by {rows} of the symmetry table, expected one: each leaf needs its axes")
-    row, match = found[0]
+    row, match = _row(symmetry, path)
     if len(row.axes) != ndim:
         raise ValueError(f"{path} has {ndim} axes, its row {row.path!r} of the symmetry table names {len(row.axes)}")
     names = tuple(None if name is None else _fill(name, match, row.path) for name in row.axes)
@@ -141,6 +148,15 @@ def axes(symmetry: Symmetry, path: str, ndim: int) -> tuple[str | None, ...]:
         raise ValueError(f"{path}: a group may stand on one axis of a leaf only, found {groups}")
     fixed = {group for group in groups if any(_pattern(name).fullmatch(group) for name in symmetry.fixed)}
     return tuple(None if name is None or _group(name) in fixed else name for name in names)
+
+
+def _row(symmetry: Symmetry, path: str) -> tuple[Row, re.Match[str]]:
+    """The row that covers a leaf."""
+    found = [(row, match) for row in symmetry.rows if (match := _pattern(row.path).fullmatch(path))]
+    if len(found) != 1:
+        rows = f"{len(found)} rows: {', '.join(row.path for row, _ in found)}" if found else "no row"
+        raise ValueError(f"{path} is covered by {rows} of the symmetry table, expected one: each leaf needs its axes")
+    return found[0]
 
 
 def groups(symmetry: Symmetry, params: PyTree) -> dict[str, Group]:
@@ -187,18 +203,37 @@ def groups(symmetry: Symmetry, params: PyTree) -> dict[str, Group]:
             if heads and size % heads:
                 raise ValueError(f"axis {axis} of {path} has {size} units, which {heads} heads do not divide")
     return {
-        name: Group(tuple(uses[name]), sizes[name], _heads(symmetry, name), _rigid(symmetry, name, sizes[name]))
+        name: Group(
+            tuple(uses[name]),
+            sizes[name],
+            _heads(symmetry, name),
+            _rigid(symmetry, name, sizes[name]),
+            any(_pattern(signed).fullmatch(name) for signed in symmetry.signed),
+        )
         for name in uses
     }
 
 
 def permutation_names(names: Iterable[str | None]) -> list[str]:
-    """The permutations that axes of these names need: of a heads group those of both levels.
+    """The permutations that axes of these names need: of a heads group those of both levels; signs apart.
 
     >>> permutation_names((None, "blocks/0/heads:query_key"))
     ['blocks/0/heads', 'blocks/0/heads:query_key']
     """
     return list(dict.fromkeys(each for name in names if name is not None for each in (_group(name), name)))
+
+
+def sign_name(group: str) -> str:
+    """The name of the signs of a signed group, among the permutations.
+
+    >>> sign_name("residual")
+    'sign of residual'
+    """
+    return f"sign of {group}"
+
+
+def _is_sign(name: str) -> bool:
+    return name.startswith(sign_name(""))
 
 
 def _group(name: str) -> str:
@@ -285,7 +320,14 @@ def _permute_leaf(symmetry: Symmetry, permutations: Permutations, path: str, lea
             if order.shape != leaf.shape[axis : axis + 1]:
                 raise ValueError(f"axis {axis} of {path} has {leaf.shape[axis]} units, {name!r} permutes {len(order)}")
             leaf = jnp.take(leaf, order, axis=axis)
+            if sign_name(name) in permutations and not _row(symmetry, path)[0].even:
+                leaf = _with_signs(leaf, permutations[sign_name(name)], axis)
     return leaf
+
+
+def _with_signs(leaf: Array, signs: Order, axis: int) -> Array:
+    shape = [-1 if i == axis else 1 for i in range(leaf.ndim)]
+    return leaf * jnp.asarray(signs).astype(leaf.dtype).reshape(shape)
 
 
 def invert(permutations: Permutations) -> Permutations:
@@ -296,7 +338,9 @@ def invert(permutations: Permutations) -> Permutations:
     """
     inverse = {}
     for name, order in permutations.items():
-        if ":" not in name:
+        if _is_sign(name):
+            inverse[name] = order[jnp.argsort(permutations[name.removeprefix(sign_name(""))])]
+        elif ":" not in name:
             inverse[name] = jnp.argsort(order).astype(jnp.int32)
         else:  # head g of the source went to the head that the inverse names, in whose order its units lie
             inverse[name] = jnp.argsort(order, axis=1)[jnp.argsort(permutations[_group(name)])].astype(jnp.int32)
@@ -331,7 +375,11 @@ def random_permutations(symmetry: Symmetry, params: PyTree, key: Array) -> Permu
     orders = [np.argsort(part.reshape(shape), -1) for part, shape in zip(parts, shapes.values(), strict=True)]
     drawn = {name: jnp.asarray(order, jnp.int32) for name, order in zip(shapes, orders, strict=True)}
     rigid = [f"{name}:{units}" for name, group in found.items() for units in group.rigid]
-    return drawn | {name: jnp.broadcast_to(jnp.arange(shapes[name][-1]), shapes[name]) for name in rigid}
+    drawn |= {name: jnp.broadcast_to(jnp.arange(shapes[name][-1]), shapes[name]) for name in rigid}
+    for number, name in enumerate(name for name, group in found.items() if group.signed):
+        flipped = jax.random.bernoulli(jax.random.fold_in(key, number), shape=shapes[name])
+        drawn[sign_name(name)] = 1 - 2 * flipped.astype(jnp.int32)
+    return drawn
 
 
 def _shapes(found: Mapping[str, Group]) -> dict[str, tuple[int, ...]]:
@@ -354,7 +402,8 @@ def match_weights(
 
     With all groups but one held, the best permutation of that one is a linear assignment. For a heads group it is one
     in two levels: for every pair of a source and a target head the best order of the units inside, then the best
-    exchange of whole heads by the values of those. Groups are solved in random order until none gains any more; one
+    exchange of whole heads by the values of those; in a signed group every pair of units has the sign that agrees more.
+    Groups are solved in random order until none gains any more; one
     whose neighbours have not changed is not solved again.
 
     The descent starts twice and the better end is kept. One start leaves every unit where it is. The other needs no
@@ -420,6 +469,7 @@ class _Weights:
                 "theseus() and bico() move across widths and depths"
             )
         self.axes = {path: axes(symmetry, path, len(shape)) for path, shape in shapes[0].items()}
+        self.even = {path for path in shapes[0] if _row(symmetry, path)[0].even}
         paths = [path for path, names in self.axes.items() if any(names)]
         self.leaves = {path: (jnp.asarray(a[path]), jnp.asarray(b[path])) for path in paths}
         self.norms = {path: tuple(map(float, norms)) for path, norms in jax.device_get(_norms(self.leaves)).items()}
@@ -430,8 +480,10 @@ class _Weights:
 
     def identity(self) -> dict[str, np.ndarray]:
         """Every unit where it is."""
-        shapes = _shapes(self.groups).items()
-        return {name: np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape) for name, shape in shapes}
+        shapes = _shapes(self.groups)
+        orders = {name: np.broadcast_to(np.arange(n[-1], dtype=np.int32), n) for name, n in shapes.items()}
+        signed = [name for name, group in self.groups.items() if group.signed]
+        return orders | {sign_name(name): np.ones(shapes[name], np.int32) for name in signed}
 
     def product(self, permutations: Mapping[str, np.ndarray]) -> float:
         """``<P(A), B>`` over the leaves that a group permutes."""
@@ -474,27 +526,45 @@ class _Weights:
         return permutations
 
     def _indices(self, path: str, permutations: Mapping[str, np.ndarray]) -> tuple[Any, ...]:
-        """The order of each axis of a leaf, None where it is fixed or not known."""
+        """The order of each axis of a leaf and its signs (None: all 1); None where it is fixed or not known."""
         return tuple(
-            None if name is None or _group(name) not in permutations else index(permutations, name)
+            None
+            if name is None or _group(name) not in permutations
+            else (index(permutations, name), permutations.get(sign_name(name)) if self._turns(path, name) else None)
             for name in self.axes[path]
         )
 
+    def _turns(self, path: str, name: str) -> bool:
+        """Whether the signs of a group reach a leaf."""
+        return self.groups[_group(name)].signed and path not in self.even
+
     def _scores(self, name: str, permutations: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """``<a_i, b_j>`` of all units i of the source and j of the target, but for terms of i alone or of j alone."""
+        """``<a_i, b_j>`` of all units i of the source and j of the target, but for terms of i alone or of j alone.
+
+        Those of a signed group stand under ``""`` as they are, and under ``"-"`` with the source's units negated.
+        """
         scores: dict[str, Array] = {}
+        signed = self.groups[name].signed
         for path, axis, units in self.groups[name].uses:
             indices = self._indices(path, permutations)
             names = enumerate(self.axes[path])
             unknown = tuple(i for i, other in names if i != axis and other is not None and indices[i] is None)
             others = (*indices[:axis], None, *indices[axis + 1 :])
-            part = _agreement(*self.leaves[path], others, axis, unknown)
-            scores[units] = scores[units] + part if units in scores else part
+            sizes = any(self._turns(path, self.axes[path][i] or "") for i in unknown)
+            for sign in (1, -1) if signed else (1,):
+                turned = -1 if sign < 0 and path not in self.even else 1
+                part = _agreement(*self.leaves[path], others, axis, unknown, turned, sizes, not signed)
+                key = "-" if sign < 0 else units
+                scores[key] = scores[key] + part if key in scores else part
         return jax.device_get(scores)
 
     def _solve(self, name: str, scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The best permutation of one group for these scores."""
         heads = self.groups[name].heads
+        if self.groups[name].signed:
+            order = _assign(np.maximum(scores[""], scores["-"]))[0]
+            kept, turned = (scores[key][order, np.arange(len(order))] for key in ("", "-"))
+            return {name: order, sign_name(name): np.where(kept >= turned, 1, -1).astype(np.int32)}
         if not heads:
             return {name: _assign(scores[""])[0]}
         values = np.zeros((heads, heads))
@@ -513,6 +583,10 @@ class _Weights:
 
     def _value(self, name: str, scores: Mapping[str, np.ndarray], permutations: Mapping[str, np.ndarray]) -> float:
         total = 0.0
+        if self.groups[name].signed:
+            places = permutations[name], np.arange(len(permutations[name]))
+            chosen = np.where(permutations[sign_name(name)] > 0, scores[""][places], scores["-"][places])
+            return float(chosen.sum(dtype=np.float64))
         for units, table in scores.items():
             order = index(permutations, f"{name}:{units}" if units else name)
             total += float(table[order, np.arange(len(order))].sum(dtype=np.float64))
@@ -555,31 +629,43 @@ def _product(a: Array, b: Array, indices: tuple[Any, ...]) -> Float[Array, ""]:
     return jnp.sum(_permuted(a, indices) * wide(b))
 
 
-@partial(jax.jit, static_argnames=("axis", "unknown"))
+@partial(jax.jit, static_argnames=("axis", "unknown", "sign", "sizes", "center"))
 def _agreement(
-    a: Array, b: Array, indices: tuple[Any, ...], axis: int, unknown: tuple[int, ...]
+    a: Array,
+    b: Array,
+    indices: tuple[Any, ...],
+    axis: int,
+    unknown: tuple[int, ...],
+    sign: int,
+    sizes: bool,
+    center: bool,
 ) -> Float[Array, "units units"]:
     """Inner products of the units of both sides along an axis, the other axes of `a` in the order of `indices`.
 
-    The axes `unknown` are sorted within each unit, all of them together. The mean unit is subtracted on both sides:
-    that adds terms of one side alone, which no assignment sees, and takes away most of the rounding.
+    The axes `unknown` are sorted within each unit, all of them together; their `sizes` alone where signs are not known
+    either. With `center` the mean unit is subtracted on both sides: that adds terms of one side alone, which no
+    assignment sees, and takes away most of the rounding. Where signs are chosen it would not be the same.
     """
     known = tuple(i for i in range(a.ndim) if i != axis and i not in unknown)
 
     def rows(leaf: Array) -> Float[Array, "units entries"]:
         leaf = jnp.transpose(leaf, (axis, *known, *unknown))
+        if sizes:
+            leaf = jnp.abs(leaf)
         if unknown:
             leaf = jnp.sort(leaf.reshape(*leaf.shape[: 1 + len(known)], -1))
         return leaf.reshape(leaf.shape[0], -1)
 
-    a, b = rows(_permuted(a, indices)), rows(wide(b))
-    mean = jnp.mean(b, axis=0)
+    a, b = rows(sign * _permuted(a, indices)), rows(wide(b))
+    mean = jnp.mean(b, axis=0) if center else jnp.zeros((), b.dtype)
     return product(a - mean, (b - mean).T)
 
 
 def _permuted(leaf: Array, indices: tuple[Any, ...]) -> Array:
     leaf = wide(leaf)
-    for axis, order in enumerate(indices):
-        if order is not None:
+    for axis, known in enumerate(indices):
+        if known is not None:
+            order, signs = known
             leaf = jnp.take(leaf, order, axis=axis)
+            leaf = leaf if signs is None else _with_signs(leaf, signs, axis)
     return leaf

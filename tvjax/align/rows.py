@@ -126,8 +126,14 @@ def padding_mask(stage: Stage, carry: Any, rows: RowAxes) -> Array | None:
     )
 
 
-def mismatch(a: RowAxes, b: RowAxes) -> str | None:
-    """Why the rows of a site do not correspond between two models, None where they do."""
+def mismatch(a: RowAxes, b: RowAxes, heads: tuple[int, int] | None = None) -> str | None:
+    """Why the rows of a site do not correspond between two models, None where they do.
+
+    Args:
+      a: of the source.
+      b: of the target.
+      heads: the heads of both, where those of one token are paired by what they are.
+    """
     for rows in (a, b):
         if ROUTED in rows.labels:
             return "its rows are in an order that the data decide, each model's own"
@@ -137,7 +143,9 @@ def mismatch(a: RowAxes, b: RowAxes) -> str | None:
             return "its rows are pairs of tokens of two streams"
     if a.count(a.examples) != b.count(b.examples):
         return f"{a.count(a.examples)} examples in the source, {b.count(b.examples)} in the target"
-    if a.count(a.rest) != b.count(b.rest):
+    if heads is not None and (a.count(a.rest), b.count(b.rest)) != heads:
+        return f"its rows are not one for each of {heads[0]} heads in the source and of {heads[1]} in the target"
+    if heads is None and a.count(a.rest) != b.count(b.rest):
         return f"{a.count(a.rest)} rows a token in the source (heads), {b.count(b.rest)} in the target"
     if a.stream is None and b.stream is None and a.count(a.tokens) != b.count(b.tokens):
         return f"{a.count(a.tokens)} rows an example in the source, {b.count(b.tokens)} in the target"

@@ -45,11 +45,13 @@ class OwnHead:
       kind: of the examples.
       needs_labels: whether examples without labels have no loss and no score.
       templates: the prompts where nobody gives any.
+      head_stays: whether outputs with a meaning of their own (classes) are of one task, and are not moved with others.
     """
 
     kind: type[Examples] = Images
     needs_labels = True
     templates: tuple[str, ...] = ()
+    head_stays = True
 
     def config(self, opened: Opened) -> Any:
         """The config of what reads the examples.
@@ -151,6 +153,7 @@ class Language(OwnHead):
 
     kind = Texts
     needs_labels = False
+    head_stays = False  # every task has the same vocabulary
 
     def labels(self, opened: Opened) -> None:
         """None: the words are those of the examples."""

@@ -23,7 +23,7 @@ class Part(NamedTuple):
     Attributes:
       towers: the first names of the paths of what reads the examples.
       prefix: a path that the leaves lie under; "" for all.
-      fixed: leaves that stay, such as those of a classifier.
+      fixed: leaves that stay: those of a classifier, whose classes are of one task.
     """
 
     towers: frozenset[str]
@@ -57,7 +57,7 @@ def find_part(opened: Opened, part: str | None) -> Part:
         path
         for stage in model.stages
         for local, path in owner_paths(stage, model.params).items()
-        if part is None and local in stage.fixed
+        if part is None and way.head_stays and local in stage.fixed
     ]
     found = Part(frozenset(model.params), (part or "").rstrip("/"), frozenset(fixed))
     if not found.of(model.params):

@@ -2,8 +2,8 @@
 
 Everything that is to be known of a family's layers is derived from its table, so that it is said once: the keys of a
 Hugging Face checkpoint, both ways (`tvjax.models.key_table`); which units may be permuted (`tvjax.models.symmetry`);
-which outputs are never rotated (`fix_outputs`); the heads that an axis runs over (`spaces_of`); and the layers that a
-LoRA adapter names (`tvjax.models.key_table.kernels_by_module`).
+which outputs are never rotated (`fix_outputs`); the heads that an axis runs over (`spaces_of`, `describe`); and the
+layers that a LoRA adapter names (`tvjax.models.key_table.kernels_by_module`).
 
 A row names a layer on both sides, and its kind; `KINDS` says what the arrays of a layer of that kind are called, how
 they are laid out on either side, and which of the row's spaces their axes run over.
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tvjax import tree
-from tvjax.stages import Stage
+from tvjax.stages import HeadAxis, LayerHeads, Stage
 
 Layout = Callable[[np.ndarray], np.ndarray]
 
@@ -78,13 +78,16 @@ class Heads(NamedTuple):
       units: name of the units inside a head; in axes of one name they correspond (``query_key``; ``{i}/query_key``
         where the heads of all blocks are exchanged together).
       number: field of the config that says how many heads there are.
-      rotary: positions rotate the units by pairs, each at a frequency of its own.
+      rotary: positions rotate the units by pairs, each at a frequency of its own: the config's
+        ``rotary_frequencies(block)``.
+      shared: the layer acts on the units of every head alike; its axis runs over those of one head.
     """
 
     group: str
     units: str
     number: str
     rotary: bool = False
+    shared: bool = False
 
 
 class Row(NamedTuple):
@@ -170,7 +173,7 @@ def leaf_spaces(row: Row, leaf: Leaf) -> tuple[str | Heads | None, ...]:
 
 
 def spaces_of(table: LayerTable, config: Any, path: str) -> tuple[Space | None, ...]:
-    """What each axis of a leaf runs over in a model, None where the units have a meaning of their own.
+    """What each axis of a leaf runs over in a model, None where the units have a meaning of their own or are shared.
 
     >>> from tvjax.models.vit.config import ViTConfig
     >>> from tvjax.models.vit.table import TABLE
@@ -181,7 +184,9 @@ def spaces_of(table: LayerTable, config: Any, path: str) -> tuple[Space | None, 
     return tuple(None if space is None else _space(space, config, names) for space in leaf_spaces(row, leaf))
 
 
-def _space(space: str | Heads, config: Any, names: Mapping[str, str]) -> Space:
+def _space(space: str | Heads, config: Any, names: Mapping[str, str]) -> Space | None:
+    if isinstance(space, Heads) and space.shared:
+        return None
     if isinstance(space, str):
         return Space(space.format(**names))
     group = space.group.format(**names)
@@ -221,28 +226,62 @@ def in_towers(table: LayerTable, config: Any) -> LayerTable:
     return table._replace(rows=tuple(rows), outputs=outputs)
 
 
+def describe(table: LayerTable, config: Any, stages: Iterable[Stage]) -> tuple[Stage, ...]:
+    """The stages of a model with what its family's table says of their layers: `fixed`, `tied` and `heads`."""
+    return tuple(
+        dataclasses.replace(stage, heads=_heads_of(table, config, stage)) for stage in fix_outputs(table, stages)
+    )
+
+
+def _heads_of(table: LayerTable, config: Any, stage: Stage) -> dict[str, LayerHeads]:
+    """The heads of the inputs and outputs of a stage's layers, by the local paths of their leaves."""
+    found: dict[str, LayerHeads] = {}
+    for path, local in _local_paths(stage).items():
+        row, leaf, names = locate(table, path)
+        axes = [_head_axis(space, config, names) for space in leaf_spaces(row, leaf)]
+        if any(axes):
+            found[local] = (axes[-2] if len(axes) > 1 else None, axes[-1])
+    return found
+
+
+def _head_axis(space: str | Heads | None, config: Any, names: Mapping[str, str]) -> HeadAxis | None:
+    """The heads of an axis, under names that are the same in every block."""
+    if not isinstance(space, Heads):
+        return None
+    part = config_of(config, space.group.format(**names))
+    frequencies = tuple(map(float, part.rotary_frequencies(int(names.get("i", 0))))) if space.rotary else ()
+    return HeadAxis(f"{space.group}:{space.units}", getattr(part, space.number), frequencies, space.shared)
+
+
+def _local_paths(stage: Stage) -> dict[str, str]:
+    """For each leaf that a family's stage takes, by its path in the model, the path in the stage."""
+    parameters = stage.function.parameters  # type: ignore[attr-defined]  # a family's stages are StageFunctions
+    return {
+        f"{prefix}/{path}".strip("/"): f"{local}/{path}".strip("/")
+        for local, prefix in stage.paths
+        for path in tree.flatten(tree.get(parameters, local))
+    }
+
+
 def fix_outputs(table: LayerTable, stages: Iterable[Stage]) -> tuple[Stage, ...]:
     """The stages of a model, each with its `fixed`: the layers whose outputs the table calls fixed.
 
-    A tied leaf is fixed in the stage that uses it in the layer's place, not in the one that owns it.
+    A tied leaf is fixed in the stage that uses it in the layer's place, not in the one that owns it; that stage's
+    `tied` says for which layer.
     """
     fixed = [(row.path + leaf.ours, row.tied) for row, leaf in leaves(table) if row.fixed]
     owned: set[str] = set()
     found = []
     for stage in stages:
-        parameters = stage.function.parameters  # type: ignore[attr-defined]  # a family's stages are StageFunctions
-        local_of = {
-            f"{prefix}/{path}".strip("/"): f"{local}/{path}".strip("/")
-            for local, prefix in stage.paths
-            for path in tree.flatten(tree.get(parameters, local))
-        }
+        local_of = _local_paths(stage)
+        tied = [(pattern, local_of[path]) for pattern, path in fixed if path in local_of and path in owned]
         names = [
             local
             for pattern, tied in fixed
             for path, local in local_of.items()
             if matches(pattern, path) is not None or (path == tied and path in owned)
         ]
-        found.append(dataclasses.replace(stage, fixed=tuple(dict.fromkeys(names))))
+        found.append(dataclasses.replace(stage, fixed=tuple(dict.fromkeys(names)), tied=tuple(tied)))
         owned |= local_of.keys()
     return tuple(found)
 

@@ -3,6 +3,9 @@
 Permuted together are the features of a residual stream, through all its layers; the hidden units of each MLP; the heads
 of each attention layer; and inside a head the units of queries and keys, and those of values and the output projection.
 
+The features of a residual stream may change their signs as well where every norm that reads it is an RMS norm (a scale
+without a bias, in the table): it neither centres nor shifts.
+
 Where several query heads share one key and value head (grouped queries), a head of the symmetry is a key head with all
 its queries, whose units stay in their order; so do units that positions rotate, each pair at a frequency of its own.
 What is left out so (an exchange of the query heads of one key head, and what the values of grouped queries allow) makes
@@ -39,7 +42,7 @@ def symmetry_of_config(config: Any) -> Symmetry:
         space: getattr(config_of(config, space.group), space.number)
         for row in table.rows
         for space in row.spaces
-        if isinstance(space, Heads)
+        if isinstance(space, Heads) and not space.shared
     }
     heads = {space.group: min(n for other, n in counts.items() if other.group == space.group) for space in counts}
     names = {space: _name(space, count // heads[space.group]) for space, count in counts.items()}
@@ -49,13 +52,19 @@ def symmetry_of_config(config: Any) -> Symmetry:
         if space.rotary or any(heads[s.group] != n for s, n in counts.items() if s[:2] == space[:2])
     }
     rows = tuple(
-        Row(row.path + leaf.ours, tuple(names[s] if isinstance(s, Heads) else s for s in leaf_spaces(row, leaf)))
+        Row(
+            row.path + leaf.ours,
+            tuple(names.get(s) if isinstance(s, Heads) else s for s in leaf_spaces(row, leaf)),
+            even=row.kind == "scale",
+        )
         for row, leaf in leaves(table)
     )
+    normalised = {kind: {s for row in table.rows if row.kind == kind for s in row.spaces} for kind in ("scale", "norm")}
+    signed = [s for s in normalised["scale"] - normalised["norm"] if isinstance(s, str)]
     fixed = tuple(
         stream for stream, field in table.outputs.items() if getattr(config_of(config, stream), field) is None
     )
-    return Symmetry(rows, heads, fixed, tuple(sorted(rigid)))
+    return Symmetry(rows, heads, fixed, tuple(sorted(rigid)), tuple(sorted(signed)))
 
 
 def _name(space: Heads, shared: int) -> str:

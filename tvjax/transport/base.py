@@ -85,6 +85,8 @@ class MapInfo(NamedTuple):
       rows: calibration rows that it is fitted on, padding included.
       examples: calibration examples from which on it is unique: as many rows as the smaller dimension.
       tokens: tokens of an example in the source, in the target, and after alignment; None without a token axis.
+      heads: heads of the source and of the target that have maps of their own, or that share this one.
+      shared: whether all heads share it; its shape is then that of a head.
     """
 
     name: str
@@ -92,6 +94,22 @@ class MapInfo(NamedTuple):
     rows: int
     examples: int
     tokens: tuple[int, int, int] | None = None
+    heads: tuple[int, int] = (1, 1)
+    shared: bool = False
+
+    @property
+    def dimensions(self) -> int:
+        """How many rows make it unique: as many as the smaller dimension, that of a head where heads have maps."""
+        if self.shared:
+            return min(self.shape)
+        return min(size // heads for size, heads in zip(self.shape, self.heads, strict=True))
+
+    @property
+    def moment(self) -> tuple[int, int]:
+        """Shape of the cross-moment that it is taken from."""
+        if not self.shared:
+            return self.shape
+        return self.shape[0] * self.heads[0], self.shape[1] * self.heads[1]
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("arrays", "measures"), meta_fields=("link", "rules", "maps"))

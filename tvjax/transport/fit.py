@@ -262,7 +262,7 @@ class Fitting:
             if tree.is_traced(found):
                 continue
             rows = jax.device_get(found)
-            short = [info.name for info in part.maps if rows[info.name] < min(info.shape)]
+            short = [info.name for info in part.maps if rows[info.name] < info.dimensions]
             if short:
                 notes.append(
                     f"{part.link}: {len(short)} of {len(rows)} maps have fewer calibration rows "

@@ -26,6 +26,7 @@ class Leaf(NamedTuple):
       source: path in the source model, None where the source stage has no such leaf.
       shape: of the target leaf.
       source_shape: of the source leaf, () where there is none.
+      source_local: path within the source stage; another than `local` where the source's layer is tied.
     """
 
     local: str
@@ -33,6 +34,7 @@ class Leaf(NamedTuple):
     source: str | None
     shape: tuple[int, ...]
     source_shape: tuple[int, ...]
+    source_local: str = ""
 
 
 class Pair:
@@ -102,21 +104,22 @@ class Pair:
 
     @cached_property
     def leaves(self) -> tuple[Leaf, ...]:
-        """The floating leaves that the target stage owns, with their partners."""
+        """The floating leaves that the target stage owns, with their partners.
+
+        The partner of a leaf has its local path, or is what the source's stage uses in its place (`Stage.tied`).
+        """
         model, stage = self.target.model, self.target.model.stages[self.target_index]
         theirs = owner_paths(self.source.model.stages[self.source_index], self.source.model.params)
+        tied = dict(self.source.model.stages[self.source_index].tied)
         owned = owner_of_leaves(model)
-        return tuple(
-            Leaf(
-                local,
-                path,
-                theirs.get(local),
-                tuple(jnp.shape(self.target_leaves[local])),
-                tuple(jnp.shape(self.source_leaves[local])) if local in theirs else (),
-            )
-            for local, path in owner_paths(stage, model.params).items()
-            if owned[path] == stage.name and jnp.issubdtype(jnp.result_type(self.target_leaves[local]), jnp.floating)
-        )
+        found = []
+        for local, path in owner_paths(stage, model.params).items():
+            mine = self.target_leaves[local]
+            if owned[path] == stage.name and jnp.issubdtype(jnp.result_type(mine), jnp.floating):
+                partner = local if local in theirs else tied.get(path, "")
+                shape = tuple(jnp.shape(self.source_leaves[partner])) if partner else ()
+                found.append(Leaf(local, path, theirs.get(partner), tuple(jnp.shape(mine)), shape, partner))
+        return tuple(found)
 
 
 def owner_of_leaves(model: Model) -> dict[str, str]:

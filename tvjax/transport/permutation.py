@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 from jaxtyping import Array
 
 from tvjax import tree
-from tvjax.align.permutations import Match, Progress, Symmetry, axes, match_weights, permutation_names, permute
+from tvjax.align.permutations import (
+    Match,
+    Progress,
+    Symmetry,
+    axes,
+    match_weights,
+    permutation_names,
+    permute,
+    sign_name,
+)
 from tvjax.transport.base import Flat, Link, LinkState, Needs, Rule, Transport
 
 if TYPE_CHECKING:
@@ -20,7 +29,9 @@ def transfusion(symmetry: Symmetry, *, key: Array, progress: Progress | None = N
 
     ``P`` maximises ``<P(theta_A), theta_B>`` over the permutations under which the source computes what it did
     (`tvjax.align.permutations.match_weights`); ``tau`` becomes ``P(tau)``. No data are needed; the models must have one
-    shape, and layers are paired as they stand.
+    shape, and layers are paired as they stand. Where every norm that reads a residual stream is an RMS norm, its units
+    may change their signs as well; grouped queries move with their key head, and no unit that positions rotate leaves
+    its place in a head.
 
     Args:
       symmetry: the table of the models' family (`tvjax.models.symmetry.symmetry_of_config`), or of your own model; it
@@ -72,6 +83,8 @@ def _fit(symmetry: Symmetry, key: Array, progress: Progress | None, pair: Pair) 
         before, target = pair.source_leaves[leaf.local], pair.target_leaves[leaf.local]
         names = permutation_names(axes(symmetry, leaf.target, len(leaf.shape)))
         arrays |= {name: match.permutations[name] for name in names}
+        signs = [sign_name(name) for name in names if sign_name(name) in match.permutations]
+        arrays |= {name: match.permutations[name] for name in signs}
         rule = Rule(leaf.target, leaf.target, "permuted", leaf.shape, leaf.source_shape)
         if not names:
             rule = rule._replace(action="passed through", why="the symmetry table permutes none of its axes")

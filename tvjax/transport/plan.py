@@ -171,7 +171,7 @@ class _OncePerKind:
 
     def _kind(self, name: str) -> Any:
         pair = list(zip(self.pairs[name], self.models, strict=True))
-        functions = tuple((stage.function, stage.streams, stage.fixed) for stage, _ in pair)
+        functions = tuple((stage.function, stage.streams, stage.fixed, stage.heads, stage.tied) for stage, _ in pair)
         leaves = [tree.flatten(local_params(stage, model.params)) for stage, model in pair]
         shapes = tuple((side, path, jnp.shape(x)) for side in (0, 1) for path, x in leaves[side].items())
         owned = tuple(local for local, path in self._paths(name)[1].items() if self.owner[path] == name)
@@ -207,7 +207,7 @@ def _planned_stage(
     tables = walks[0].table(pair.source_index), walks[1].table(pair.target_index)
     maps = [info for part in parts for info in part.maps]
     seen = next((info.tokens for info in maps if info.tokens is not None), None)
-    moments = sum(4 * min(math.prod(info.shape), info.rows * sum(info.shape)) for info in maps)
+    moments = sum(4 * min(math.prod(info.moment), info.rows * sum(info.moment)) for info in maps)
     activations = sum(_activations(table, transport.needs_gradients) for table in tables)
     return PlannedStage(pair.name, partner, seen, tuple(maps), activations + moments)
 

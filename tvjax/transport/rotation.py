@@ -11,8 +11,9 @@ bias       ``b R_out``
 scale      ``(R_in * R_out)^T s`` (elementwise product)
 =========  ===========================================
 
-The methods differ only in what they take the maps from (`theseus`, `bico`). Three kernels that read one activation
-share its map; the uses of a tied leaf share one moment.
+Where the heads of an attention have maps of their own, R is block by block (`tvjax.transport.head_maps`). The methods
+differ only in what they take the maps from (`theseus`, `bico`). Three kernels that read one activation share its map;
+the uses of a tied leaf share one moment.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 
 from tvjax.align import moments as mm
 from tvjax.align import procrustes, tokens
+from tvjax.align.heads import MATCHINGS, STRUCTURES
 from tvjax.align.procrustes import OrthogonalMap
 from tvjax.align.products import product, wide
 from tvjax.align.rows import RowAxes, alignment, arranged, check_streams, on_tokens, padding_mask, row_axes
@@ -33,7 +35,8 @@ from tvjax.capture import Captured, Site, SiteTable
 from tvjax.capture.axes import PART
 from tvjax.capture.views import apply_view, restore_view
 from tvjax.transport.base import Flat, LeafUse, Link, LinkState, MapInfo, Needs, Transport, register_state
-from tvjax.transport.rules import Map, SitePair, maps_and_rules
+from tvjax.transport.head_maps import HeadMap, check_heads, solve_heads
+from tvjax.transport.rules import Map, MapTable, SitePair, maps_and_rules
 from tvjax.transport.statistics import MomentAccumulator, Options, matmul, per_layer
 
 if TYPE_CHECKING:
@@ -58,6 +61,12 @@ def rotation(name: str, inputs: str, outputs: str, options: Options) -> Transpor
         raise ValueError(f"whiten must lie in [0, 0.5], found {options.whiten}: 0 is no whitening, 0.5 the whole")
     if not 0 <= options.whiten_floor < 1:
         raise ValueError(f"whiten_floor must lie in [0, 1), found {options.whiten_floor}")
+    for option, value, known in (
+        ("heads", options.heads, STRUCTURES),
+        ("head_matching", options.head_matching, MATCHINGS),
+    ):
+        if value not in known:
+            raise ValueError(f"{option} must be one of {known}, found {value!r}")
     if options.dtype not in ("float32", "float64"):
         raise ValueError(f"dtype must be 'float32' or 'float64', found {options.dtype!r}")
     if jax.dtypes.canonicalize_dtype(options.dtype) != jnp.dtype(options.dtype):
@@ -77,54 +86,78 @@ register_state(OrthogonalMap)
 def _fit(name: str, inputs: str, outputs: str, options: Options, pair: Pair) -> LinkState:
     for stage, sites_of_stage in zip(pair.stages, (pair.source_table, pair.target_table), strict=True):
         check_streams(stage, sites_of_stage)
+    check_heads(options, pair)
     table, rules = maps_and_rules(inputs, outputs, options, pair)
-    observed = [found for found in table.maps.values() if not found.linear]
-    statistics = {found.name: MomentAccumulator(options) for found in observed}
-    names = [_names(observed, model) for model in (0, 1)]
+    used = {name for rule in rules for piece in rule.pieces for name in (piece.inner, piece.outer)}
+    statistics = _observe(options, pair, table)
+    solved: dict[str, tuple[OrthogonalMap, dict[str, jax.Array]]] = {}
+    by_heads = []
+    for found in table.maps.values():
+        if found.name not in used:
+            continue  # asked for by the outputs of a linear layer, for its rows
+        base = table.input_of(found) if found.linear else found
+        rows, factors = statistics[base.rows], _factors(pair, found)
+        if found.heads is not None:
+            by_heads.append(HeadMap(found, rows, factors))
+        else:
+            own = rows.solve() if factors is None else rows.solve_outputs(*factors)
+            measures = {"rank": own.rank, "residual": rows.residual(own, factors), "rows": rows.count()}
+            solved[found.name] = own, measures
+    solved |= solve_heads(options, pair.stages, by_heads)
+    infos = []
+    for found in table.maps.values():
+        if found.name in used:
+            base = table.input_of(found) if found.linear else found
+            infos.append(_info(found, solved[found.name][0], statistics[base.rows].seen, pair))
+    return LinkState(
+        name,
+        {key: own for key, (own, _) in solved.items()},
+        {key: measures for key, (_, measures) in solved.items()},
+        tuple(rules),
+        tuple(infos),
+    )
+
+
+def _observe(options: Options, pair: Pair, table: MapTable) -> dict[str, MomentAccumulator]:
+    """What the two models see at the sites of the maps, on all batches; rows of tables as they are."""
+    observed = {found.rows: found for found in table.maps.values() if not found.linear}
+    statistics = {rows: MomentAccumulator(options) for rows in observed}
+    for rows, found in observed.items():
+        if found.table is not None:
+            a, b = pair.source_leaves[found.table[0]], pair.target_leaves[found.table[1]]
+            statistics[rows].add(jnp.asarray(a), jnp.asarray(b), jnp.ones(a.shape[0], jnp.float32))
+    names = [_names(list(observed.values()), model) for model in (0, 1)]
     for batch in range(pair.batches):
         seen = (
             pair.source.observe(pair.source_index, batch, *names[0]),
             pair.target.observe(pair.target_index, batch, *names[1]),
         )
-        for found in observed:
+        for rows, found in observed.items():
             for sites in found.sites:
-                statistics[found.name].add(*_aligned_rows(pair, batch, found.side, sites, seen))
-    arrays: dict[str, OrthogonalMap] = {}
-    measures: dict[str, dict[str, jax.Array]] = {}
-    infos = []
-    for found in table.maps.values():
-        base = table.input_of(found) if found.linear else found
-        rows = statistics[base.name]
-        factors = None
-        if found.linear:
-            site_a, site_b = found.sites[0]
-            factors = (
-                _output_factor(pair.source_leaves, site_a, pair.source_table),
-                _output_factor(pair.target_leaves, site_b, pair.target_table),
-            )
-            arrays[found.name] = rows.solve_outputs(*factors)
-        else:
-            arrays[found.name] = rows.solve()
-        residual = rows.residual(arrays[found.name], factors)
-        measures[found.name] = {"rank": arrays[found.name].rank, "residual": residual, "rows": rows.count()}
-        infos.append(_info(found, arrays[found.name], rows.seen, pair))
-    used = {name for rule in rules for piece in rule.pieces for name in (piece.inner, piece.outer)}
-    return LinkState(
-        name,
-        {key: value for key, value in arrays.items() if key in used},
-        {key: value for key, value in measures.items() if key in used},
-        tuple(rules),
-        tuple(info for info in infos if info.name in used),
+                statistics[rows].add(*_aligned_rows(pair, batch, found, sites, seen))
+    return statistics
+
+
+def _factors(pair: Pair, found: Map) -> tuple[jax.Array, jax.Array] | None:
+    """The factors of the outputs of linear layers; None where the rows themselves are mapped."""
+    if not found.linear:
+        return None
+    site_a, site_b = found.sites[0]
+    return (
+        _output_factor(pair.source_leaves, site_a, pair.source_table),
+        _output_factor(pair.target_leaves, site_b, pair.target_table),
     )
 
 
 def _info(found: Map, rotation: OrthogonalMap, rows: int, pair: Pair) -> MapInfo:
     """What shapes tell of a map."""
+    shape = rotation.left.shape[-2], rotation.right.shape[-1]
+    if found.table is not None:
+        return MapInfo(found.name, shape, rows, 0)
     site_a, site_b = found.sites[0]
     of_image = found.side == "input" and site_b.kind == "conv"
     axes = row_axes(site_a, of_image), row_axes(site_b, of_image)
     examples = sum(jax.tree.leaves(batch.inputs)[0].shape[0] for batch in pair.target.batches)
-    shape = rotation.left.shape[-2], rotation.right.shape[-1]
     seen = None
     if all(rows_of.tokens for rows_of in axes):
         rest = axes[1].count(axes[1].rest)
@@ -132,7 +165,12 @@ def _info(found: Map, rotation: OrthogonalMap, rows: int, pair: Pair) -> MapInfo
         operators = alignment(*axes, pair.stages, pair.tokens)
         aligned = tokens_b if operators.b is None else operators.b.shape[0]
         seen = (tokens_a * rest, tokens_b * rest, aligned * rest)
-    return MapInfo(found.name, shape, rows, math.ceil(min(shape) * examples / max(rows, 1)), seen)
+    info = MapInfo(found.name, shape, rows, 0, seen)
+    if found.heads is not None:
+        numbers = found.heads[0].number, found.heads[1].number
+        info = info._replace(heads=numbers, shared=found.heads[0].shared)
+        rows *= max(numbers) if info.shared else 1
+    return info._replace(examples=math.ceil(info.dimensions * examples / max(rows, 1)))
 
 
 def _names(maps: list[Map], model: int) -> tuple[frozenset[str], frozenset[str]]:
@@ -155,22 +193,30 @@ def _output_factor(leaves: dict[str, jax.Array], site: Site, table: SiteTable) -
 
 
 def _aligned_rows(
-    pair: Pair, batch: int, side: str, sites: SitePair, seen: tuple[Captured, Captured]
+    pair: Pair, batch: int, found: Map, sites: SitePair, seen: tuple[Captured, Captured]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rows ``[*layers, n, d]`` of both models on the same tokens, and their weights ``[n]``."""
+    """Rows ``[*layers, n, d]`` of both models on the same tokens, and their weights ``[n]``.
+
+    Where heads share a map, a row holds all heads of a token side by side: which of them are pairs is said later.
+    """
     tables = pair.source.table(pair.source_index, batch), pair.target.table(pair.target_index, batch)
     carries = pair.source.carries(pair.source_index)[batch], pair.target.carries(pair.target_index)[batch]
     axes, rows, masks = [], [], []
     for number, leaves in enumerate((pair.source_leaves, pair.target_leaves)):
         site = sites[number]
-        here = next(found for found in tables[number].sites if found.key == site.key)  # rows depend on the batch
-        own, array = _rows_of(side, site, here, seen[number], leaves)
+        here = next(other for other in tables[number].sites if other.key == site.key)  # rows depend on the batch
+        own, array = _rows_of(found.side, site, here, seen[number], leaves)
         axes.append(own)
         rows.append(array)
         masks.append(padding_mask(pair.stages[number], carries[number], own))
     operators = alignment(axes[0], axes[1], pair.stages, pair.tokens)
     a, weight_a = on_tokens(rows[0], axes[0], operators.a, masks[0])
     b, weight_b = on_tokens(rows[1], axes[1], operators.b, masks[1])
+    if found.heads is not None and found.heads[0].shared:
+        (a, weight_a), (b, weight_b) = (
+            (x.reshape(*x.shape[:-2], -1, axis.number * x.shape[-1]), weight[:: axis.number])
+            for x, weight, axis in ((a, weight_a, found.heads[0]), (b, weight_b, found.heads[1]))
+        )
     return a, b, weight_a * weight_b
 
 

@@ -9,6 +9,7 @@ from tvjax.align.rows import mismatch, row_axes, stream_of
 from tvjax.capture import Site
 from tvjax.capture.axes import NEW
 from tvjax.capture.views import View, is_slice, shape_after
+from tvjax.stages import HeadAxis
 from tvjax.transport.base import LeafUse, Rule
 from tvjax.transport.statistics import Options
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from tvjax.transport.pair import Leaf, Pair
 
 SitePair = tuple[Site, Site]
+HeadAxes = tuple[HeadAxis, HeadAxis]
 
 
 class Map(NamedTuple):
@@ -26,12 +28,18 @@ class Map(NamedTuple):
       side: ``input``, ``output``, ``gradient`` (of the output) or ``input gradient``.
       sites: the uses that share the map: the occurrences of a tied leaf.
       linear: it is the output of one linear layer, so its moment follows from that of its input.
+      heads: the heads of the source and of the target, where they have maps of their own.
+      rows: name of what it is estimated from; maps of one activation share it.
+      table: local paths of the tables, in the source and in the target, whose rows it is estimated from.
     """
 
     name: str
     side: str
     sites: tuple[SitePair, ...]
     linear: bool = False
+    heads: HeadAxes | None = None
+    rows: str = ""
+    table: tuple[str, str] | None = None
 
     def names(self, model: int) -> tuple[str, ...]:
         """Names of the captured arrays that it reads in the source (0) or the target (1)."""
@@ -51,18 +59,28 @@ class MapTable:
         self.stage, self.pair = pair.name, pair
         self.maps: dict[Any, Map] = {}
 
-    def request(self, side: str, sites: tuple[SitePair, ...]) -> str:
-        """The name of the map of one side of these sites."""
+    def request(self, side: str, sites: tuple[SitePair, ...], heads: HeadAxes | None = None) -> str:
+        """The name of the map of one side of these sites, by heads where they are given."""
         linear = side == "output" and len(sites) == 1 and self._is_linear(*sites[0])
         if linear:
             self.request("input", sites)
-        found = Map("", side, sites, linear)
+        found = Map("", side, sites, linear, heads)
         space = "linear" if linear else side if "gradient" in side else "activation"
-        identity = (space, found.names(0), found.names(1))
+        identity = (space, found.names(0), found.names(1), heads)
         if identity not in self.maps:
             seen = "&".join(dict.fromkeys((*found.names(1), *found.names(0))))  # in the target, then what differs
-            self.maps[identity] = found._replace(name=f"{self.stage}:{seen}:{space}")
+            rows = f"{self.stage}:{seen}:{space}"
+            name = rows if heads is None else f"{rows}:heads"
+            if heads is not None and heads[0].shared:
+                rows = name
+            self.maps[identity] = found._replace(name=name, rows=rows)
         return self.maps[identity].name
+
+    def request_table(self, source: str, target: str) -> str:
+        """The name of the map between the rows of two tables, which correspond."""
+        name = f"{self.stage}:{target}:table"
+        self.maps["table", source, target] = Map(name, "table", (), rows=name, table=(source, target))
+        return name
 
     def _is_linear(self, site_a: Site, site_b: Site) -> bool:
         """Whether the outputs are ``[x, 1] [K; b]`` of leaves as they are."""
@@ -75,7 +93,7 @@ class MapTable:
     def input_of(self, linear: Map) -> Map:
         """The map of the activation that a linear layer reads."""
         base = linear._replace(side="input")
-        return self.maps["activation", base.names(0), base.names(1)]
+        return self.maps["activation", base.names(0), base.names(1), None]
 
 
 def maps_and_rules(inputs: str, outputs: str, options: Options, pair: Pair) -> tuple[MapTable, list[Rule]]:
@@ -102,7 +120,8 @@ def _rule(leaf: Leaf, inputs: str, outputs: str, options: Options, pair: Pair, t
     sites = _paired_sites(leaf, pair)
     if not sites or _is_embedding(sites[0][1], pair):
         return _embedding_rule(rule, sites, leaf, outputs, options, pair, table)
-    if (why := _no_correspondence(leaf, sites, inputs, pair)) is not None:
+    heads = _heads(leaf, sites, options, pair)
+    if (why := _no_correspondence(leaf, sites, inputs, pair, heads[1])) is not None:
         return rule._replace(action="zeroed by rule", why=why)
     if sites[0][1].kind == "scale" and options.scale_rule == "zero":
         return rule._replace(action="zeroed by rule", why="scale_rule='zero'")
@@ -114,13 +133,16 @@ def _rule(leaf: Leaf, inputs: str, outputs: str, options: Options, pair: Pair, t
                 f"{leaf.target}: a {site_b.kind} leaf of shape {leaf.shape} in the target, a {site_a.kind} leaf of "
                 f"shape {leaf.source_shape} in the source ({leaf.source}): the two models must use it alike"
             )
-        fixed = options.keep_fixed and _is_fixed(pair, site_b) and site_a.d_out == site_b.d_out
-        outer = None if fixed else table.request(outputs, _producers(group, pair))
+        fixed = options.keep_fixed and _is_fixed(pair, site_b)
+        if fixed and site_a.d_out != site_b.d_out:
+            why = f"{site_a.d_out} outputs of their own meaning in the source, {site_b.d_out} in the target"
+            return rule._replace(action="zeroed by rule", why=why)
+        outer = None if fixed else table.request(outputs, _producers(group, pair), heads[1])
         inner = None
         if site_b.kind in ("dense", "conv"):
-            inner = table.request(inputs, group)
+            inner = table.request(inputs, group, heads[0])
         elif site_b.kind == "scale" and options.scale_rule == "diagonal":
-            inner = table.request("input", group)
+            inner = table.request("input", group, heads[1])
         groups = (site_a.groups, site_b.groups) if site_a.groups and site_b.groups else None
         pieces.append(LeafUse(site_b.kind, site_a.view, site_b.view, inner, outer, groups, site_b.taps))
     why = "its outputs have a meaning of their own" if pieces[0].outer is None else ""
@@ -137,6 +159,11 @@ def _embedding_rule(
         action="zeroed by rule", why=", ".join(pair.target_table.unclassified.get(leaf.local, ())) or "an embedding"
     )
     patch = _patch(pair)
+    if options.transport_embeddings and patch is None and len(leaf.shape) == len(leaf.source_shape) == 2:
+        if leaf.shape[0] != leaf.source_shape[0]:
+            return zeroed._replace(why=f"{leaf.source_shape[0]} rows in the source, {leaf.shape[0]} in the target")
+        outer = table.request_table(leaf.source_local, leaf.local)
+        return rule._replace(pieces=(LeafUse("positions", (), (), None, outer),), why="embedding")
     if not options.transport_embeddings or patch is None or leaf.shape[-1] != patch[1].d_out:
         return zeroed
     outer = table.request(outputs, (patch,))
@@ -170,7 +197,8 @@ def _paired_sites(leaf: Leaf, pair: Pair) -> list[SitePair]:
     if leaf.local in pair.target_table.unclassified:
         return []
     theirs, mine = (
-        [site for site in table.sites if site.path == leaf.local] for table in (pair.source_table, pair.target_table)
+        [site for site in table.sites if site.path == path]
+        for table, path in ((pair.source_table, leaf.source_local), (pair.target_table, leaf.local))
     )
     parts = any(_is_part(site.view) for site in (*theirs, *mine))
     if parts and len(theirs) != len(mine):
@@ -202,8 +230,40 @@ def _layers(site_a: Site, site_b: Site, leaf: Leaf, pair: Pair) -> Site:
     return site_a._replace(view=view, layers=layers)
 
 
-def _no_correspondence(leaf: Leaf, sites: list[SitePair], inputs: str, pair: Pair) -> str | None:
+def _heads(leaf: Leaf, sites: list[SitePair], options: Options, pair: Pair) -> tuple[HeadAxes | None, HeadAxes | None]:
+    """The heads by which the inputs and the outputs of a leaf are mapped, None where one map is over all of them.
+
+    Raises:
+      ValueError: heads that do not divide the units of a layer.
+    """
+    layers = [
+        dict(stage.heads).get(path, (None, None))
+        for stage, path in zip(pair.stages, (leaf.source_local, leaf.local), strict=True)
+    ]
+    site_a, site_b = sites[0]
+    sides: list[HeadAxes | None] = []
+    for side in (0, 1):
+        a, b = (layer[side] for layer in layers)
+        if a is None or b is None or a.shared != b.shared or site_a.groups or site_b.groups:
+            sides.append(None)
+            continue
+        sizes = [(site.d_in, site.d_out)[side] for site in (site_a, site_b)]
+        for axis, size, model in zip((a, b), sizes, ("source", "target"), strict=True):
+            if not a.shared and size % axis.number:
+                raise ValueError(
+                    f"{leaf.target}: {size} units in the {model} are declared to be {axis.number} heads, which do not "
+                    "divide them: correct the heads of its stage"
+                )
+        own_maps = options.heads != "free" or (a.shared and a.number != b.number)
+        sides.append((a, b) if own_maps else None)
+    return sides[0], sides[1]
+
+
+def _no_correspondence(
+    leaf: Leaf, sites: list[SitePair], inputs: str, pair: Pair, heads: HeadAxes | None
+) -> str | None:
     """Why the rows at the sites of a leaf do not correspond, or the leaf cannot be moved by them; else None."""
+    numbers = (heads[0].number, heads[1].number) if heads is not None and heads[0].shared else None
     for site_a, site_b in sites:
         if site_a.kind != site_b.kind:
             return None
@@ -217,7 +277,7 @@ def _no_correspondence(leaf: Leaf, sites: list[SitePair], inputs: str, pair: Pai
             return "a constant is added to it, so that the gradient of its input is not that of the leaf alone"
         images = (False, True) if site_b.kind == "conv" else (False,)
         for of_image in images:
-            why = mismatch(row_axes(site_a, of_image), row_axes(site_b, of_image))
+            why = mismatch(row_axes(site_a, of_image), row_axes(site_b, of_image), numbers)
             if why is not None:
                 return why
     return None

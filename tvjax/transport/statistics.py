@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from tvjax.align import moments as mm
 from tvjax.align import procrustes
+from tvjax.align.heads import DEFAULT_STRUCTURE, Matching, Structure
 from tvjax.align.procrustes import OrthogonalMap
 from tvjax.align.products import product
 
@@ -40,10 +41,20 @@ class Options(NamedTuple):
         `rank`).
       scale_rule: for normalisation scales: ``"diagonal"``: ``(R_in * R_out)^T s``; ``"output"``: ``s R_out``
         (published); ``"zero"``.
-      transport_embeddings: also move class token, positions and patch kernel, by the map of the patches' outputs;
-        otherwise they are zero, as published.
-      keep_fixed: outputs that a stage calls fixed (classes, vocabulary) are not rotated, where the widths agree.
+      transport_embeddings: also move class token, positions and patch kernel, by the map of the patches' outputs, and
+        the tables of tokens and positions of a model of texts, by the map between the two models' tables, whose rows
+        correspond (also where a table is the head's kernel too); otherwise they are zero, as published.
+      keep_fixed: outputs that a stage calls fixed (classes, vocabulary) are not rotated; where the two models have
+        other numbers of them, the leaf is zero.
       rescale: give each moved leaf the norm of the source leaf.
+      heads: the maps of the outputs of queries, keys and values and of the inputs of the attention's output projection,
+        where both models say which their heads are (`tvjax.stages.HeadAxis`): ``"free"``: one map over all heads, as
+        for any other layer; ``"blocks"``: a map for each pair of heads (`tvjax.align.heads`); ``"rotary"``: the same,
+        and for queries and keys that positions rotate one phase for each frequency, the same for a key head and its
+        queries. A norm inside the heads has one map for all of them, fitted on the pairs of heads (also under
+        ``"free"``, where the numbers of heads differ).
+      head_matching: which heads are pairs: ``"index"``: by their places; ``"assignment"``: those whose moments agree
+        most, query heads inside their key heads (under ``"blocks"`` and ``"rotary"``).
     """
 
     center: bool = False
@@ -58,6 +69,8 @@ class Options(NamedTuple):
     transport_embeddings: bool = False
     keep_fixed: bool = True
     rescale: bool = False
+    heads: Structure = DEFAULT_STRUCTURE
+    head_matching: Matching = "index"
 
 
 class MomentAccumulator:
@@ -114,6 +127,34 @@ class MomentAccumulator:
             return per_layer(layers, partial(_solve_rows, self.options))(a, b)
         return per_layer(self.moments.count.ndim, partial(_solve, self.options))(self.moments)
 
+    def cross(self, factors: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
+        """The cross-moment ``[*layers, d_a, d_b]`` of the rows, or of the outputs ``[x, 1] @ factor.T`` of layers."""
+        if self.moments is None:
+            a, b, layers = self._kept_rows()
+            if factors is not None:
+                ones = 0.0 if self.options.center else jnp.concatenate([chunk[2] for chunk in self.rows])
+                a, b = (
+                    matmul(_append(x, ones), jnp.swapaxes(factor, -1, -2).astype(x.dtype))
+                    for x, factor in zip((a, b), factors, strict=True)
+                )
+            return per_layer(layers, _product_of_rows)(a, b)
+        layers = self.moments.count.ndim
+        if factors is None:
+            return per_layer(layers, lambda m: mm.cross(m, self.options.center))(self.moments)
+        core = per_layer(layers, lambda m: mm.augmented(m, self.options.center))(self.moments)
+        return per_layer(layers, _between)(factors[0], core, factors[1])
+
+    def grams(self, factors: tuple[jax.Array, jax.Array] | None = None) -> tuple[jax.Array, jax.Array]:
+        """The Gram matrices of both sides, as `cross`; kept where ``whiten`` is set."""
+        layers = self.moments.count.ndim
+        if factors is None:
+            return per_layer(layers, lambda m: mm.grams(m, self.options.center))(self.moments)
+        grams = per_layer(layers, lambda m: mm.augmented_grams(m, self.options.center))(self.moments)
+        first, second = (
+            per_layer(layers, _between)(factor, gram, factor) for factor, gram in zip(factors, grams, strict=True)
+        )
+        return first, second
+
     def solve_outputs(self, factor_a: jax.Array, factor_b: jax.Array) -> OrthogonalMap:
         """The map between the outputs ``[x, 1] @ factor.T`` of linear layers that read the rows."""
         if self.moments is None:
@@ -131,12 +172,38 @@ class MomentAccumulator:
     def residual(self, found: OrthogonalMap, factors: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
         """``||H_A R - H_B|| / ||H_B||`` on a sample of the rows (of the outputs, where factors are given)."""
         assert self.sample is not None
+        return _residual(*self.sample, found, factors, self.options.center)
+
+    def residual_of_heads(self, found: OrthogonalMap, pairs: Any, numbers: tuple[int, int]) -> jax.Array:
+        """The residual of a map that pairs of heads share, on rows that hold the heads side by side."""
+        assert self.sample is not None
         a, b, weights = self.sample
-        return _residual(a, b, weights, found, factors, self.options.center)
+        of_pairs = per_layer(a.ndim - 2, partial(_rows_of_pairs, numbers))
+        a, b = of_pairs(a, b, *pairs)
+        count = a.shape[-2] // weights.shape[0]
+        return _residual(a, b, jnp.repeat(weights, count), found, None, self.options.center)
 
 
 def _update(moments: Any, a: jax.Array, b: jax.Array, weights: jax.Array) -> Any:
     return mm.update(moments, a, b, weights)
+
+
+def _product_of_rows(a: jax.Array, b: jax.Array) -> jax.Array:
+    return product(a.T, b)
+
+
+def _between(p: jax.Array, core: jax.Array, q: jax.Array) -> jax.Array:
+    """``P M Q^T``."""
+    return product(product(p.astype(core.dtype), core), q.T.astype(core.dtype))
+
+
+def _rows_of_pairs(
+    numbers: tuple[int, int], a: jax.Array, b: jax.Array, source: jax.Array, target: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Rows ``[n, H d]`` of both sides as those of the pairs of heads, ``[n pairs, d]``."""
+    a = a.reshape(len(a), numbers[0], -1)[:, source]
+    b = b.reshape(len(b), numbers[1], -1)[:, target]
+    return a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
 
 
 @partial(jax.jit, static_argnames="center")
@@ -192,18 +259,20 @@ def _solve_whitened_outputs(
 
 
 def _polar(options: Options, moment: jax.Array) -> OrthogonalMap:
-    return _stored(procrustes.polar(moment, **_settings(options)))
+    return stored(procrustes.polar(moment, **settings(options)))
 
 
 def _polar_of_product(options: Options, p: jax.Array, core: jax.Array | None, q: jax.Array) -> OrthogonalMap:
-    return _stored(procrustes.polar_of_product(p, core, q, **_settings(options)))
+    return stored(procrustes.polar_of_product(p, core, q, **settings(options)))
 
 
-def _settings(options: Options) -> dict[str, Any]:
+def settings(options: Options) -> dict[str, Any]:
+    """The options of `tvjax.align.procrustes.polar`."""
     return {name: getattr(options, name) for name in ("complete", "rank_tolerance", "rank", "method")}
 
 
-def _stored(found: OrthogonalMap) -> OrthogonalMap:
+def stored(found: OrthogonalMap) -> OrthogonalMap:
+    """A map in the dtype that maps are kept in."""
     return found._replace(left=found.left.astype(jnp.float32), right=found.right.astype(jnp.float32))
 
 

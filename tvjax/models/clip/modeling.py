@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tvjax.models.clip.config import LEGACY_END_TOKEN, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from tvjax.models.clip.table import TABLE
-from tvjax.models.layer_table import fix_outputs
+from tvjax.models.layer_table import describe
 from tvjax.models.transformer import (
     Block,
     LayerNorm,
@@ -234,7 +234,7 @@ def clip(config: CLIPConfig, params: PyTree, dtype: DTypeLike = jnp.float32) -> 
         stages += _text_stages(config.text, dtype)
     if config.vision and config.text:
         stages.append(Stage("logits", stage_function(Logits), (("logit_scale", "logit_scale"),)))
-    return Model(params, fix_outputs(TABLE, stages))
+    return Model(params, describe(TABLE, config, stages))
 
 
 def inputs(config: CLIPConfig, examples: int) -> dict[str, jax.ShapeDtypeStruct]:

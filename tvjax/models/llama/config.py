@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from tvjax.models.settings import NoCode, Settings, architecture, fields, part
 from tvjax.models.transformer import ACTIVATIONS
@@ -54,6 +57,24 @@ class Rope:
     def __post_init__(self) -> None:
         if self.kind not in _ROPE_TYPES:
             raise NoCode(f"rope_type {self.kind!r} is not supported, only {', '.join(_ROPE_TYPES)}")
+
+    def frequencies(self, size: int) -> np.ndarray:
+        """By how many radians a token's position turns each pair of units of a head of `size` units, float32.
+
+        ``theta^(-2 j / size)`` for pair j, scaled as `kind` says.
+
+        >>> Rope(theta=100.0, kind="linear", factor=2.0).frequencies(4).round(3).tolist()
+        [0.5, 0.05000000074505806]
+        """
+        found = np.float32(self.theta) ** -(np.arange(0, size, 2, dtype=np.float32) / np.float32(size))
+        if self.kind == "linear":
+            found = found / np.float32(self.factor)
+        if self.kind == "llama3":
+            turns = self.original_max_position_embeddings * found / (2 * math.pi)  # in the original context
+            low, high = self.low_freq_factor, self.high_freq_factor
+            kept = np.clip((turns - low) / (high - low), 0, 1)
+            found = (1 - kept) * found / self.factor + kept * found
+        return found.astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +137,10 @@ class LlamaConfig:
     def window(self, block: int) -> int | None:
         """How many tokens back a token sees in a block, itself counted; None for all."""
         return self.sliding_window if block >= self.max_window_layers else None
+
+    def rotary_frequencies(self, block: int) -> np.ndarray:
+        """By how much a position turns each pair of units of a head of a block."""
+        return self.rope.frequencies(self.head_dim)
 
     @classmethod
     def from_dict(cls, settings: Settings) -> LlamaConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from tvjax.models.chunked_loss import token_scores
-from tvjax.models.layer_table import fix_outputs
+from tvjax.models.layer_table import describe
 from tvjax.models.llama.config import LlamaConfig, Rope
 from tvjax.models.llama.table import TABLE
 from tvjax.models.transformer import ACTIVATIONS, RMSNorm, causal_mask, linear, parameters, stage_function
@@ -227,7 +226,7 @@ def llama(config: LlamaConfig, params: PyTree, dtype: DTypeLike = jnp.float32) -
         ),
         Stage("head", stage_function(Head, config, dtype), (("final_norm", "final_norm"), head), streams=stream),
     ]
-    return Model(params, fix_outputs(TABLE, stages))
+    return Model(params, describe(TABLE, config, stages))
 
 
 def inputs(config: LlamaConfig, examples: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -237,19 +236,8 @@ def inputs(config: LlamaConfig, examples: int) -> dict[str, jax.ShapeDtypeStruct
 
 
 def rotary_angles(positions: Int[Array, "#batch tokens"], size: int, rope: Rope) -> Float[Array, "#batch tokens half"]:
-    """The angle by which each pair of units of a head of `size` units is rotated at each position.
-
-    ``angle = position * theta^(-2 j / size)`` for pair j, with the frequencies scaled as `rope` says.
-    """
-    frequencies = rope.theta ** -(jnp.arange(0, size, 2, dtype=jnp.float32) / size)
-    if rope.kind == "linear":
-        frequencies = frequencies / rope.factor
-    if rope.kind == "llama3":
-        turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)  # in the original context
-        low, high = rope.low_freq_factor, rope.high_freq_factor
-        kept = jnp.clip((turns - low) / (high - low), 0, 1)
-        frequencies = (1 - kept) * frequencies / rope.factor + kept * frequencies
-    return positions[..., None].astype(jnp.float32) * frequencies
+    """The angle by which each pair of units of a head of `size` units is rotated at each position."""
+    return positions[..., None].astype(jnp.float32) * rope.frequencies(size)
 
 
 def rotate(

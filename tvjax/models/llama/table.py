@@ -9,6 +9,8 @@ _Q = Heads("blocks/{i}/heads", "query_key", "num_attention_heads", rotary=True)
 _K = Heads("blocks/{i}/heads", "query_key", "num_key_value_heads", rotary=True)
 _V = Heads("blocks/{i}/heads", "value_out", "num_key_value_heads")
 _O = Heads("blocks/{i}/heads", "value_out", "num_attention_heads")
+_QN = Heads("blocks/{i}/heads", "query_key", "num_attention_heads", rotary=True, shared=True)
+_KN = Heads("blocks/{i}/heads", "query_key", "num_key_value_heads", rotary=True, shared=True)
 _B, _L = "blocks/{i}", "model.layers.{i}"
 
 # fmt: off
@@ -20,8 +22,8 @@ TABLE = LayerTable(
         Row(f"{_B}/attention/key",        f"{_L}.self_attn.k_proj",           "linear",    (_R, _K)),
         Row(f"{_B}/attention/value",      f"{_L}.self_attn.v_proj",           "linear",    (_R, _V)),
         Row(f"{_B}/attention/out",        f"{_L}.self_attn.o_proj",           "linear",    (_O, _R)),
-        Row(f"{_B}/attention/query_norm", f"{_L}.self_attn.q_norm",           "scale",     (None,)),
-        Row(f"{_B}/attention/key_norm",   f"{_L}.self_attn.k_norm",           "scale",     (None,)),
+        Row(f"{_B}/attention/query_norm", f"{_L}.self_attn.q_norm",           "scale",     (_QN,)),
+        Row(f"{_B}/attention/key_norm",   f"{_L}.self_attn.k_norm",           "scale",     (_KN,)),
         Row(f"{_B}/norm2",                f"{_L}.post_attention_layernorm",   "scale",     (_R,)),
         Row(f"{_B}/mlp/gate",             f"{_L}.mlp.gate_proj",              "linear",    (_R, _H)),
         Row(f"{_B}/mlp/up",               f"{_L}.mlp.up_proj",                "linear",    (_R, _H)),

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from tvjax.models.layer_table import fix_outputs
+from tvjax.models.layer_table import describe
 from tvjax.models.transformer import (
     Block,
     LayerNorm,
@@ -130,7 +130,7 @@ def vit(config: ViTConfig, params: PyTree, dtype: DTypeLike = jnp.float32) -> Mo
         (("post_norm", "vision/post_norm"), ("head", "head")),
     )
     blocks = block_stages("vision", config.block, config.num_hidden_layers, dtype, stream)
-    return Model(params, fix_outputs(TABLE, (first, *blocks, last)))
+    return Model(params, describe(TABLE, config, (first, *blocks, last)))
 
 
 def inputs(config: ViTConfig, examples: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -1,0 +1,239 @@
+"""The maps of an attention's heads, solved together: which heads are pairs, and the phases that q and k share."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tvjax import tree
+from tvjax.align import heads, procrustes
+from tvjax.align.heads import HeadPairs, Places
+from tvjax.align.procrustes import OrthogonalMap
+from tvjax.stages import Stage
+from tvjax.transport.rules import Map
+from tvjax.transport.statistics import MomentAccumulator, Options, per_layer, settings, stored
+
+if TYPE_CHECKING:
+    from tvjax.transport.pair import Pair
+
+Solved = dict[str, tuple[OrthogonalMap, dict[str, jax.Array]]]
+Numbers = tuple[int, int]
+
+
+class HeadMap(NamedTuple):
+    """A map by heads to solve, and what it is estimated from.
+
+    Attributes:
+      found: the map.
+      rows: what the two models see, or what the linear layers read whose outputs are mapped.
+      factors: of these layers.
+    """
+
+    found: Map
+    rows: MomentAccumulator
+    factors: tuple[jax.Array, jax.Array] | None
+
+    @property
+    def numbers(self) -> Numbers:
+        """Heads in the source and in the target."""
+        assert self.found.heads is not None
+        return self.found.heads[0].number, self.found.heads[1].number
+
+    @property
+    def shared(self) -> bool:
+        """Whether all heads have this one map."""
+        assert self.found.heads is not None
+        return self.found.heads[0].shared
+
+    def places(self, options: Options) -> Places | None:
+        """The frequencies that both sides have; None where the map is no phase of positions."""
+        assert self.found.heads is not None
+        frequencies = [axis.frequencies for axis in self.found.heads]
+        if options.heads != "rotary" or not all(frequencies):
+            return None
+        return heads.pair_frequencies(*frequencies)
+
+
+def check_heads(options: Options, pair: Pair) -> None:
+    """Raises a ValueError where maps by head are asked for, and a model does not say which its heads are."""
+    if options.heads == "free":
+        return
+    for side, walk in (("source", pair.source), ("target", pair.target)):
+        if not any(stage.heads for stage in walk.model.stages):
+            raise ValueError(
+                f"heads={options.heads!r} needs to know the heads, and no stage of the {side} says which they are: "
+                "declare them (Stage(heads=...), single_stage(heads=...)), or use heads='free'"
+            )
+
+
+def solve_heads(options: Options, stages: tuple[Stage, Stage], maps: list[HeadMap]) -> Solved:
+    """The maps of all attentions of a pair of stages, and what is measured of them."""
+    solved: Solved = {}
+    attentions: dict[tuple[str, str], list[HeadMap]] = {}
+    for each in maps:
+        assert each.found.heads is not None
+        names = each.found.heads[0].attention, each.found.heads[1].attention
+        attentions.setdefault(names, []).append(each)
+    for names, members in attentions.items():
+        groups = tuple(_key_heads(stage, name) for stage, name in zip(stages, names, strict=True))
+        solved |= _solve_attention(options, (groups[0], groups[1]), members)
+    return solved
+
+
+def _key_heads(stage: Stage, attention: str) -> int:
+    """The fewest heads of a layer of an attention: those of keys and values where queries share them."""
+    layers = dict(stage.heads).values()
+    return min(axis.number for axes in layers for axis in axes if axis is not None and axis.attention == attention)
+
+
+def _solve_attention(options: Options, groups: Numbers, members: list[HeadMap]) -> Solved:
+    moments = [each.rows.cross(each.factors) for each in members]
+    matched = _match(options, groups, members, moments)
+    phases: dict[Places, jax.Array] = {}
+    for each, moment in zip(members, moments, strict=True):
+        if (places := each.places(options)) is not None and not each.shared:
+            of_group = _of_group(each.numbers, groups)
+            solve = partial(_group_moments, places, each.numbers, of_group)
+            own = per_layer(moment.ndim - 2, solve)(moment, *matched[each.numbers])
+            phases[places] = phases[places] + own if places in phases else own
+    solved: Solved = {}
+    for each, moment in zip(members, moments, strict=True):
+        pairs, layers = matched[each.numbers], moment.ndim - 2
+        places = each.places(options)
+        if places is not None:
+            of_group = _of_group(each.numbers, groups)
+            sizes = moment.shape[-2] // each.numbers[0], moment.shape[-1] // each.numbers[1]
+            turn = partial(_turn, options, places, each.numbers, of_group, sizes, each.shared)
+            found = per_layer(layers, turn)(moment if each.shared else phases[places], *pairs)
+        else:
+            grams = each.rows.grams(each.factors) if options.whiten else ()
+            solve = partial(_shared if each.shared else _blocks, options, each.numbers)
+            found = per_layer(layers, solve)(moment, *pairs, *grams)
+        rows = each.rows.count()
+        if each.shared:
+            residual = each.rows.residual_of_heads(found, pairs, each.numbers)
+            rows = rows * pairs.source.shape[-1]
+        else:
+            residual = each.rows.residual(found, each.factors)
+            if each.found.side.startswith("input"):
+                found = per_layer(layers, partial(_for_inputs, each.numbers))(found, *pairs)
+        solved[each.found.name] = found, {"rank": found.rank, "residual": residual, "rows": rows}
+    return solved
+
+
+def _of_group(numbers: Numbers, groups: Numbers) -> Numbers:
+    """How many heads of a layer share a key head, in the source and in the target."""
+    return numbers[0] // groups[0], numbers[1] // groups[1]
+
+
+# -- which heads are pairs ------------------------------------------------------------------------------------------
+
+
+def _match(
+    options: Options, groups: Numbers, members: list[HeadMap], moments: list[jax.Array]
+) -> dict[Numbers, HeadPairs]:
+    """The pairs of heads for each number of heads that layers of the attention have, ``[*layers, pairs]``."""
+    layers = moments[0].shape[:-2]
+    numbers = dict.fromkeys(each.numbers for each in members)
+    if options.head_matching == "index" or options.heads == "free" or tree.is_traced(moments):
+        by_key = heads.by_index(*groups)
+        found = {
+            own: by_key if own == groups else heads.grouped_by_index(by_key, own, _of_group(own, groups))
+            for own in numbers
+        }
+        return {own: _spread(pairs, layers) for own, pairs in found.items()}
+    scores: dict[Numbers, np.ndarray] = {}
+    for each, moment in zip(members, moments, strict=True):
+        if not each.shared:
+            norms = per_layer(len(layers), partial(heads.nuclear_norms, numbers=each.numbers))(moment)
+            shares = np.asarray(jax.device_get(norms), np.float64)
+            scores[each.numbers] = scores.get(each.numbers, np.zeros_like(shares)) + shares
+    queries = [own for own in numbers if own != groups]
+    if len(queries) > 1:
+        raise ValueError(
+            f"an attention has layers of {sorted({n for own in queries for n in own})} heads: heads are matched by "
+            "assignment where queries have one number of them, and keys and values one; use head_matching='index'"
+        )
+    chosen: dict[Numbers, list[HeadPairs]] = {own: [] for own in numbers}
+    for layer in np.ndindex(*layers):
+        of_keys = np.asarray(scores.get(groups, np.zeros((*layers, *groups))))[layer]
+        of_queries = np.asarray(scores[queries[0]])[layer] if queries else None
+        by_key, inside = heads.grouped_by_assignment(of_keys, of_queries)
+        for own in numbers:
+            chosen[own].append(by_key if inside is None or own == groups else inside)
+    return {
+        own: HeadPairs(*(jnp.asarray(np.stack(side).reshape(*layers, -1)) for side in zip(*pairs, strict=True)))
+        for own, pairs in chosen.items()
+    }
+
+
+def _spread(pairs: HeadPairs, layers: tuple[int, ...]) -> HeadPairs:
+    return HeadPairs(*(jnp.broadcast_to(jnp.asarray(side), (*layers, len(side))) for side in pairs))
+
+
+# -- solving --------------------------------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _blocks(options: Options, numbers: Numbers, moment: jax.Array, source: Any, target: Any, *grams: Any) -> Any:
+    whitening = options.whiten, options.whiten_floor
+    pairs = HeadPairs(source, target)
+    return stored(heads.block_map(moment, pairs, numbers, settings(options), grams or None, whitening))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _shared(options: Options, numbers: Numbers, moment: jax.Array, source: Any, target: Any, *grams: Any) -> Any:
+    """One map for all pairs of heads, from the sum of their moments."""
+    summed = jnp.sum(heads.head_blocks(moment, numbers)[source, target], 0)
+    if grams:
+        own = [
+            jnp.sum(heads.head_blocks(gram, (n, n))[side, side], 0)
+            for gram, n, side in zip(grams, numbers, (source, target), strict=True)
+        ]
+        summed = procrustes.whiten(summed, own[0], own[1], options.whiten, options.whiten_floor)
+    return stored(procrustes.polar(summed, **settings(options)))
+
+
+def _group_moments(
+    places: Places, numbers: Numbers, of_group: Numbers, moment: jax.Array, source: Any, target: Any
+) -> jax.Array:
+    """``c`` of each frequency, summed over the pairs of heads of each pair of key heads, ``[G_A, G_B, n]``."""
+    own = heads.pair_moments(heads.head_blocks(moment, numbers)[source, target], places)
+    groups = numbers[0] // of_group[0], numbers[1] // of_group[1]
+    return jnp.zeros((*groups, own.shape[-1]), own.dtype).at[source // of_group[0], target // of_group[1]].add(own)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+def _turn(
+    options: Options,
+    places: Places,
+    numbers: Numbers,
+    of_group: Numbers,
+    sizes: Numbers,
+    shared: bool,
+    moments: jax.Array,
+    source: Any,
+    target: Any,
+) -> OrthogonalMap:
+    """The phases of each pair of key heads for the pairs of heads of a layer; one for all where they share a map."""
+    phases = partial(
+        heads.phase_map,
+        places=places,
+        sizes=sizes,
+        complete=options.complete,
+        rank_tolerance=options.rank_tolerance,
+    )
+    if shared:
+        own = heads.pair_moments(heads.head_blocks(moments, numbers)[source, target], places)
+        return stored(phases(jnp.sum(own, 0)))
+    of_pairs = moments[source // of_group[0], target // of_group[1]]
+    return stored(heads.assembled(jax.vmap(phases)(of_pairs), HeadPairs(source, target), numbers))
+
+
+@partial(jax.jit, static_argnums=0)
+def _for_inputs(numbers: Numbers, found: OrthogonalMap, source: Any, target: Any) -> OrthogonalMap:
+    return heads.for_inputs(found, HeadPairs(source, target), numbers)
