@@ -10,6 +10,7 @@ Everything is drawn from fixed seeds. The texts come from `build_language_texts`
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -44,6 +45,7 @@ from tvjax.data.embedded import LANGUAGE_FOLDER, LANGUAGE_MODELS, model_folder
 from tvjax.data.embedded_texts import FOLDER as TEXTS
 from tvjax.data.embedded_texts import LENGTH, TASKS
 from tvjax.data.texts import Texts
+from tvjax.demo.base import float32
 from tvjax.demo.language import QUICK, ask, by_length
 from tvjax.evaluate.accuracy import accuracy
 from tvjax.evaluate.fine_tune import fine_tune
@@ -88,7 +90,9 @@ def t5_shape(width: int, heads: int, encoder: int, decoder: int) -> T5Config:
     return T5Config(VOCABULARY, width, 16, 2 * width, encoder, decoder, heads)
 
 
-SMALL, LARGE = shape(64, 4, 4, 2, 128), shape(80, 6, 6, 3, 160)
+SMALL = shape(64, 4, 4, 2, 128)
+# Transformers wants the width of a model named Llama to be a multiple of its heads, and of a Mistral not.
+LARGE = dataclasses.replace(shape(80, 6, 6, 3, 160), model_type="mistral")
 RECIPES = {
     "llama-A": Recipe(SMALL, "source", 1500, 64, 3e-3),
     "llama-B": Recipe(LARGE, "target", 1500, 32, 2e-3),
@@ -192,10 +196,6 @@ def batch_of(task: Task, name: str, texts: list[tuple[str, str]]) -> Batch:
     return batch
 
 
-def float32(params: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
-
-
 def percent(model: Model, batch: Batch) -> float:
     return round(100 * accuracy(model, by_length(batch)).fraction, 2)
 
@@ -258,24 +258,26 @@ def main() -> None:
         made["fingerprint"] = fingerprint(from_pretrained(folder).params)
         print(f"{name}: done ({time.time() - began:.0f} s)", flush=True)
         record["models"][name] = made
+        record |= about(found, texts)
+        options.results.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
-    digests = {
-        str(file.relative_to(TEXTS)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(TEXTS.rglob("*"))
-        if file.is_file()
-    }
-    files = [file for file in LANGUAGE_FOLDER.rglob("*") if file.is_file()]
-    record |= {
+
+def about(found: Extract, texts: dict[str, list[tuple[str, str]]]) -> dict[str, object]:
+    """What the models are trained on, and what ships."""
+    shipped = {file: file.read_bytes() for file in sorted(LANGUAGE_FOLDER.rglob("*")) if file.is_file()}
+    return {
         "texts": {task: {part: len(texts) for part, texts in parts.items()} for task, parts in found.parts.items()},
-        "files": digests,
         "told": {half: {task: len(texts) for task, texts in found.told[half].items()} for half in HALVES},
         "documents": {half: len(texts[half]) for half in HALVES},
+        "files": {
+            file.relative_to(TEXTS).as_posix(): hashlib.sha256(content).hexdigest()
+            for file, content in shipped.items()
+            if TEXTS in file.parents
+        },
         "packages": {name: {"file": file, "sha256": digest} for name, (_, file, digest) in PACKAGES.items()},
-        "megabytes": round(sum(file.stat().st_size for file in files) / 1e6, 2),
-        "seconds": round(time.time() - began),
+        "megabytes": round(sum(map(len, shipped.values())) / 1e6, 2),
         "jax": jax.__version__,
     }
-    options.results.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ half.
 
 Three tiny Llamas trained on definitions of WordNet and sentences of reviews and editorials, made by
 ``scripts/build_language_models.py``: llama-A is the source; llama-B is wider and deeper, with more heads, another seed
-and the other half of the texts; llama-C is llama-A trained further on B's half.
+and the other half of the texts; llama-C is llama-A trained further on B's half. Two tiny T5s, t5-A and t5-B, differ as
+llama-A and llama-B do.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tvjax.data.embedded_texts import TASKS as TEXT_TASKS
 MODELS = ("A", "B", "W", "D")
 TASKS = ("mirrored", "upside_down", "thick", "ruled", "framed", "blurred")
 FOLDER = Path(__file__).parent.parent / "demo_models"
-LANGUAGE_MODELS = ("llama-A", "llama-B", "llama-C")
+LANGUAGE_MODELS = ("llama-A", "llama-B", "llama-C", "t5-A", "t5-B")
 LANGUAGE_FOLDER = FOLDER.with_name("demo_language")
 
 

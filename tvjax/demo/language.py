@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import get_args
 
 import numpy as np
 
+from tvjax.align.heads import DEFAULT_STRUCTURE, Structure
 from tvjax.checkpoints import from_pretrained, load_processor, load_tree
 from tvjax.data.batches import few_shot, take
 from tvjax.data.embedded import model_folder, task_vector_file
@@ -19,10 +21,11 @@ from tvjax.demo.transports import Bench
 from tvjax.stages import Batch, Model
 from tvjax.tasks import Task, label_words
 
-SOURCES = {"llama-C": "llama-A", "llama-B": "llama-A"}  # of the targets
+SOURCES = {"llama-C": "llama-A", "llama-B": "llama-A", "t5-B": "t5-A"}  # of the targets
 TITLES = {
     "llama-C": "llama A to C: A trained further on other texts",
     "llama-B": "llama A to B: wider, deeper, more heads, other texts",
+    "t5-B": "t5 A to B: wider, a deeper decoder, more heads, other texts",
 }
 SHORT = 32  # tokens of a short text; most are, and they go in a batch of their own
 
@@ -40,13 +43,22 @@ class Settings(base.Settings):
     tasks: tuple[str, ...] = ("topics", "reviews")
     rotation_scales: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
     trainable: tuple[str, ...] = ("*blocks/*", "*final_norm/*")
-    targets: tuple[str, ...] = tuple(SOURCES)
+    targets: tuple[str, ...] = ("llama-C", "llama-B")
     validation_per_class: int | None = 20
     test_per_class: int | None = 60
 
 
 QUICK = Settings()
-FULL = dataclasses.replace(QUICK, tasks=tuple(TASKS), draws=3, validation_per_class=None, test_per_class=None)
+HEADS = tuple((heads, {"heads": heads}) for heads in get_args(Structure) if heads != DEFAULT_STRUCTURE)
+FULL = dataclasses.replace(
+    QUICK,
+    tasks=tuple(TASKS),
+    targets=tuple(SOURCES),
+    draws=3,
+    variants=HEADS,
+    validation_per_class=None,
+    test_per_class=None,
+)
 
 
 def run(settings: Settings, progress: Progress | None = None) -> Findings:
