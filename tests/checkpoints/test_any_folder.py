@@ -38,14 +38,14 @@ def olmo():  # a head that is tied to the tokens, and is not in the file
     return {"model_type": "olmo", "tie_word_embeddings": True, "rms_norm_eps": 1e-6}, shapes, {}
 
 
-def t5():
+def longt5():
     shapes = {"shared.weight": (12, WIDTH), "decoder.embed_tokens.weight": (12, WIDTH)}
     for side in ("encoder", "decoder"):
         block = f"{side}.block.0.layer"
         shapes |= linear(f"{block}.0.SelfAttention.q", WIDTH, 8, False) | norm(f"{block}.0.layer_norm", False)
         shapes |= {f"{block}.0.SelfAttention.relative_attention_bias.weight": (4, 2)}
         shapes |= linear(f"{block}.1.DenseReluDense.wi", WIDTH, 16, False)
-    return {"model_type": "t5", "d_model": WIDTH}, shapes, {}
+    return {"model_type": "longt5", "d_model": WIDTH}, shapes, {}
 
 
 def gpt2():  # Conv1D: matrices are stored [in, out]; masks are stored too
@@ -91,7 +91,7 @@ def whisper():
     return {"model_type": "whisper", "activation_function": "gelu"}, shapes, {}
 
 
-MODELS = {make.__name__: make for make in (olmo, t5, gpt2, bert, mixtral, dinov2, siglip, whisper)}
+MODELS = {make.__name__: make for make in (olmo, longt5, gpt2, bert, mixtral, dinov2, siglip, whisper)}
 
 
 def values(shapes, seed, around=None):
@@ -232,7 +232,7 @@ def test_a_part_is_named_by_its_path(tmp_path):
 
 
 def test_a_tied_copy_that_one_file_lacks_changes_with_its_owner(tmp_path):
-    settings, shapes, _ = t5()
+    settings, shapes, _ = longt5()
     theta_0, theta_ft = values(shapes, 0), values(shapes, 1)
     theta_0["decoder.embed_tokens.weight"] = theta_0["shared.weight"]
     theta_ft["decoder.embed_tokens.weight"] = theta_ft["shared.weight"]

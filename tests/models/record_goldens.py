@@ -158,7 +158,9 @@ def inputs(model: torch.nn.Module, seed: int = 0) -> dict[str, np.ndarray]:
         found["tokens"] = tokens.astype(np.int32)
         found["mask"] = positions < lengths[:, None]
         if text.is_encoder_decoder:
-            found["decoder_tokens"] = np.concatenate([np.zeros((4, 1)), rng.integers(3, 27, (4, 6))], 1).astype(np.int32)
+            found["decoder_tokens"] = np.concatenate([np.zeros((4, 1)), rng.integers(3, 27, (4, 6))], 1).astype(
+                np.int32
+            )
             found["decoder_mask"] = np.arange(7) < np.array([5, 7, 2, 1])[:, None]
     return found
 

@@ -6,10 +6,11 @@ import pytest
 
 from tvjax import tree
 from tvjax.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-from tvjax.models.families import CLIP, LLAMA, VIT
+from tvjax.models.families import CLIP, LLAMA, T5, UMT5, VIT
 from tvjax.models.key_table import Tensor, check_copies, find_sources, kernels_by_module, to_checkpoint
 from tvjax.models.layer_table import KINDS, LayerTable, Row
 from tvjax.models.llama import LlamaConfig
+from tvjax.models.t5 import T5Config, UMT5Config
 from tvjax.models.vit import ViTConfig
 
 FAMILIES = {
@@ -24,6 +25,10 @@ FAMILIES = {
         LLAMA,
         LlamaConfig(16, 8, 12, 2, 2, 1, 4, attention_bias=True, output_bias=True, mlp_bias=True, qk_norm=True),
     ),
+    "t5": (T5, T5Config(16, 8, 4, 12, 2, 1, 2)),
+    "gated t5": (T5, T5Config(16, 8, 4, 12, 1, 2, 2, is_gated_act=True, tie_word_embeddings=False)),
+    "umt5": (UMT5, UMT5Config(16, 8, 4, 12, 1, 1, 2)),
+    "gated umt5": (UMT5, UMT5Config(16, 8, 4, 12, 1, 1, 2, is_gated_act=True, tie_word_embeddings=False)),
     "vit": (VIT, ViTConfig(8, 16, 2, 2, image_size=8, patch_size=4)),
 }
 
@@ -54,10 +59,14 @@ def test_both_directions(family_and_params):
 
 
 def test_every_row_is_used_once(family_and_params):
-    family, params = family_and_params
-    paths = {Row.path.format(i=0, tower=tower) for Row in family.table.rows for tower in ("vision", "text")}
+    family, _ = family_and_params
+    configs = [config for other, config in FAMILIES.values() if other is family]
+    models = [jax.eval_shape(lambda config=config: family.init(config, jax.random.key(0))) for config in configs]
+    rows = [row for row in family.table.rows if not row.tied or row.path == "head"]  # the others only name copies
+    paths = {row.path.format(i=0, tower=tower) for row in rows for tower in ("vision", "text")}
+    seen = {path for params in models for path in shapes_of(params)}
     owners = {path: [p for p in paths if any(path == p + leaf.ours for kind in KINDS.values() for leaf in kind)]
-              for path in shapes_of(params) if "blocks/" not in path or "blocks/0/" in path}  # fmt: skip
+              for path in seen if "blocks/" not in path or "blocks/0/" in path}  # fmt: skip
     assert all(len(found) == 1 for found in owners.values())
     assert {found[0] for found in owners.values()} == paths
 

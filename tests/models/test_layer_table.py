@@ -8,6 +8,7 @@ from tvjax.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from tvjax.models.families import family_of_config
 from tvjax.models.layer_table import Space, fix_outputs, in_towers, spaces_of
 from tvjax.models.llama import LlamaConfig
+from tvjax.models.t5 import T5Config, UMT5Config
 from tvjax.models.transformer import stage_function
 from tvjax.models.vit import ViT, ViTConfig
 from tvjax.stages import Stage
@@ -19,6 +20,9 @@ CONFIGS = {
     ),
     "llama": LlamaConfig(16, 8, 12, 2, 4, 2, head_dim=6, attention_bias=True, mlp_bias=True, qk_norm=True),
     "tied llama": LlamaConfig(16, 8, 12, 2, 4, 4, head_dim=6, tie_word_embeddings=True),
+    "t5": T5Config(16, 8, 4, 12, 2, 1, 3, tie_word_embeddings=False),
+    "tied t5": T5Config(16, 8, 4, 12, 1, 2, 3, is_gated_act=True),
+    "umt5": UMT5Config(16, 8, 4, 12, 2, 1, 3),
     "vit": ViTConfig(8, 16, 2, 2, image_size=8, patch_size=4),
 }
 
@@ -57,6 +61,16 @@ def test_heads_of_grouped_queries():
     assert out == (Space("blocks/1/heads:value_out", 4), Space("residual"))
 
 
+def test_heads_that_share_a_table_of_position_biases_are_exchanged_together():
+    tables = {name: family_of_config(CONFIGS[name]).table for name in ("t5", "umt5")}
+    for block in (0, 1):
+        path = f"encoder/blocks/{block}/attention/query/kernel"
+        joint, own = (spaces_of(table, CONFIGS[name], path)[1] for name, table in tables.items())
+        assert joint == Space(f"encoder/heads:{block}/query_key", 3)
+        assert own == Space(f"encoder/blocks/{block}/heads:query_key", 3)
+    assert spaces_of(tables["t5"], CONFIGS["t5"], "encoder/position_bias") == (None, Space("encoder/heads:bias", 3))
+
+
 def test_heads_are_those_of_the_tower():
     config = CONFIGS["clip"]
     table = family_of_config(config).table
@@ -80,6 +94,8 @@ def test_the_rows_of_towers_are_those_that_the_model_has():
         ("vit", {"head": ("head/kernel", "head/bias")}),
         ("llama", {"head": ("head/kernel",)}),
         ("tied llama", {"head": ("tokens",)}),
+        ("t5", {"head": ("head/kernel",)}),
+        ("tied t5", {"head": ("tokens",)}),
     ],
 )
 def test_outputs_that_have_a_meaning_are_fixed_where_they_are_computed(name, fixed):

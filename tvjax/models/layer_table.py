@@ -190,7 +190,9 @@ def _space(space: str | Heads, config: Any, names: Mapping[str, str]) -> Space |
     if isinstance(space, str):
         return Space(space.format(**names))
     group = space.group.format(**names)
-    return Space(f"{group}:{space.units.format(**names)}", getattr(config_of(config, group), space.number), space.rotary)
+    return Space(
+        f"{group}:{space.units.format(**names)}", getattr(config_of(config, group), space.number), space.rotary
+    )
 
 
 def config_of(config: Any, path: str) -> Any:

@@ -54,7 +54,7 @@ def _cka_pairing(
     features, masks, axes = [], [], []
     for walk, stages in zip(walks, (theirs, mine), strict=True):
         carries = [walk.carries(walk.model.stages.index(stage) + 1)[0] for stage in stages]
-        path = next(path for path, x in tree.flatten(carries[0]).items() if jnp.issubdtype(x.dtype, jnp.floating))
+        path = _residual_stream(walk.carries(walk.model.stages.index(stages[0]))[0], carries[0])
         features.append([tree.flatten(carry)[path] for carry in carries])
         rows_of = [factor for axis in of_argument(path, features[-1][0])[:-1] for factor in axis]
         axes.append(arranged([f.size for f in rows_of], [f.label for f in rows_of]))
@@ -68,3 +68,11 @@ def _cka_pairing(
     real = np.asarray(weights[0] * weights[1]) > 0
     similarity = jax.device_get([[layers.linear_cka(x[real], y[real]) for y in rows[1]] for x in rows[0]])
     return layers.monotone_pairing(np.array(similarity))
+
+
+def _residual_stream(before: Any, after: Any) -> str:
+    """The path of what a layer changes: where a decoder reads an encoder, the carry holds both."""
+    given = tree.flatten(before)
+    floating = [path for path, x in tree.flatten(after).items() if jnp.issubdtype(x.dtype, jnp.floating)]
+    same = [path for path in floating if path in given and np.array_equal(given[path], tree.get(after, path))]
+    return next((path for path in floating if path not in same), floating[0])

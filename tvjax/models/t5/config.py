@@ -87,10 +87,10 @@ class T5Config:
     def from_dict(cls, settings: Settings) -> T5Config:
         """The config that a ``config.json`` describes; what it leaves out has the default of transformers.
 
-        >>> flan = {"model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_layers": 8}
+        >>> flan = {"model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
         >>> config = T5Config.from_dict(flan)
-        >>> config.dense_act_fn, config.is_gated_act, config.scale_decoder_outputs, config.num_decoder_layers
-        ('gelu_new', True, False, 8)
+        >>> config.dense_act_fn, config.is_gated_act, config.scale_decoder_outputs
+        ('gelu_new', True, False)
         """
         model_type = settings["model_type"]
         name = architecture(settings, _ARCHITECTURES)

@@ -79,8 +79,10 @@ class MLP(nnx.Module):
 
     def __init__(self, config: BlockConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         width, hidden = config.d_model, config.d_ff
-        for name in ("gate", "gated") if config.is_gated_act else ("up",):
-            setattr(self, name, linear(width, hidden, dtype, rngs, width**-0.5, use_bias=False))
+        if config.is_gated_act:
+            self.gate, self.gated = (linear(width, hidden, dtype, rngs, width**-0.5, use_bias=False) for _ in range(2))
+        else:
+            self.up = linear(width, hidden, dtype, rngs, width**-0.5, use_bias=False)
         self.down = linear(hidden, width, dtype, rngs, hidden**-0.5, use_bias=False)
         self.activation = ACTIVATIONS[config.dense_act_fn]
         self.has_gate = config.is_gated_act
