@@ -70,6 +70,7 @@ class Recipe(NamedTuple):
       batch_size: rows of `LENGTH` tokens in a step of pre-training.
       learning_rate: the greatest.
       start: the model that it is trained further from; "" for a random start.
+      tuning: steps and learning rate of fine-tuning.
     """
 
     config: LlamaConfig | T5Config
@@ -78,6 +79,7 @@ class Recipe(NamedTuple):
     batch_size: int
     learning_rate: float
     start: str = ""
+    tuning: tuple[int, float] = (300, 1e-3)
 
 
 def shape(width: int, depth: int, heads: int, shared: int, hidden: int) -> LlamaConfig:
@@ -97,8 +99,8 @@ RECIPES = {
     "llama-A": Recipe(SMALL, "source", 1500, 64, 3e-3),
     "llama-B": Recipe(LARGE, "target", 1500, 32, 2e-3),
     "llama-C": Recipe(SMALL, "target", 400, 32, 1e-3, start="llama-A"),
-    "t5-A": Recipe(t5_shape(48, 3, 2, 1), "source", 1500, 64, 3e-3),
-    "t5-B": Recipe(t5_shape(64, 4, 2, 2), "target", 1500, 64, 3e-3),
+    "t5-A": Recipe(t5_shape(40, 2, 2, 1), "source", 1500, 64, 3e-3, tuning=(600, 3e-3)),
+    "t5-B": Recipe(t5_shape(48, 3, 2, 2), "target", 1500, 64, 3e-3, tuning=(600, 3e-3)),
 }
 SEEDS = {name: number for number, name in enumerate(RECIPES, start=1)}
 
@@ -200,9 +202,9 @@ def percent(model: Model, batch: Batch) -> float:
     return round(100 * accuracy(model, by_length(batch)).fraction, 2)
 
 
-def tune(name: str, folder: Path, found: Extract, steps: int) -> dict[str, dict[str, float]]:
+def tune(name: str, folder: Path, found: Extract) -> dict[str, dict[str, float]]:
     """Fine-tunes a model on every task and saves the task vectors; returns accuracies."""
-    saved = from_pretrained(folder)
+    saved, (steps, learning_rate) = from_pretrained(folder), RECIPES[name].tuning
     shutil.rmtree(folder / "task_vectors", ignore_errors=True)
     (folder / "task_vectors").mkdir()
     table = {}
@@ -212,7 +214,7 @@ def tune(name: str, folder: Path, found: Extract, steps: int) -> dict[str, dict[
         short, *_ = by_length(batch_of(asked, task, found.parts[task][RECIPES[name].half]))  # to save time
         tuned = fine_tune(
             model, short, steps=steps, batch_size=32,
-            learning_rates=(1e-3,), optimiser=partial(decaying_adam, steps), trainable=QUICK.trainable,
+            learning_rates=(learning_rate,), optimiser=partial(decaying_adam, steps), trainable=QUICK.trainable,
             key=jax.random.key(200 + SEEDS[name]),
         )  # fmt: skip
         tau = task_vector(model.params, tuned.params)
@@ -236,7 +238,6 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=LANGUAGE_MODELS, default=LANGUAGE_MODELS)
     parser.add_argument("--cache", type=Path, default=Path("/tmp/tvjax_texts"), help="where the packages are kept")
     parser.add_argument("--share", type=float, default=1.0, help="of the steps of pre-training")
-    parser.add_argument("--fine-tuning-steps", type=int, default=300)
     parser.add_argument("--fine-tune-only", action="store_true", help="keep the pre-trained models of the folder")
     parser.add_argument("--results", type=Path, default=Path("results/build_language_models.json"))
     options = parser.parse_args()
@@ -254,7 +255,7 @@ def main() -> None:
             rows = pretraining_rows(name, tokenizer, texts[half])
             made["loss"] = round(build(name, tokenizer, rows, folder, options.share), 4)
             print(f"{name}: loss {made['loss']} ({time.time() - began:.0f} s)", flush=True)
-        made["accuracy"] = tune(name, folder, found, options.fine_tuning_steps)
+        made["accuracy"] = tune(name, folder, found)
         made["fingerprint"] = fingerprint(from_pretrained(folder).params)
         print(f"{name}: done ({time.time() - began:.0f} s)", flush=True)
         record["models"][name] = made

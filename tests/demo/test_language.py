@@ -17,8 +17,8 @@ STUB = dataclasses.replace(
     few_shot_steps=2,
     few_shot_checkpoints=1,
     learning_rates=(1e-3,),
-    validation_per_class=3,
-    test_per_class=5,
+    validation=6,
+    test=10,
     targets=("llama-C",),
 )
 
@@ -47,7 +47,7 @@ def test_texts_are_fixed_by_their_names_and_the_long_ones_go_apart():
     one, again = (language.examples("llama-A", "topics", language.QUICK) for _ in range(2))
     assert [len(part.labels) for part in one.test] == [len(part.labels) for part in again.test]
     counts = np.bincount(np.concatenate([part.labels for part in one.test]))
-    assert counts.tolist() == [language.QUICK.test_per_class] * 8
+    assert counts.tolist() == [language.QUICK.test // 8] * 8
     short, long = one.test
     assert short.inputs["tokens"].shape[1] == language.SHORT < long.inputs["mask"].sum(1).min()
     np.testing.assert_array_equal(short.inputs["tokens"], again.test[0].inputs["tokens"])

@@ -36,29 +36,25 @@ class Settings(base.Settings):
 
     Attributes:
       targets: names of embedded models.
-      validation_per_class: validation texts of each class; None: all.
-      test_per_class: test texts of each class; None: all.
+      validation: validation texts of each task, as many of each class.
+      test: the same of the test.
     """
 
     tasks: tuple[str, ...] = ("topics", "reviews")
-    rotation_scales: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
+    unit_scales: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+    rotation_scales: tuple[float, ...] = (0.0, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
+    few_shot_steps: int = 40
+    few_shot_checkpoints: int = 2
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3)
     trainable: tuple[str, ...] = ("*blocks/*", "*final_norm/*")
     targets: tuple[str, ...] = ("llama-C", "llama-B")
-    validation_per_class: int | None = 20
-    test_per_class: int | None = 60
+    validation: int = 160
+    test: int = 480
 
 
 QUICK = Settings()
 HEADS = tuple((heads, {"heads": heads}) for heads in get_args(Structure) if heads != DEFAULT_STRUCTURE)
-FULL = dataclasses.replace(
-    QUICK,
-    tasks=tuple(TASKS),
-    targets=tuple(SOURCES),
-    draws=3,
-    variants=HEADS,
-    validation_per_class=None,
-    test_per_class=None,
-)
+FULL = dataclasses.replace(QUICK, tasks=tuple(TASKS), targets=tuple(SOURCES), draws=3, variants=HEADS, test=720)
 
 
 def run(settings: Settings, progress: Progress | None = None) -> Findings:
@@ -106,15 +102,15 @@ def ask(name: str, task: str) -> tuple[Model, Task]:
 def examples(name: str, task: str, settings: Settings) -> Sets:
     """The texts of a task, as an embedded model sees them; the pool has the short ones only."""
     _, asked = ask(name, task)
-    wanted = {"pool": None, "validation": settings.validation_per_class, "test": settings.test_per_class}
+    words, _, trained = TASKS[task]
     found = {}
-    for part, per_class in wanted.items():
+    for part, count in (("pool", 0), ("validation", settings.validation), ("test", settings.test)):
         texts = embedded_texts(task, part)
         (batch,) = asked.batches(texts, len(texts))
-        if per_class is not None:
-            batch = take(batch, few_shot(batch.labels, per_class, named_key(settings.seed, f"{part} {task}")))
+        if count:
+            batch = take(batch, few_shot(batch.labels, count // len(words), named_key(settings.seed, f"{part} {task}")))
         found[part] = by_length(batch)
-    return Sets(found["pool"][0], found["validation"], found["test"], TASKS[task].trained)
+    return Sets(found["pool"][0], found["validation"], found["test"], trained)
 
 
 def by_length(batch: Batch) -> Sequence[Batch]:

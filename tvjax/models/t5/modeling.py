@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from tvjax.models.chunked_loss import token_scores
-from tvjax.models.layer_table import fix_outputs
+from tvjax.models.layer_table import describe
 from tvjax.models.t5.config import T5Config
 from tvjax.models.t5.table import TABLE, UMT5_TABLE
 from tvjax.models.transformer import ACTIVATIONS, RMSNorm, causal_mask, linear, parameters, stage_function
@@ -289,7 +289,7 @@ def t5(config: T5Config, params: PyTree, dtype: DTypeLike = jnp.float32) -> Mode
         *_blocks("decoder", DecoderBlock, config, config.num_decoder_layers, dtype),
         Stage("head", stage_function(Head, config, dtype), final, streams=STREAMS),
     ]
-    return Model(params, fix_outputs(UMT5_TABLE if config.bias_in_each_block else TABLE, stages))
+    return Model(params, describe(UMT5_TABLE if config.bias_in_each_block else TABLE, config, stages))
 
 
 def inputs(config: T5Config, examples: int) -> dict[str, jax.ShapeDtypeStruct]:
