@@ -16,7 +16,7 @@ from tvjax.evaluate import accuracy
 RECORD = json.loads((Path(__file__).parents[2] / "results" / "build_language_models.json").read_text())
 
 
-@pytest.mark.parametrize(("name", "task"), zip(embedded.LANGUAGE_MODELS, itertools.cycle(TASKS)))
+@pytest.mark.parametrize(("name", "task"), [*zip(embedded.LANGUAGE_MODELS, itertools.cycle(TASKS))])
 def test_models_reach_the_recorded_accuracies(name, task):
     recorded = RECORD["models"][name]
     model, taus = load(name, task)

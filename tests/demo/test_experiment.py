@@ -68,7 +68,7 @@ def test_too_little_to_measure(change):
 def test_photographs_and_draws_are_fixed_by_their_names():
     settings = dataclasses.replace(setup.QUICK, test_repeats=1)
     images, again = (setup.photographs("base", setup.style_of("base"), settings) for _ in range(2))
-    assert [len(batch.labels) for batch in images] == [550, 200, 497]
+    assert [len(batch.labels) for batch in images[:3]] == [550, 200, 497]
     np.testing.assert_array_equal(images.test.inputs["pixels"], again.test.inputs["pixels"])
     draws = [base.draw_examples(images.pool, "base", draw, settings) for draw in (0, 0, 1)]
     assert np.bincount(draws[0].labels).tolist() == [settings.labels_per_class] * 10
