@@ -24,7 +24,7 @@ def findings():
     ]
     curves = [Curve(settings.tasks[0], target, "bico", 0, (0.0, 1.0), (0.1, 0.2)) for target in setup.TARGETS]
     edits = [Edit("negation", "- a", "base", 0.5, 0.9, 0.88)]
-    counts = {"calibration": 50, "validation": 200, "test": 994}
+    counts = {task: {"calibration": 50, "validation": 200, "test": 994} for task in settings.tasks}
     compared = experiment.comparisons(measurements)
     reports = {"A to B": "link"}
     return experiment.Findings(
@@ -48,7 +48,7 @@ def test_files(findings, tmp_path):
     } <= set(content)
     keys = ["task", "target", "method", "labels_per_class", "draw", "alpha", "accuracy"]
     assert all(list(record) == keys and 0 <= record["accuracy"] <= 1 for record in content["records"])
-    assert content["seconds"] == 1.5 and content["settings"]["photographs"]["validation"] == 200
+    assert content["seconds"] == 1.5 and content["settings"]["photographs"]["thick"]["validation"] == 200
     assert "jax" in content["versions"] and content["arithmetic"][0]["normalised"] is None
 
 

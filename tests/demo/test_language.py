@@ -11,6 +11,7 @@ from tvjax.report.measurements import in_order
 STUB = dataclasses.replace(
     language.QUICK,
     tasks=("reviews",),
+    variants=(("blocks", {"heads": "blocks"}),),
     labels_per_class=2,
     unit_scales=(0.0, 1.0),
     rotation_scales=(0.0, 1.0),
@@ -28,7 +29,7 @@ def test_every_method_is_measured_and_written(tmp_path):
     findings = language.run(STUB, lambda *step: steps.append(step))
     assert in_order(m.method for m in findings.measurements) == methods(STUB)
     assert all(m.target == "llama-C" and 0 <= m.accuracy <= 1 for m in findings.measurements)
-    assert findings.counts == {"calibration": 4, "validation": 6, "test": 10}
+    assert findings.counts == {"reviews": {"calibration": 4, "validation": 6, "test": 10}}
     assert {(c.method, c.baseline) for c in findings.comparisons} >= {("bico", "naive"), ("naive", "zero_shot")}
     assert steps == [(1, 1, f"{language.TITLES['llama-C']}, reviews")]
     content = experiment.results(findings)
@@ -66,16 +67,17 @@ def test_the_command_measures_language_alone_or_after_the_digits(monkeypatch, tm
     ran = []
 
     def of(kind, full, titles):
-        empty = experiment.Findings(
-            STUB, titles, kind, {"calibration": 1, "validation": 1, "test": 1}, *[[]] * 4, {}, 1
-        )
+        counts = {str(n): {"calibration": n, "validation": 6, "test": 5 + n} for n in (4, 8)}
+        empty = experiment.Findings(STUB, titles, kind, counts, *[[]] * 4, {}, 1)
         return lambda settings, progress: ran.append((kind, settings == full)) or empty
 
     monkeypatch.setattr(experiment, "run", of("photographs", setup.FULL, {}))
     monkeypatch.setattr(language, "run", of("texts", language.FULL, {}))
     monkeypatch.setattr(experiment, "write", lambda findings, folder: [folder / findings.kind])
     assert run(["demo", "--language", "--output", str(tmp_path)]) == 0
-    assert ran == [("texts", False)] and "language/texts" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert ran == [("texts", False)] and "language/texts" in printed
+    assert "9 to 13 test texts a task" in printed and "same 6 labelled validation texts" in printed
     assert run(["demo", "--full", "--output", str(tmp_path), "--json"]) == 0
     assert ran[1:] == [("photographs", True), ("texts", True)]
     assert '"language": {' in capsys.readouterr().out

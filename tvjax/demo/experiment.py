@@ -40,6 +40,7 @@ ABOUT = {
     "draws of a task averaged first, for tasks like these",
 }
 
+_SETS = ("calibration", "validation", "test")
 Progress = Callable[[int, int, str], None]
 
 
@@ -50,7 +51,7 @@ class Findings(NamedTuple):
       settings: of the demo.
       titles: of the targets.
       kind: of the examples, in the plural.
-      counts: how many there are of each task, by set.
+      counts: how many there are, by task and set.
       measurements: the records.
       comparisons: every method against zero-shot and, at equal shapes, naive addition.
       curves: validation accuracy by scale.
@@ -62,7 +63,7 @@ class Findings(NamedTuple):
     settings: base.Settings
     titles: dict[str, str]
     kind: str
-    counts: dict[str, int]
+    counts: dict[str, dict[str, int]]
     measurements: list[Measurement]
     comparisons: list[Comparison]
     curves: list[Curve]
@@ -131,11 +132,7 @@ def measured(
                 reports |= _reports(f"{titles[name]}, {task}", states)
         if progress is not None:
             progress(step, len(benches) + further, f"{titles[name]}, {task}")
-    counts = {
-        "calibration": settings.labels_per_class * len(np.unique(bench.examples.pool.labels)),
-        "validation": _count(bench.examples.validation),
-        "test": _count(bench.examples.test),
-    }
+    counts = {task: _counts(bench) for (_, task), bench in benches.items()}
     seconds = time.perf_counter() - began
     compared = comparisons(measurements)
     return Findings(settings, titles, kind, counts, measurements, compared, curves, [], reports, seconds)
@@ -171,7 +168,9 @@ def write(findings: Findings, folder: str | os.PathLike[str]) -> list[Path]:
 
 def footnotes(findings: Findings) -> list[str]:
     """What the tables are of, in a few lines."""
-    counts, settings, kind = findings.counts, findings.settings, findings.kind
+    settings, kind = findings.settings, findings.kind
+    sets = {name: sorted({of_task[name] for of_task in findings.counts.values()}) for name in _SETS}
+    counts = {name: " to ".join(map(str, sorted({found[0], found[-1]}))) for name, found in sets.items()}
     lines = [
         f"Accuracy in per cent on {counts['test']} test {kind} a task; scales and few-shot hyperparameters chosen "
         f"on the same {counts['validation']} labelled validation {kind} for every method.",
@@ -217,6 +216,12 @@ def _measurement(task: str, target: str, draw: int, result: Result) -> Measureme
 def _curve(task: str, target: str, draw: int, result: Result, settings: base.Settings) -> Curve:
     grid = settings.unit_scales if result.method in EQUAL_SHAPES else settings.rotation_scales
     return Curve(task, target, result.method, draw, grid, result.curve)
+
+
+def _counts(bench: Bench) -> dict[str, int]:
+    pool, validation, test, _ = bench.examples
+    calibration = bench.settings.labels_per_class * len(np.unique(pool.labels))
+    return dict(zip(_SETS, (calibration, _count(validation), _count(test)), strict=True))
 
 
 def _count(batches: Batch | Sequence[Batch]) -> int:
