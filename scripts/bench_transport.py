@@ -109,7 +109,7 @@ def run_transport(case: dict[str, Any]) -> dict[str, Any]:
         tau = jax.tree.map(lambda x: 1e-3 * jax.random.normal(jax.random.key(3), x.shape), source.params)
         jax.block_until_ready((source, target, tau))
         started = time.perf_counter()
-        jax.block_until_ready(tvjax.transport_stages(transport, source, target, batches, [tau]))
+        jax.block_until_ready(tvjax.fit(transport, source, target, batches, stream=[tau]))
         return time.perf_counter() - started
 
     cold, warm = once((2, 2)), once((2, 2))

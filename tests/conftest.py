@@ -14,7 +14,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from PIL import Image  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Two CPU devices on few cores: programs in flight at once can wait for each other's collectives for ever.
@@ -31,3 +33,15 @@ def forget_programs():
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """Three random images of each of two classes, in a folder."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for name in ("cat", "polar_bear"):
+        (folder / name).mkdir()
+        for number in range(3):
+            Image.fromarray(rng.integers(0, 256, (10, 12, 3), np.uint8)).save(folder / name / f"{number}.png")
+    return folder

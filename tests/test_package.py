@@ -49,6 +49,14 @@ def test_names_of_the_last_release_work_and_warn():
         tvjax.fit(tvjax.theseus(), model, model, batches, host=True)
     with pytest.raises(TypeError, match="old name"):
         tvjax.fit(tvjax.theseus(), model, model, batches, host=True, offload=True)
+    with pytest.warns(DeprecationWarning, match="argument host of input_grams is now called offload"):
+        tvjax.merge.input_grams(model, batches, host=True)
+    with pytest.warns(DeprecationWarning, match="transport_stages.* is now called fit.*stream=taus"):
+        moved = tvjax.transport_stages(tvjax.theseus(), model, model, batches, [{"w": jnp.ones((3, 3))}])
+    assert jnp.allclose(moved[0]["w"], 1, atol=1e-5)
+    texts = tvjax.data.Texts("counted", range(10), lambda number: (f"number {number}",), columns=("text",))
+    with pytest.warns(DeprecationWarning, match="Texts.part is now called split"):
+        assert list(texts.part(0, 0.5)) == list(texts.split(0, 0.5))
 
 
 def modules():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tvjax import Batch, Model, Stage, bico, chain, fit, gradfix, transport_stages, tree
+from tvjax import Batch, Model, Stage, bico, chain, fit, gradfix, tree
 from tvjax.capture.check import site_gradient
 from tvjax.capture.views import transpose_view
 from tvjax.walk import Walk, differentiable
@@ -179,7 +179,7 @@ def test_compilations_do_not_grow_with_depth():
         source, target = make_model(depth), make_model(depth, seed=1)
         tau = jax.tree.map(lambda leaf: 0.1 * leaf, source.params)
         transport.apply(fit(transport, source, target, batches), tau)
-        transport_stages(transport, source, target, batches, [tau])
+        fit(transport, source, target, batches, stream=[tau])
 
     shallow = compilations(lambda: run(2))
     assert shallow > 0

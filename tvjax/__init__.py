@@ -10,27 +10,31 @@ if TYPE_CHECKING:
     from tvjax.checkpoints import load_tree as load_task_vector
     from tvjax.checkpoints import save_pretrained as save
     from tvjax.checkpoints import save_tree as save_task_vector
+    from tvjax.factors import LowRank
     from tvjax.layers import stack, unstack
     from tvjax.stages import Batch, Model, Stage, Stream, single_stage
     from tvjax.transport.base import State, Transport, chain, identity, scale_by
     from tvjax.transport.bico import bico
-    from tvjax.transport.fit import fit, transport_stages
+    from tvjax.transport.fit import fit
     from tvjax.transport.gradfix import gradfix
     from tvjax.transport.leaf_report import leaf_report
     from tvjax.transport.orthogonal_shift import orthogonal_shift
     from tvjax.transport.permutation import transfusion
     from tvjax.transport.plan import plan
     from tvjax.transport.theseus import theseus
+    from tvjax.truncate import low_rank
 
 # Public names by module, imported on first use: the command line starts without JAX.
 _NAMES = {
     "arithmetic": ("add", "analogy", "apply", "interpolate", "negate", "scale", "task_vector"),
+    "factors": ("LowRank",),
     "layers": ("stack", "unstack"),
     "stages": ("Batch", "Model", "Stage", "Stream", "single_stage"),
     "transport.plan": ("plan",),
+    "truncate": ("low_rank",),
     "transport": (
         *("State", "Transport", "bico", "chain", "fit", "gradfix", "identity", "leaf_report", "orthogonal_shift"),
-        *("scale_by", "theseus", "transfusion", "transport_stages"),
+        *("scale_by", "theseus", "transfusion"),
     ),
 }
 _HOMES = {name: (f"tvjax.{module}", name) for module, names in _NAMES.items() for name in names} | {
@@ -38,6 +42,7 @@ _HOMES = {name: (f"tvjax.{module}", name) for module, names in _NAMES.items() fo
     "load_task_vector": ("tvjax.checkpoints", "load_tree"),
     "save": ("tvjax.checkpoints", "save_pretrained"),
     "save_task_vector": ("tvjax.checkpoints", "save_tree"),
+    "transport_stages": ("tvjax.transport.fit", "transport_stages"),  # an old name, which warns where it is called
 }
 _MODULES = (
     *("capture", "checkpoints", "compose", "data", "evaluate", "jobs", "merge", "models", "tasks", "transport", "tree"),
@@ -69,6 +74,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "Batch",
+    "LowRank",
     "Model",
     "Stage",
     "State",
@@ -92,6 +98,7 @@ __all__ = [
     "leaf_report",
     "load",
     "load_task_vector",
+    "low_rank",
     "merge",
     "models",
     "negate",
@@ -108,7 +115,6 @@ __all__ = [
     "theseus",
     "transfusion",
     "transport",
-    "transport_stages",
     "tree",
     "unstack",
 ]

@@ -3,7 +3,8 @@
 A *task vector* is ``tau = theta_ft - theta_0``, leaf by leaf, in float32 whatever the stored dtype (Ilharco et al.,
 ICLR 2023, arXiv 2212.04089, section 2). It is an ordinary pytree. None stands at leaves that it does not cover; a task
 vector of nested dicts may also lack them altogether, so that one made for a vision tower applies to the whole model,
-by path. Nothing is skipped in silence: a path or a shape that the parameters do not have is an error.
+by path. Nothing is skipped in silence: a path or a shape that the parameters do not have is an error. A leaf may be a
+`tvjax.LowRank`, and stays one where a result can be.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tvjax import tree
+from tvjax import factors, tree
+from tvjax.factors import is_low_rank
 
 PyTree = Any
 
@@ -105,8 +107,8 @@ def apply(params: PyTree, tau: PyTree, scale: float | jax.Array = 1.0) -> PyTree
             mismatches.append(f"{path}: not in the parameters")
             continue
         leaf = tree.leaf_type(theta[path])
-        if leaf.shape != jnp.shape(change):
-            mismatches.append(f"{path}: parameters {leaf.shape}, task vector {jnp.shape(change)}")
+        if leaf.shape != np.shape(change):
+            mismatches.append(f"{path}: parameters {leaf.shape}, task vector {np.shape(change)}")
         elif not _is_floating(leaf):
             mismatches.append(f"{path}: the parameters hold {leaf.dtype}, which takes no change")
     if mismatches:
@@ -145,9 +147,12 @@ def add(*taus: PyTree) -> PyTree:
         raise ValueError("add needs at least one task vector")
 
     def total(*leaves: Any) -> Any:
-        covered = [_wide(leaf) for leaf in leaves if leaf is not None]
+        covered = [leaf for leaf in leaves if leaf is not None]
         if not covered:
             return None
+        if all(map(is_low_rank, covered)) and (joined := factors.total(covered)) is not None:
+            return joined
+        covered = [_wide(leaf) for leaf in covered]
         result = covered[0]
         for leaf in covered[1:]:
             result = jnp.add(*_align(result, leaf))
@@ -163,7 +168,7 @@ def negate(tau: PyTree) -> PyTree:
     >>> negate({"a": jnp.array([1.0, -2.0])})["a"].tolist()
     [-1.0, 2.0]
     """
-    return jax.tree.map(lambda leaf: -_wide(leaf), tau)
+    return tree.map_with_path(lambda path, leaf: factors.scaled(leaf, -1), tau)
 
 
 def scale(tau: PyTree, factor: float | jax.Array | Mapping[str, Any]) -> PyTree:
@@ -186,20 +191,16 @@ def scale(tau: PyTree, factor: float | jax.Array | Mapping[str, Any]) -> PyTree:
     >>> scaled["up"]["kernel"].tolist(), scaled["up"]["bias"].tolist()
     ([2.0], [0.0])
     """
-    factors = _factors(factor if isinstance(factor, Mapping) else {"**": factor})
-    for pattern, value in factors.items():
+    numbers = _factors(factor if isinstance(factor, Mapping) else {"**": factor})
+    for pattern, value in numbers.items():
         if tree.leaf_type(value).shape != ():
             raise ValueError(f"the factor of {pattern!r} must be a scalar, found shape {jnp.shape(value)}")
     paths = list(tree.flatten(tau))
     chosen: dict[str, Any] = {}
     if paths:
-        chosen = {path: value for pattern, value in factors.items() for path in tree.match(paths, pattern)}
+        chosen = {path: value for pattern, value in numbers.items() for path in tree.match(paths, pattern)}
 
-    def scaled(path: str, leaf: Any) -> jax.Array:
-        leaf = _wide(leaf)
-        return leaf * jnp.asarray(chosen[path], leaf.dtype) if path in chosen else leaf
-
-    return tree.map_with_path(scaled, tau)
+    return tree.map_with_path(lambda path, leaf: factors.scaled(leaf, chosen.get(path, 1)), tau)
 
 
 def analogy(a: PyTree, b: PyTree, c: PyTree) -> PyTree:
@@ -260,13 +261,13 @@ def _map(function: Callable[..., Any], *trees: PyTree) -> PyTree:
             f"task vectors that are combined must have the same paths and shapes, {len(mismatches)} leaves differ:\n"
             f"{tree.list_some(mismatches)}\nwere they made for one model? Leaves that one does not cover are None"
         )
-    return jax.tree.map(function, *trees, is_leaf=_is_none)
+    return jax.tree.map(function, *trees, is_leaf=_is_leaf)
 
 
 def _shapes(item: PyTree) -> dict[str, tuple[int, ...] | None]:
     """The shapes by path, None at leaves that are not covered."""
-    leaves = jax.tree_util.tree_flatten_with_path(item, is_leaf=_is_none)[0]
-    return {tree.path_string(key_path): None if leaf is None else jnp.shape(leaf) for key_path, leaf in leaves}
+    leaves = jax.tree_util.tree_flatten_with_path(item, is_leaf=_is_leaf)[0]
+    return {tree.path_string(key_path): None if leaf is None else np.shape(leaf) for key_path, leaf in leaves}
 
 
 def _factors(factor: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -277,8 +278,8 @@ def _factors(factor: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _is_none(leaf: Any) -> bool:
-    return leaf is None
+def _is_leaf(leaf: Any) -> bool:
+    return leaf is None or is_low_rank(leaf)
 
 
 def _wide(leaf: Any) -> jax.Array:

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from tvjax import tree
+from tvjax.factors import is_low_rank
 
 PyTree = Any
 
@@ -49,7 +50,7 @@ def check_finite(values: PyTree, what: str) -> None:
     """
     flat = {
         path: leaf
-        for path, leaf in tree.flatten(values).items()
+        for path, leaf in _arrays(values).items()
         if not isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct)
     }
     with jax.ensure_compile_time_eval():  # inside `jit` too, arrays that the function closes over have values
@@ -73,6 +74,14 @@ def count_not_finite(array: np.ndarray) -> int:
     if not array.size or not jnp.issubdtype(array.dtype, jnp.inexact) or not _may_be_infinite(array):
         return 0
     return array.size - int(np.count_nonzero(np.isfinite(array)))
+
+
+def _arrays(values: PyTree) -> dict[str, Any]:
+    """The leaves by path; those of low rank by their factors."""
+    found: dict[str, Any] = {}
+    for path, leaf in tree.flatten(values).items():
+        found |= {f"{path}/left": leaf.left, f"{path}/right": leaf.right} if is_low_rank(leaf) else {path: leaf}
+    return found
 
 
 def _may_be_infinite(array: np.ndarray) -> bool:

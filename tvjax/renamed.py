@@ -11,9 +11,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def warn(old: str, new: str) -> None:
-    """Says that a name has changed, at the place that uses it."""
-    warnings.warn(f"{old} is now called {new}: the old name goes with the next release", DeprecationWarning, 3)
+def warn(old: str, new: str, level: int = 3) -> None:
+    """Says that a name has changed, at the place that uses it: by default what called the caller."""
+    warnings.warn(f"{old} is now called {new}: the old name goes with the next release", DeprecationWarning, level)
 
 
 def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:

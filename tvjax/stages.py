@@ -80,8 +80,9 @@ class Stage:
       fixed: local paths of kernels (or biases) whose outputs have a meaning of their own, such as classes or a shared
         embedding: their output is never rotated.
       heads: the heads of the inputs and outputs of layers, by the local paths of their leaves.
-      tied: ``(path, local path)``: the path of a leaf that other models of this kind have for themselves (the head's
-        kernel), and the leaf that this stage uses in its place (the token table).
+      vocabulary: ``(path, local path)`` of layers whose outputs are the words of a vocabulary: the path of the kernel
+        in models that have one, and the leaf that this stage uses for it: the kernel, or the token table that it is
+        tied to.
     """
 
     name: str
@@ -91,7 +92,7 @@ class Stage:
     streams: Stream | Mapping[str, Stream] | tuple[tuple[str, Stream], ...] = Stream()
     fixed: tuple[str, ...] = ()
     heads: Mapping[str, LayerHeads] | tuple[tuple[str, LayerHeads], ...] = ()
-    tied: tuple[tuple[str, str], ...] = ()
+    vocabulary: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("streams", "heads"):

@@ -2,7 +2,7 @@
 
 A *path* names one leaf: the keys on the way to it, joined by ``/`` (``vision/blocks/3/mlp/up/kernel``). It is the
 same for a dict, a list, a dataclass, a Flax or an Equinox module, so trees of different make are matched by path.
-``None`` is a childless node, as everywhere in JAX: a leaf that was not selected.
+``None`` is a childless node, as everywhere in JAX: a leaf that was not selected. A `tvjax.LowRank` is one leaf.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+
+from tvjax import factors
+from tvjax.factors import is_low_rank
 
 PyTree = Any
 
@@ -32,12 +35,21 @@ def flatten(tree: PyTree) -> dict[str, Any]:
     {'a/b': 1, 'd/0': 2}
     """
     flat: dict[str, Any] = {}
-    for key_path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    for key_path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_low_rank)[0]:
         path = path_string(key_path)
         if path in flat:
             raise ValueError(f"two leaves share the path {path!r}: rename one of the keys that contain '/'")
         flat[path] = leaf
     return flat
+
+
+def structure(tree: PyTree) -> Any:
+    """The tree's structure, with one leaf for each path of `flatten`.
+
+    >>> structure({"a": factors.LowRank(jnp.ones((2, 1)), jnp.ones((1, 2)))}).num_leaves
+    1
+    """
+    return jax.tree.structure(tree, is_leaf=is_low_rank)
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,7 +78,8 @@ def map_with_path(function: Callable[..., Any], tree: PyTree, *rest: PyTree) -> 
     >>> map_with_path(lambda path, x: f"{path}={x}", {"a": 1, "b": [2]})
     {'a': 'a=1', 'b': ['b/0=2']}
     """
-    return jax.tree_util.tree_map_with_path(lambda kp, *leaves: function(path_string(kp), *leaves), tree, *rest)
+    by_path = lambda key_path, *leaves: function(path_string(key_path), *leaves)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(by_path, tree, *rest, is_leaf=is_low_rank)
 
 
 def get(tree: PyTree, prefix: str) -> PyTree:
@@ -219,7 +232,8 @@ def norm(tree: PyTree) -> jax.Array:
     >>> float(norm({"a": jnp.array([3.0]), "b": jnp.array([[4.0]])}))
     5.0
     """
-    return optax.tree.norm(_wide(tree))
+    cores = jax.tree.map(lambda leaf: factors.core(leaf) if is_low_rank(leaf) else leaf, tree, is_leaf=is_low_rank)
+    return optax.tree.norm(_wide(cores))
 
 
 def dot(a: PyTree, b: PyTree) -> jax.Array:
@@ -233,7 +247,12 @@ def dot(a: PyTree, b: PyTree) -> jax.Array:
     11.0
     """
     _check_alike(a, b)
-    return optax.tree.vdot(_wide(a), _wide(b))
+    pairs = list(zip(*(flatten(side).values() for side in (a, b)), strict=True))
+    low = [pair for pair in pairs if any(map(is_low_rank, pair))]
+    if not low:
+        return optax.tree.vdot(_wide(a), _wide(b))
+    x, y = ([pair[side] for pair in pairs if not any(map(is_low_rank, pair))] for side in (0, 1))
+    return optax.tree.vdot(_wide(x), _wide(y)) + sum(factors.dot(*pair) for pair in low)
 
 
 def cosine(a: PyTree, b: PyTree) -> jax.Array:
@@ -284,7 +303,7 @@ def by_leaf(function: Callable[..., Any], *trees: PyTree) -> dict[str, Any]:
     {'a': 25.0, 'b': 1.0}
     """
     _check_alike(*trees)
-    leaves = zip(*(jax.tree.leaves(tree) for tree in trees), strict=True)
+    leaves = zip(*(flatten(tree).values() for tree in trees), strict=True)
     return {path: function(*parts) for path, parts in zip(flatten(trees[0]), leaves, strict=True)}
 
 
@@ -357,9 +376,9 @@ def list_some(entries: Sequence[str], limit: int = 8) -> str:
 
 def _wide(tree: PyTree) -> PyTree:
     """Every leaf in its `wide_dtype`, one dtype for the whole tree."""
-    dtypes = [wide_dtype(leaf_type(leaf).dtype) for leaf in jax.tree.leaves(tree)]
+    dtypes = [wide_dtype(leaf_type(leaf).dtype) for leaf in flatten(tree).values()]
     dtype = jnp.float64 if jnp.float64 in dtypes else jnp.float32
-    return jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), tree, is_leaf=is_low_rank)
 
 
 def _check_alike(*trees: PyTree) -> None:

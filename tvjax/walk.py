@@ -29,12 +29,12 @@ class Walk:
     Args:
       model: the model; with a loss where gradients are asked for.
       batches: its views of the calibration batches.
-      host: keep the residual streams and cotangents in host memory.
+      offload: keep the residual streams and cotangents in host memory.
     """
 
-    def __init__(self, model: Model, batches: Sequence[Batch], host: bool = False):
+    def __init__(self, model: Model, batches: Sequence[Batch], offload: bool = False):
         self.model, self.batches = model, batches
-        self._keep = jax.device_get if host else lambda carry: carry
+        self._keep = jax.device_get if offload else lambda carry: carry
         self._carries: list[list[PyTree] | None] = [[batch.inputs for batch in batches]]
         self._cotangents: dict[int, list[PyTree]] = {}
 

@@ -15,11 +15,11 @@ from tvjax.align.permutations import (
     groups,
     index,
     invert,
-    match_weights,
     permutation_names,
     permute,
     random_permutations,
 )
+from tvjax.align.weight_matching import match_weights
 
 # Every kind of leaf: convolution, scalar, biases, matrices, two-level axes of unlike size, and no leaf that fixes the
 # places of the stream but by its values.

@@ -13,7 +13,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from tvjax import tree
 from tvjax.checkpoints import Pretrained, from_pretrained, save_pretrained
-from tvjax.checkpoints.folder import fetch
+from tvjax.checkpoints.folder import copy_files, fetch
 from tvjax.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, clip, init
 from tvjax.models.vit import ViTConfig, modeling, vit
 
@@ -271,3 +271,12 @@ def test_no_weights_are_read_before_everything_fits(folder, monkeypatch):
 def test_parameters_are_nested_dicts_of_jax_arrays(folder):
     for path, leaf in tree.flatten(from_pretrained(folder).params).items():
         assert isinstance(leaf, jax.Array), path
+
+
+def test_records_of_how_a_model_was_made_stay_with_it(tmp_path):
+    (tmp_path / "edited").mkdir()
+    (tmp_path / "made").mkdir()
+    for name in ("tvjax.yaml", "leaf_report.json", "examples.json", "coefficients.png", "tokenizer.json"):
+        (tmp_path / "made" / name).write_text("{}")
+    copy_files(tmp_path / "made", tmp_path / "edited")
+    assert [file.name for file in (tmp_path / "edited").iterdir()] == ["tokenizer.json"]

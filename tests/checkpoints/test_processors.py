@@ -92,3 +92,8 @@ def test_parts_that_a_folder_lacks(tmp_path):
         processor.pixels([np.zeros((8, 8, 3), np.uint8)])
     with pytest.raises(ValueError, match="neither tokenizer.json nor vocab.json: copy"):
         processor.tokens(["a"])
+
+
+def test_a_text_that_has_no_tokens_is_named(folder):
+    with pytest.raises(ValueError, match="the tokenizer makes no token of ' ': give a name or text of letters"):
+        load_processor(folder).tokens(["a digit", " "])

@@ -1,4 +1,4 @@
-"""Two tiny random CLIPs of different widths and depths as Hugging Face folders, and a few generated images."""
+"""Two tiny random CLIPs of different widths and depths as Hugging Face folders."""
 
 import json
 
@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 
 from tvjax.checkpoints import Pretrained, save_pretrained
 from tvjax.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, clip, init
@@ -68,14 +67,3 @@ def models(tmp_path_factory):
         "same": write_clip(folder / "same", 8, 2, 1),
         "wider": write_clip(folder / "wider", 12, 3, 2),
     }
-
-
-@pytest.fixture(scope="session")
-def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for name in ("cat", "polar_bear"):
-        (folder / name).mkdir()
-        for number in range(3):
-            Image.fromarray(rng.integers(0, 256, (10, 12, 3), np.uint8)).save(folder / name / f"{number}.png")
-    return folder

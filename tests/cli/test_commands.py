@@ -166,7 +166,7 @@ def test_a_leaf_that_only_some_vectors_cover_counts_as_zero_in_the_others(models
         whole.append(str(tmp_path / f"whole{number}.safetensors"))
         save_tree(whole[-1], tree.nest(zeros | leaves), base)
     merged = []
-    words = ["--method", method, *(("--options", "merge=ties") if method == "knots" else ())]
+    words = ["--method", method, *(("--options", "merge=ties") if method in ("knots", "core_space") else ())]
     for inputs, output in ((files, tmp_path / "merged.safetensors"), (whole, tmp_path / "expected.safetensors")):
         assert run(["merge", *inputs, *words, "--output", str(output)]) == 0
         merged.append(tree.flatten(load_tree(output)[0]))
@@ -237,7 +237,7 @@ def test_compose_tunes_the_leaves_too_unless_it_is_told_not_to(models, images, t
 
     output = tmp_path / "tuned"
     assert compose(models, task_vectors, images, output, "--per-class", 2, "--select", "herding") == 0
-    record = json.loads((output / "images.json").read_text())["images"]
+    record = json.loads((output / "examples.json").read_text())["examples"]
     assert record["count"] == 4 and len(record["sha256"]) == 64
     covered = {path for path, leaf in tree.flatten(load_tree(task_vectors[0])[0]).items() if np.any(leaf)}
     assert f"coefficients and {len(covered)} leaves" in capsys.readouterr().out.replace("\n", " ")

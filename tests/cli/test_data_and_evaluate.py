@@ -47,8 +47,8 @@ def test_a_folder_an_archive_and_a_dataset_give_the_same_numbers(models, images,
     sources = [str(images), f"{places}/images.npz", f"hf:{places}/dataset"]
     found = [evaluate(models["same"], "--images", source, "--batch-size", 4) for source in sources]
     for result, source in zip(found, sources, strict=True):
-        assert result["images"]["source"] == source and result["images"]["count"] == 6
-        assert len(result["images"]["sha256"]) == 64
+        assert result["examples"]["source"] == source and result["examples"]["count"] == 6
+        assert len(result["examples"]["sha256"]) == 64
         assert result["models"] == found[0]["models"] and result["classes"] == ["cat", "polar bear"]
     assert sum(row["total"] for row in found[0]["models"][0]["by_class"]) == 6
 
@@ -58,7 +58,7 @@ def test_lists_with_a_name_twice_and_what_was_not_read_are_said(models, places, 
     found = evaluate(models["same"], "--images", f"{places}/images.npz", "--classes", tmp_path / "names.txt")
     first, second = found["models"][0]["by_class"]
     assert found["classes"] == ["missile", "missile"] and first["accuracy"] == 1 and second["correct"] == 0
-    assert any("'missile' is 0 and 1" in note for note in found["images"]["notes"])
+    assert any("'missile' is 0 and 1" in note for note in found["examples"]["notes"])
     shutil.copytree(images, tmp_path / "photos")
     (tmp_path / "photos" / ".ipynb_checkpoints").mkdir()
     (tmp_path / "photos" / "cat" / "a.heic").write_bytes(b"ftypheic")
@@ -160,8 +160,8 @@ def test_images_of_each_class_are_drawn(models, images, tmp_path, select):
     for name in ("a", "b"):
         assert run(["transport", *words, "--output", str(tmp_path / name)]) == 0
         reports.append(json.loads((tmp_path / name / "leaf_report.json").read_text()))
-    assert reports[0]["images"] == reports[1]["images"]
-    assert reports[0]["images"]["source"] == str(images) and reports[0]["images"]["count"] == 4
+    assert reports[0]["examples"] == reports[1]["examples"]
+    assert reports[0]["examples"]["source"] == str(images) and reports[0]["examples"]["count"] == 4
     assert reports[0]["validation"]["count"] == 4 and len(reports[0]["validation"]["accuracy"]) == 21
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import struct
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def test_every_recipe_of_a_transport_can_be_planned(hub, images, monkeypatch, ca
     found = json.loads(capsys.readouterr().out)
     actions = {leaf["action"] for leaf in found["leaves"]}
     assert actions & {"rotated", "masked", "passed through", "shifted"} and "unmatched" not in actions
-    assert found["images"]["count"] == (4 if "data" in yaml.safe_load(recipe.read_text()) else 8)
+    assert found["examples"]["count"] == (4 if "data" in yaml.safe_load(recipe.read_text()) else 8)
     assert found["memory"]["applying"] > found["memory of the fit"]["parameters"] > 2**29
 
 
@@ -137,5 +138,10 @@ def test_kept_maps_are_used_again_and_those_of_other_images_refused(models, imag
         np.testing.assert_allclose(two[path] - leaf, 2 * (one[path] - leaf), atol=1e-6)
     capsys.readouterr()
     assert run(["transport", *words, "--output", str(tmp_path / "three"), "--per-class", "1"]) == 2
-    assert "holds the maps of another fit, of other images: give another folder" in capsys.readouterr().err
+    assert "holds the maps of another fit, of other examples: give another folder" in capsys.readouterr().err
+    shutil.copytree(models["source"], tmp_path / "source")
+    settings = json.loads((tmp_path / "source" / "preprocessor_config.json").read_text())
+    (tmp_path / "source" / "preprocessor_config.json").write_text(json.dumps(settings | {"do_normalize": False}))
+    assert run(["transport", *words, "--output", str(tmp_path / "three"), "--source", str(tmp_path / "source")]) == 2
+    assert "maps of another fit, of other source processor: give another folder" in capsys.readouterr().err
     assert sorted((tmp_path / "maps").iterdir()) == kept and not (tmp_path / "three").exists()

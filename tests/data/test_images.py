@@ -57,31 +57,31 @@ def test_arrays_that_are_no_images_are_named(pixels, message):
 
 def test_shares_are_disjoint_complete_and_of_each_class():
     images = shades(range(40), np.arange(40) % 2, ("even", "odd"))
-    parts = [images.part(*bounds) for bounds in ((0, 0.6), (0.6, 0.8), (0.8, 1))]
+    parts = [images.split(*bounds) for bounds in ((0, 0.6), (0.6, 0.8), (0.8, 1))]
     seen = [[int(image[0, 0, 0]) for image in part] for part in parts]
     assert sorted(sum(seen, [])) == list(range(40))
     assert [np.bincount(part.labels).tolist() for part in parts] == [[12, 12], [4, 4], [4, 4]]
-    assert seen[0] != [int(image[0, 0, 0]) for image in images.part(0, 0.6, seed=1)]
+    assert seen[0] != [int(image[0, 0, 0]) for image in images.split(0, 0.6, seed=1)]
 
 
 def test_shares_depend_on_content_and_on_no_order():
     order = np.random.default_rng(0).permutation(30)
-    part, shuffled = shades(range(30)).part(0, 0.5), shades(order).part(0, 0.5)
+    part, shuffled = shades(range(30)).split(0, 0.5), shades(order).split(0, 0.5)
     assert sorted(image[0, 0, 0] for image in part) == sorted(image[0, 0, 0] for image in shuffled)
 
 
 def test_equal_images_are_in_one_share():
     images = shades([1, 2, 3, 4] * 5)
-    one, other = ({int(image[0, 0, 0]) for image in images.part(*bounds)} for bounds in ((0, 0.5), (0.5, 1)))
+    one, other = ({int(image[0, 0, 0]) for image in images.split(*bounds)} for bounds in ((0, 0.5), (0.5, 1)))
     assert one | other == {1, 2, 3, 4} and not one & other
 
 
 def test_shares_that_cannot_be():
     for bounds in ((0.5, 0.5), (0.5, 0.1), (-1, 1), (0, 2), (float("nan"), 1)):
         with pytest.raises(ValueError, match="from one number to a greater one"):
-            shades([1, 2]).part(*bounds)
+            shades([1, 2]).split(*bounds)
     with pytest.raises(ValueError, match="share 0.9:1 of 'shades' has no images"):
-        shades([1, 2]).part(0.9, 1)
+        shades([1, 2]).split(0.9, 1)
 
 
 def test_the_hash_is_of_content_labels_and_order():
@@ -123,7 +123,7 @@ def test_names_are_spelled_in_one_way():
     found = shades([1, 2, 3], np.array([0, 1, 2]), ("apple_pie", "AnnualCrop", "Speed limit (20km/h)"))
     assert found.class_names == ("apple pie", "AnnualCrop", "Speed limit (20km/h)")
     assert (
-        found.take([0]).part(0, 1).notes
+        found.take([0]).split(0, 1).notes
         == found.notes
         == ("underscores in class names are spaces: 'apple_pie' is 'apple pie'",)
     )

@@ -1,4 +1,4 @@
-"""Tiny random models as Hugging Face folders, and a few generated images."""
+"""Tiny random models as Hugging Face folders."""
 
 import json
 
@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 
 from tvjax.checkpoints import Pretrained, save_pretrained
 from tvjax.models.vit import ViTConfig, init, vit
@@ -42,14 +41,3 @@ def vits(tmp_path_factory):
         "numbered": write_vit(folder / "numbered", 12, 3, 3, ("LABEL_0", "LABEL_1")),
         "three": write_vit(folder / "three", 12, 3, 3, ("LABEL_0", "LABEL_1", "LABEL_2")),
     }
-
-
-@pytest.fixture(scope="session")
-def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for name in ("cat", "polar_bear"):
-        (folder / name).mkdir()
-        for number in range(3):
-            Image.fromarray(rng.integers(0, 256, (10, 12, 3), np.uint8)).save(folder / name / f"{number}.png")
-    return folder

@@ -81,8 +81,23 @@ def test_the_recipe_beside_a_result_is_the_config_that_made_it(tmp_path):
     tau, model = tmp_path / "tau.safetensors", str(model_folder("A"))
     words = ["extract", "--pretrained", model, "--finetuned", model, "--subtree", "vision/blocks/1", "--quiet"]
     assert run([*words, "--output", str(tau)]) == 0
-    given = {"pretrained": model, "finetuned": model, "part": "vision/blocks/1", "output": tau}
-    assert jobs.read_recipe(f"{tau}.yaml") == jobs.ExtractConfig(**given)
+    config = jobs.ExtractConfig(pretrained=model, finetuned=model, part="vision/blocks/1", output=tau)
+    assert jobs.read_recipe(f"{tau}.yaml") == config
+    Path(f"{tau}.yaml").unlink()
+    jobs.extract(config)  # from Python too
+    assert jobs.read_recipe(f"{tau}.yaml") == config
+    merging = jobs.MergeConfig(
+        task_vectors=tau, method="ties", options={"density": {"**": 0.5}}, output=tmp_path / "merged.safetensors"
+    )
+    jobs.merge(merging)
+    assert jobs.read_recipe(tmp_path / "merged.safetensors.yaml") == merging
+    jobs.apply(jobs.ApplyConfig(task_vectors=tau, model=model, output=tmp_path / "applied"))
+    assert jobs.read_recipe(tmp_path / "applied" / "tvjax.yaml").model == model
+
+
+def test_options_are_what_a_recipe_can_hold():
+    with pytest.raises(ValueError, match="options.density: found .*; input was not a valid JSON value"):
+        jobs.MergeConfig.read({"task_vectors": "t", "method": "ties", "output": "o", "options": {"density": object()}})
 
 
 @pytest.mark.parametrize(

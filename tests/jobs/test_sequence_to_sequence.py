@@ -116,7 +116,7 @@ def test_a_task_moves_from_one_model_into_another(t5s, texts, tmp_path, method, 
     if data == "labelled" and "bico" in method:
         alone = {path for path in kernels if re.search("decoder/blocks/./attention/", path)}
     assert kernels - alone <= changed and "head/kernel" not in changed
-    assert all(np.isfinite(leaf).all() for leaf in after.values()) and found.images["count"] == 4
+    assert all(np.isfinite(leaf).all() for leaf in after.values()) and found.examples["count"] == 4
     done = json.loads((tmp_path / "edited" / "leaf_report.json").read_text())
     actions = {leaf["target"]: leaf["action"] for leaf in done["leaves"]}
     assert {actions[path] for path in kernels} == {"masked" if "gradfix" in method else "rotated"}
@@ -194,3 +194,9 @@ def test_what_cannot_be_is_one_line_before_any_weight_is_read(
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tvjax: error: ")]
     assert re.search(message, line), line
     assert not (tmp_path / "out").exists()
+
+
+def test_texts_without_answers_are_refused_before_any_weight_is_read(t5s, texts, capsys, monkeypatch):
+    monkeypatch.setattr("tvjax.checkpoints.safetensors.Tensors.read", lambda *_: pytest.fail("weights were read"))
+    assert run(["evaluate", t5s["source"], "--data", texts["plain"], "--quiet"]) == 2
+    assert "has no answers, which the task 'sequence to sequence' needs" in capsys.readouterr().err

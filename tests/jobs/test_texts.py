@@ -20,15 +20,15 @@ WORDS = ("<unk>", "?", "good", "bad", "the", "film", "was", "is", "it", "dull", 
 REVIEWS = [("the film was fine", "good"), ("so dull", "bad"), ("the cast is so fine", "good"), ("dull plot", "bad")]
 
 
-def write_tokenizer(folder, words=WORDS):
+def write_tokenizer(folder, words=WORDS, letters=False):
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated") if letters else pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def write_llama(folder, width, depth, heads, seed, change=0.0, words=WORDS, vocabulary=16):
+def write_llama(folder, width, depth, heads, seed, change=0.0, words=WORDS, vocabulary=16, letters=False):
     """A random Llama; `change` is added at random to all of it."""
     config = LlamaConfig(vocabulary, width, 2 * width, depth, heads, 2, head_dim=4, max_position_embeddings=32)
     rng = np.random.default_rng(seed)
@@ -37,7 +37,7 @@ def write_llama(folder, width, depth, heads, seed, change=0.0, words=WORDS, voca
     params = jax.tree.map(lambda x: x + jnp.asarray(change * rng.normal(size=x.shape), jnp.float32), params)
     save_pretrained(Pretrained(llama(config, params), config), folder)
     if words:
-        write_tokenizer(folder, words)
+        write_tokenizer(folder, words, letters)
     return str(folder)
 
 
@@ -52,7 +52,8 @@ def llamas(tmp_path_factory):
         "padded": write_llama(folder / "padded", 12, 3, 4, 2, vocabulary=24),
         "mute": write_llama(folder / "mute", 12, 3, 4, 2, words=()),
         "small": write_llama(folder / "small", 12, 3, 4, 2, vocabulary=10),
-        "foreign": write_llama(folder / "foreign", 12, 3, 4, 2, words=WORDS[:4] + WORDS[:3:-1]),
+        "reordered": write_llama(folder / "reordered", 12, 3, 4, 2, words=WORDS[:4] + WORDS[:3:-1]),
+        "foreign": write_llama(folder / "foreign", 12, 3, 4, 2, letters=True),
         "clip": str(model_folder("A")),
     }
 
@@ -82,6 +83,7 @@ def flat(folder):
     [
         ("theseus", "wider", "plain"),
         ("theseus", "padded", "labelled"),
+        ("bico", "reordered", "labelled"),  # the same pieces of the texts under other ids
         ("bico", "wider", "labelled"),
         ("bico+gradfix", "wider", "answered"),
         ("bico+gradfix", "wider", "labelled"),
@@ -98,13 +100,23 @@ def test_a_task_moves_from_one_language_model_into_another(llamas, texts, tmp_pa
     assert kernels <= changed
     assert ("head/kernel" in changed) == (target != "padded")  # by its inputs alone; not between other vocabularies
     assert ("embeddings/tokens" in changed) == (method == "gradfix")  # a table of rows is not rotated
-    assert all(np.isfinite(leaf).all() for leaf in after.values()) and found.images["count"] == 4
+    assert all(np.isfinite(leaf).all() for leaf in after.values()) and found.examples["count"] == 4
     done = json.loads((tmp_path / "edited" / "leaf_report.json").read_text())
     actions = {leaf["target"]: leaf["action"] for leaf in done["leaves"]}
     last = "masked" if "gradfix" in method else "rotated"
     assert {actions[path] for path in kernels} == {last}
     planned = jobs.plan(jobs.PlanConfig(**given))
     assert planned.leaves == [{k: v for k, v in leaf.items() if k != "measures"} for leaf in done["leaves"]]
+
+
+def test_maps_by_head_are_options_of_a_job(llamas, texts):
+    given = {"source": llamas["source"], "target": llamas["wider"], "data": texts["plain"], "method": "bico"}
+    given |= {"data": texts["labelled"]}
+    planned = jobs.plan(jobs.PlanConfig(**given, options={"heads": "rotary", "head_matching": "assignment"}))
+    heads = {own["heads"] for stage in planned.stages for own in stage["maps"]}
+    assert heads == {(1, 1), (2, 2), (2, 4)}
+    with pytest.raises(ValueError, match="heads must be one of .*rotary.*found 'diagonal'"):
+        jobs.plan(jobs.PlanConfig(**given, options={"heads": "diagonal"}))
 
 
 def test_naive_transport_into_the_source_is_the_fine_tuned_model(llamas, texts, tmp_path):
@@ -189,12 +201,17 @@ def test_a_plan_without_texts_reckons_with_the_length(llamas):
         ("wider", "digits:thick/test", [], "is of images, and this command takes texts for .*a LlamaConfig"),
         ("mute", "{plain}", [], "mute': the folder has neither tokenizer.json nor vocab.json"),
         ("small", "{plain}", [], "small': the tokenizer knows 15 tokens, but the model has embeddings for 10"),
-        ("foreign", "{plain}", [], "give other tokens for the texts of .* not aligned yet: both models must share one"),
+        ("foreign", "{plain}", [], "cut the texts of .* into other tokens, which are not aligned yet"),
         ("clip", "{plain}", [], "give a source and a target of one family"),
         ("wider", "{labelled}", ["--classes", "{classes}"], "the label '(good|bad)' is none of the classes fine, film"),
         ("wider", "{labelled}", ["--task", "eurosat"], "the task 'eurosat' is of images, and this command takes texts"),
         ("wider", "{plain}", ["--per-class", "1"], "--per-class needs labelled examples, and .* has no labels"),
-        ("wider", "{plain}", ["--part", "vision"], "'vision' matches no leaf that sees texts: the parts are"),
+        (
+            "wider",
+            "{plain}",
+            ["--part", "vision"],
+            "'vision' matches no leaf that sees texts: the parts are blocks, emb",
+        ),
     ],
 )
 @pytest.mark.parametrize("command", ["transport", "plan"])
@@ -211,6 +228,14 @@ def test_what_cannot_be_is_one_line_before_any_weight_is_read(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("words", [["--classes", "{classes}"], ["--task", "sst2"]])
+def test_classes_without_labels_are_refused_before_any_weight_is_read(llamas, texts, capsys, monkeypatch, words):
+    monkeypatch.setattr("tvjax.checkpoints.safetensors.Tensors.read", lambda *_: pytest.fail("weights were read"))
+    given = [word.format(**texts) for word in words]
+    assert run(["evaluate", llamas["source"], "--data", texts["plain"], *given, "--quiet"]) == 2
+    assert "has no labels, and an accuracy of classes needs them: say which column" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("models", "data", "message"),
     [
@@ -218,7 +243,7 @@ def test_what_cannot_be_is_one_line_before_any_weight_is_read(
         (["source"], "digits:thick/test", "is of images, and this command takes texts for .*a LlamaConfig"),
         (["source", "clip"], "{labelled}", "takes texts and .* images: give models of one kind of examples"),
         (["mute"], "{plain}", "mute': the folder has neither tokenizer.json nor vocab.json"),
-        (["source", "foreign"], "{plain}", "both models must share one"),
+        (["source", "foreign"], "{plain}", "cut the texts of .* into other tokens, which are not aligned yet"),
     ],
 )
 def test_evaluation_of_what_cannot_be_is_one_line(llamas, texts, capsys, monkeypatch, models, data, message):
@@ -229,5 +254,5 @@ def test_evaluation_of_what_cannot_be_is_one_line(llamas, texts, capsys, monkeyp
 
 
 def test_other_tokenizers_are_no_matter_where_the_answers_are_classes(llamas, texts):
-    found = jobs.evaluate(jobs.EvaluateConfig(models=[llamas["wider"], llamas["foreign"]], data=texts["labelled"]))
+    found = jobs.evaluate(jobs.EvaluateConfig(models=[llamas["wider"], llamas["reordered"]], data=texts["labelled"]))
     assert [row["total"] for row in found.models] == [4, 4] and len(found.pairs) == 1

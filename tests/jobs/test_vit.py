@@ -35,7 +35,7 @@ def test_all_but_the_head_is_moved(vits, images, tmp_path, method):
     """The fine-tuned source has a head for other classes, which takes no part."""
     found, moved = transport(vits, images, tmp_path / "edited", method=method)
     assert "vision/blocks/2/mlp/up/kernel" in moved and all(path.startswith("vision/") for path in moved)
-    assert found.norms["target"] > 0 and found.images["count"] == 6
+    assert found.norms["target"] > 0 and found.examples["count"] == 6
 
 
 def test_naive_transport_into_the_source_is_the_fine_tuned_tower(vits, images, tmp_path):
@@ -148,3 +148,38 @@ def test_examples_are_not_chosen_by_embeddings_that_a_model_does_not_give(vits, 
     with pytest.raises(ValueError, match="gives no embeddings to choose examples by: take --select random"):
         transport(vits, images, tmp_path / "edited", method="theseus", per_class=1, select="herding")
     assert not (tmp_path / "edited").exists()
+
+
+def test_a_copy_of_the_task_vector_is_shown_beside_a_transport(vits, images, tmp_path):
+    done, _ = transport(vits, images, tmp_path / "edited", method="theseus", target="same", validation=str(images))
+    assert done.copy["scale"] in {round(0.05 * step, 2) for step in range(21)}
+    found = jobs.evaluate(jobs.EvaluateConfig(models=[vits["same"], str(tmp_path / "edited")], data=str(images)))
+    assert [one["model"] for one in found.models] == [
+        vits["same"],
+        str(tmp_path / "edited"),
+        f"{tmp_path}/edited, copied",
+    ]
+    assert found.models[2]["accuracy"] == done.copy["accuracy"]  # on the same images
+    assert len(found.pairs) == 3 and not any("copy" in note for note in found.notes)
+
+    transport(vits, images, tmp_path / "wider", method="theseus")
+    found = jobs.evaluate(jobs.EvaluateConfig(models=[str(tmp_path / "wider")], data=str(images)))
+    assert len(found.models) == 1  # of another shape: nothing to copy
+
+    report = json.loads((tmp_path / "edited" / "leaf_report.json").read_text()) | {"source": "gone"}
+    (tmp_path / "edited" / "leaf_report.json").write_text(json.dumps(report))
+    found = jobs.evaluate(jobs.EvaluateConfig(models=[str(tmp_path / "edited")], data=str(images)))
+    assert len(found.models) == 1 and any("no copy is shown" in note and "gone" in note for note in found.notes)
+
+
+def test_a_plan_compares_the_models_where_it_is_asked_to(vits, images):
+    given = {"source": vits["source"], "method": "theseus", "data": str(images)}
+    seen = []
+    found = jobs.plan(jobs.PlanConfig(**given, target=vits["source"], compare=True), lambda *step: seen.append(step))
+    assert [round(block["cka"], 5) for block in found.likeness] == [1.0, 1.0] and found.copy == ""
+    assert [step[:2] for step in seen] == [(1, 2), (2, 2)]
+    found = jobs.plan(jobs.PlanConfig(**given, target=vits["wider"], compare=True))
+    assert len(found.likeness) == 3 and "8, 8" in found.copy.replace("(8,)", "8, 8")
+    assert jobs.plan(jobs.PlanConfig(**given, target=vits["wider"])).likeness is None
+    with pytest.raises(ValueError, match="a comparison of the models looks at calibration images: give --data"):
+        jobs.plan(jobs.PlanConfig(source=vits["source"], target=vits["same"], method="naive", compare=True))

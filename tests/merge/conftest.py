@@ -89,27 +89,27 @@ METHODS = {
         settings={"density": SHARE},
     ),
     "dare": Method(
-        partial(merge.dare, key=KEY), one={"rate": 0.0}, two={"rate": 0.0, "weights": 0.5}, symmetric=False,
-        zeros="all", settings={"rate": FRACTION, "weights": ()},
+        partial(merge.dare, key=KEY), one={"density": 1.0}, two={"density": 1.0, "weights": 0.5}, symmetric=False,
+        zeros="all", settings={"density": SHARE, "weights": ()},
     ),
     "dare-ties": Method(
-        partial(merge.dare, key=KEY, combine="ties", rate=0.5), one={"rate": 0.0}, two={"rate": 0.0}, symmetric=False,
-        zeros="all", settings={"weights": VOTES},
+        partial(merge.dare, key=KEY, combine="ties", density=0.5), one={"density": 1.0}, two={"density": 1.0},
+        symmetric=False, zeros="all", settings={"weights": VOTES},
     ),
     "della": Method(
-        partial(merge.della, key=KEY), one={"rate": 0.0, "epsilon": 0.0}, two={"rate": 0.0, "epsilon": 0.0},
-        symmetric=False, zeros="all", settings={"weights": VOTES, "rate": (0.95, 0.05, *FRACTION), "epsilon": (-0.1,)},
+        partial(merge.della, key=KEY), one={"density": 1.0, "epsilon": 0.0}, two={"density": 1.0, "epsilon": 0.0},
+        symmetric=False, zeros="all", settings={"weights": VOTES, "density": (0.95, 0.05, *SHARE), "epsilon": (-0.1,)},
     ),
     "della-leaf": Method(
-        partial(merge.della, key=KEY, combine="linear", ranked="leaf"), one={"rate": 0.0, "epsilon": 0.0},
+        partial(merge.della, key=KEY, combine="linear", ranked="leaf"), one={"density": 1.0, "epsilon": 0.0},
         symmetric=False, zeros="all",
     ),
     "breadcrumbs": Method(
-        merge.breadcrumbs, one={"smallest": 0.0, "largest": 0.0}, zeros="all",
-        settings={"smallest": (*FRACTION, 0.995), "largest": (*FRACTION, 0.2), "weights": ()},
+        merge.breadcrumbs, one={"density": 1.0, "gamma": 0.0}, zeros="all",
+        settings={"density": (*SHARE, 0.995), "gamma": (*FRACTION, 0.9), "weights": ()},
     ),
     "breadcrumbs-ties": Method(
-        partial(merge.breadcrumbs, combine="ties", smallest=0.5), one={"smallest": 0.0, "largest": 0.0}, zeros="all",
+        partial(merge.breadcrumbs, combine="ties", density=0.49), one={"density": 1.0, "gamma": 0.0}, zeros="all",
         settings={"weights": VOTES},
     ),
     "model_stock": Method(merge.model_stock, one=None, two={}, least=2, tolerance=1e-5),
@@ -124,6 +124,7 @@ METHODS = {
     "knots": matrix(
         partial(merge.knots, merge=merge.task_arithmetic), zeros="all", traced=False,
     ),
+    "core_space": Method(partial(merge.core_space, merge=merge.task_arithmetic), two=None, zeros="all"),
     "regmean": matrix(with_grams, symmetric=False, two={}, settings={"weights": ()}),
     "fisher": Method(with_fishers, symmetric=False, two={}, tolerance=1e-5, settings={"weights": ()}),
 }  # fmt: skip

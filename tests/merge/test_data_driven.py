@@ -195,7 +195,7 @@ def activations(model, batches):
 @pytest.mark.parametrize("host", [False, True])
 def test_gram_matrices_of_a_model(host):
     model, batches, told = make_model(), make_batches(), []
-    found = merge.input_grams(model, batches, host=host, progress=lambda *stage: told.append(stage))
+    found = merge.input_grams(model, batches, offload=host, progress=lambda *stage: told.append(stage))
     rows, _ = activations(model, batches)
     assert found.matrices.keys() == rows.keys() and found.left_out == {}
     for path, x in rows.items():

@@ -188,7 +188,9 @@ def test_dare(combine):
         kept = keeps * x / (1 - column(rates, x))
         mean = disjoint_mean(kept, WEIGHTS)
         expected[path] = (column(WEIGHTS, x) * kept).sum(0) if combine == "linear" else mean
-    assert_is(merge.dare(TAUS, key=KEY, rate=rates, weights=WEIGHTS, combine=combine), expected)
+    assert_is(
+        merge.dare(TAUS, key=KEY, density=[1 - rate for rate in rates], weights=WEIGHTS, combine=combine), expected
+    )
 
 
 @pytest.mark.parametrize("combine", ["linear", "ties"])
@@ -199,8 +201,8 @@ def test_dropping_without_rescaling(combine):
     for path, x in leaves():
         kept = x * np.stack([bits(path, y.shape, i) / 2.0**32 >= 0.6 for i, y in enumerate(x)])
         expected[path] = (column(WEIGHTS, x) * kept).sum(0) if combine == "linear" else disjoint_mean(kept, WEIGHTS)
-    assert_is(merge.dare(TAUS, rate=0.6, rescale=False, report=rows.append, **options), expected)
-    assert rows[0].measures == {"rate": pytest.approx([0.6] * 3), "factor": [1.0] * 3}
+    assert_is(merge.dare(TAUS, density=0.4, rescale=False, report=rows.append, **options), expected)
+    assert rows[0].measures == {"density": pytest.approx([0.4] * 3), "factor": [1.0] * 3}
     found = merge.della(TAUS[:1], key=KEY, rescale=False, combine="linear")
     for path, (leaf,) in leaves(TAUS[:1]):
         moved = tree.flatten(found)[path]
@@ -208,7 +210,7 @@ def test_dropping_without_rescaling(combine):
 
 
 def test_the_mean_of_dare_over_keys_is_the_sum():
-    merged = jax.lax.map(lambda key: merge.dare(TAUS, key=key, rate=0.5), jax.random.split(KEY, 1000))
+    merged = jax.lax.map(lambda key: merge.dare(TAUS, key=key, density=0.5), jax.random.split(KEY, 1000))
     for path, leaf in tree.flatten(merge.task_arithmetic(TAUS)).items():
         runs = tree.flatten(merged)[path]
         error = np.abs(np.mean(runs, axis=0) - leaf) / (np.std(runs, axis=0) / 1000**0.5)
@@ -229,14 +231,14 @@ def test_della(combine, ranked):
             kept.append(np.where((bits(path, y.shape, i) >> 8) / 2.0**24 >= drop, y / (1 - drop), 0))
         total = (column(WEIGHTS, x) * np.stack(kept)).sum(0)
         expected[path] = total if combine == "linear" else disjoint_mean(np.stack(kept), WEIGHTS)
-    options = {"rate": rate, "epsilon": epsilon, "weights": WEIGHTS, "combine": combine, "ranked": ranked}
+    options = {"density": 1 - rate, "epsilon": epsilon, "weights": WEIGHTS, "combine": combine, "ranked": ranked}
     assert_is(merge.della(TAUS, key=KEY, **options), expected)
 
 
 def test_della_without_a_spread_is_dare():
     for combine in ("linear", "ties"):
-        della = merge.della(TAUS, key=KEY, rate=0.75, epsilon=0.0, combine=combine)
-        assert_is(della, flat([merge.dare(TAUS, key=KEY, rate=0.75, combine=combine)])[0])
+        della = merge.della(TAUS, key=KEY, density=0.25, epsilon=0.0, combine=combine)
+        assert_is(della, flat([merge.dare(TAUS, key=KEY, density=0.25, combine=combine)])[0])
 
 
 @pytest.mark.parametrize("combine", ["linear", "ties"])
@@ -250,7 +252,7 @@ def test_breadcrumbs(combine):
             kept.append(np.where(np.isin(np.arange(y.size), stays).reshape(y.shape), y, 0))
         total = (column(WEIGHTS, x) * np.stack(kept)).sum(0)
         expected[path] = total if combine == "linear" else disjoint_mean(np.stack(kept), WEIGHTS)
-    found = merge.breadcrumbs(TAUS, smallest=0.7, largest=0.04, weights=WEIGHTS, combine=combine)
+    found = merge.breadcrumbs(TAUS, density=0.26, gamma=0.04, weights=WEIGHTS, combine=combine)
     assert_is(found, expected)
     assert float(found["scale"]) != 0  # a leaf of one entry keeps it
 
@@ -377,8 +379,8 @@ def test_not_a_number_is_seen_in_the_result_inside_jit():
     for function in (
         merge.average,
         partial(merge.ties, scope="leaf"),
-        partial(merge.dare, key=KEY, rate=0.0, combine="ties"),
-        partial(merge.breadcrumbs, largest=0.0, combine="ties"),
+        partial(merge.dare, key=KEY, density=1.0, combine="ties"),
+        partial(merge.breadcrumbs, gamma=0.0, combine="ties"),
         merge.sce,
         merge.karcher_mean,
     ):
@@ -389,3 +391,16 @@ def test_an_average_is_the_average_of_the_models():
     base = draw(99, 0.5)
     half = apply(base, merge.average(TAUS[:2]))
     assert_is(half, flat([interpolate(apply(base, TAUS[0]), apply(base, TAUS[1]), 0.5)])[0], 1e-5)
+
+
+def test_old_names_of_shares_give_the_same_and_warn():
+    old = [
+        (merge.dare, {"key": KEY, "rate": [0.5, {"**": 0.9}, 0.0]}, {"key": KEY, "density": [0.5, {"**": 0.1}, 1.0]}),
+        (merge.della, {"key": KEY, "rate": 0.6}, {"key": KEY, "density": 0.4}),
+        (merge.breadcrumbs, {"smallest": 0.7}, {"density": 0.29}),
+        (merge.breadcrumbs, {"largest": {"**": 0.04}}, {"density": 0.11, "gamma": 0.04}),
+    ]
+    for method, before, now in old:
+        with pytest.warns(DeprecationWarning, match=f"of {method.__name__} .*now called (density|gamma)"):
+            found = method(TAUS, **before)
+        assert_is(found, flat([method(TAUS, **now)])[0])

@@ -183,7 +183,7 @@ def test_a_stack_inside_jit():
 def test_della_ranks_the_inputs_of_an_output_together():
     """In whatever array they lie; the largest entries of each stay."""
     taus = unrolled(1)
-    options = {"key": jax.random.key(3), "rate": 0.5, "epsilon": 0.9999998, "combine": "linear", "rescale": False}
+    options = {"key": jax.random.key(3), "density": 0.5, "epsilon": 0.9999998, "combine": "linear", "rescale": False}
     kept = as_matrices(merge.della(taus, matrices=letters(stacked=False), **options))
     stacked = merge.della([tv.stack(taus[0], "blocks", 1)], matrices=letters(1), **options)
     for found in (kept, as_matrices(tv.unstack(stacked, "blocks", 1))):
@@ -197,7 +197,7 @@ def test_della_ranks_the_inputs_of_an_output_together():
 
 BY_LAYER = {
     "ties": partial(merge.ties, density=0.3, scope="leaf"),
-    "dare": partial(merge.dare, key=jax.random.key(0), rate=0.5),
+    "dare": partial(merge.dare, key=jax.random.key(0), density=0.5),
     "della": partial(merge.della, key=jax.random.key(0)),
     "breadcrumbs": merge.breadcrumbs,
     "karcher_mean": merge.karcher_mean,
@@ -313,3 +313,21 @@ def test_the_views_of_one_leaf(name):
     use, shape, data, expected = USES[name]
     found = merge.matrix_views(lambda p, x: use(p["w"], x), {"w": jnp.ones(shape)}, jnp.ones(data))
     assert found == ({} if expected is None else {"w": expected})
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "axes"),
+    [
+        ("embeddings/projection/weight", (16, 3, 4, 4), "oiii"),
+        ("encoder/conv1/weight", (16, 8, 3), "oii"),
+        ("stem/kernel", (3, 3, 8, 16), "iiio"),
+    ],
+)
+def test_convolutions_as_they_are_stored_are_matrices_of_their_patches(path, shape, axes):
+    assert merge.views.leaf_axes({path: shape}, None) == {path: axes}
+
+
+@pytest.mark.parametrize(("path", "shape"), [("experts/weight", (16, 8, 3)), ("query/kernel", (16, 3, 4, 4))])
+def test_what_may_be_stacked_is_asked_for(path, shape):
+    with pytest.raises(ValueError, match="nothing says which are stacked"):
+        merge.views.leaf_axes({path: shape}, None)

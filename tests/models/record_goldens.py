@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,9 @@ SEQUENCE_TO_SEQUENCE = dict(
 )
 
 
+TWO_TOWERS = (transformers.CLIPModel, transformers.SiglipModel)
+
+
 def clip(vision: dict[str, Any], text: dict[str, Any]) -> torch.nn.Module:
     config = transformers.CLIPConfig(vision_config=VISION | vision, text_config=TEXT | text, projection_dim=12)
     return transformers.CLIPModel(config)
@@ -72,9 +77,35 @@ def vit(**changes: Any) -> torch.nn.Module:
     return transformers.ViTForImageClassification(transformers.ViTConfig(**VISION | changes))
 
 
+def siglip(vision: dict[str, Any], text: dict[str, Any]) -> torch.nn.Module:
+    text = {"projection_size": VISION["hidden_size"], **TEXT, **text}
+    return transformers.SiglipModel(transformers.SiglipConfig(vision_config=VISION | vision, text_config=text))
+
+
+def dinov2(model: str, **changes: Any) -> torch.nn.Module:
+    shape = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=3, mlp_ratio=2)
+    registers = "WithRegisters" if "WithRegisters" in model else ""
+    config = getattr(transformers, f"Dinov2{registers}Config")(**shape | changes)
+    return getattr(transformers, f"Dinov2{model}")(config)
+
+
+def gpt2(**changes: Any) -> torch.nn.Module:
+    shape = dict(vocab_size=30, n_embd=24, n_layer=3, n_head=3, n_positions=10, bos_token_id=27, eos_token_id=28)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape | changes))
+
+
 def decoder(family: str, **changes: Any) -> torch.nn.Module:
     config = getattr(transformers, f"{family}Config")(**DECODER | changes)
     return getattr(transformers, f"{family}ForCausalLM")(config)
+
+
+def encoder(family: str, kind: str = "Model", **changes: Any) -> torch.nn.Module:
+    shape = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4, vocab_size=30)
+    config = getattr(transformers, f"{family}Config")(**shape | dict(max_position_embeddings=11) | changes)
+    return getattr(transformers, f"{family}{kind}")(config)
+
+
+CLASSIFIER = "ForSequenceClassification"
 
 
 def encoder_decoder(family: str, separate_head: bool = False, **changes: Any) -> torch.nn.Module:
@@ -86,6 +117,13 @@ def encoder_decoder(family: str, separate_head: bool = False, **changes: Any) ->
 
 
 CASES = {
+    "bert": lambda: encoder("Bert", pad_token_id=0, layer_norm_eps=1e-3),
+    "bert_classifier": lambda: encoder("Bert", CLASSIFIER, num_labels=3, hidden_act="gelu_new"),
+    "mpnet": lambda: encoder("MPNet", max_position_embeddings=30, layer_norm_eps=1e-5),
+    "mpnet_classifier": lambda: encoder("MPNet", CLASSIFIER, num_labels=3),
+    "roberta": lambda: encoder("Roberta", type_vocab_size=1),
+    "roberta_classifier": lambda: encoder("Roberta", CLASSIFIER, hidden_act="relu", num_labels=4),
+    "xlm_roberta_for_masked_language": lambda: encoder("XLMRoberta", "ForMaskedLM"),
     "clip_quick_gelu": lambda: clip(
         dict(image_size=17, patch_size=5, hidden_act="quick_gelu"), dict(eos_token_id=2, hidden_act="quick_gelu")
     ),
@@ -100,6 +138,18 @@ CASES = {
     "clip_text_with_projection": lambda: transformers.CLIPTextModelWithProjection(
         transformers.CLIPTextConfig(**TEXT, eos_token_id=28, projection_dim=8)
     ),
+    "dinov2": lambda: dinov2("ForImageClassification", image_size=12, patch_size=4, num_labels=5),
+    "dinov2_backbone": lambda: dinov2("Model", image_size=13, patch_size=4, qkv_bias=False, use_mask_token=False),
+    "dinov2_gated": lambda: dinov2(
+        "ForImageClassification", image_size=8, patch_size=4, use_swiglu_ffn=True, layer_norm_eps=1e-3
+    ),
+    "dinov2_with_registers": lambda: dinov2(
+        "WithRegistersForImageClassification", image_size=8, patch_size=4, num_register_tokens=3, hidden_act="relu"
+    ),
+    "gpt2": lambda: gpt2(),
+    "gpt2_untied": lambda: gpt2(
+        tie_word_embeddings=False, n_inner=20, activation_function="relu", layer_norm_epsilon=1e-3
+    ),
     "llama": lambda: decoder("Llama", rms_norm_eps=1e-3, rope_parameters=LLAMA3),
     "llama_of_many_biases": lambda: decoder(
         "Llama", attention_bias=True, mlp_bias=True, num_key_value_heads=4, rope_parameters=LINEAR, hidden_act="gelu"
@@ -113,19 +163,26 @@ CASES = {
     "t5_v1_1": lambda: encoder_decoder("T5", True, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     "mt5": lambda: encoder_decoder("MT5", True, num_decoder_layers=None, layer_norm_epsilon=1e-3),
     "umt5": lambda: encoder_decoder("UMT5", feed_forward_proj="gated-silu", num_layers=2, num_decoder_layers=3),
+    "siglip": lambda: siglip(dict(image_size=13, patch_size=4), dict(eos_token_id=28)),
+    "siglip_gelu": lambda: siglip(
+        dict(image_size=8, patch_size=4, hidden_act="gelu", layer_norm_eps=1e-3), dict(hidden_act="gelu_pytorch_tanh")
+    ),
+    "siglip_text": lambda: transformers.SiglipTextModel(transformers.SiglipTextConfig(**TEXT, projection_size=8)),
+    "siglip_vision": lambda: transformers.SiglipVisionModel(
+        transformers.SiglipVisionConfig(**VISION, image_size=12, patch_size=6)
+    ),
     "vit": lambda: vit(image_size=12, patch_size=4, id2label={i: f"class {i}" for i in range(5)}),
     "vit_without_qkv_bias": lambda: vit(
         image_size=11, patch_size=3, qkv_bias=False, hidden_act="gelu_new", layer_norm_eps=1e-4, num_labels=3
     ),
 }
 
-OLDER = ("clip", "vit"), ("llama", "mistral", "qwen")  # the seeds of recorded cases stay
-SEEDS = {
-    case: seed
-    for seed, case in enumerate(
-        sorted(CASES, key=lambda case: (*(not case.startswith(names) for names in OLDER), case))
-    )
-}
+# Those that a case was recorded with: at first its place, of later ones the checksum of the name.
+FIRST = [case for names in (("clip", "vit"), ("llama", "mistral", "qwen")) for case in sorted(CASES)
+         if case.startswith(names)]  # fmt: skip
+SEEDS = {case: zlib.crc32(case.encode()) for case in CASES}
+for later in (("t5", "mt5", "umt5"), ("bert", "mpnet", "roberta", "xlm_roberta")):
+    SEEDS |= {case: seed for seed, case in enumerate([*FIRST, *sorted(c for c in CASES if c.startswith(later))])}
 
 
 def build(case: str) -> torch.nn.Module:
@@ -134,8 +191,8 @@ def build(case: str) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(SEEDS[case])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name != "logit_scale":
-                offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            if name not in ("logit_scale", "logit_bias"):
+                offset = 1.0 if re.search(r"norm|ln_", name.lower()) and name.endswith("weight") else 0.0
                 size = 0.1 if name.endswith("Attention.q.weight") else 0.3  # T5 does not scale the scores
                 parameter.copy_(offset + size * torch.randn(parameter.shape, generator=generator))
     return model
@@ -154,9 +211,11 @@ def inputs(model: torch.nn.Module, seed: int = 0) -> dict[str, np.ndarray]:
         positions = np.arange(9)
         tokens[:, 0] = 27
         tokens[positions == lengths[:, None] - 1] = 28
-        tokens[positions >= lengths[:, None]] = 28 if text.pad_token_id == 28 else 0
+        tokens[positions >= lengths[:, None]] = text.pad_token_id if text.pad_token_id in (1, 28) else 0
         found["tokens"] = tokens.astype(np.int32)
         found["mask"] = positions < lengths[:, None]
+        if getattr(text, "type_vocab_size", 0) > 1:
+            found["types"] = np.where(positions >= lengths[:, None] // 2, 1, 0).astype(np.int32)
         if text.is_encoder_decoder:
             found["decoder_tokens"] = np.concatenate([np.zeros((4, 1)), rng.integers(3, 27, (4, 6))], 1).astype(
                 np.int32
@@ -173,11 +232,15 @@ def activations(model: torch.nn.Module, given: dict[str, np.ndarray]) -> dict[st
     if "tokens" in given:
         arguments["input_ids"] = torch.from_numpy(given["tokens"]).long()
         arguments["attention_mask"] = torch.from_numpy(given["mask"]).long()
+    if "types" in given:
+        arguments["token_type_ids"] = torch.from_numpy(given["types"]).long()
     if "decoder_tokens" in given:
         arguments["decoder_input_ids"] = torch.from_numpy(given["decoder_tokens"]).long()
         arguments["decoder_attention_mask"] = torch.from_numpy(given["decoder_mask"]).long()
     with torch.no_grad():
-        if isinstance(model, transformers.CLIPModel):
+        if model.config.model_type in ("bert", "roberta", "xlm-roberta", "mpnet"):
+            return _of_encoder(model, arguments)
+        if isinstance(model, TWO_TOWERS):
             outputs = model(**arguments, output_hidden_states=True)
             towers = {"vision": outputs.vision_model_output, "text": outputs.text_model_output}
             found = {
@@ -191,7 +254,7 @@ def activations(model: torch.nn.Module, given: dict[str, np.ndarray]) -> dict[st
             if model.config.is_encoder_decoder:
                 towers = {name: getattr(model, name).block for name in ("encoder", "decoder")}
             else:
-                towers = {"text": model.model.layers}
+                towers = {"text": model.transformer.h if hasattr(model, "transformer") else model.model.layers}
             last = {}  # what transformers calls the last hidden state has the final norm behind it
             hooks = [
                 blocks[-1].register_forward_hook(lambda module, given, output, name=name: last.update({name: output}))
@@ -209,16 +272,30 @@ def activations(model: torch.nn.Module, given: dict[str, np.ndarray]) -> dict[st
             outputs = model(**arguments, output_hidden_states=True)
             name = {"pixels": "vision", "tokens": "text"}[next(iter(given))]
             towers = {name: outputs}
-            renamed = {"image_embeds": "image", "text_embeds": "text", "logits": "logits", "pooler_output": "image"}
+            renamed = {"image_embeds": "image", "text_embeds": "text", "logits": "logits"}
+            renamed["pooler_output"] = "image" if name == "vision" else "text"
             found = {renamed[key]: value for key, value in outputs.items() if key in renamed}
     for name, tower in towers.items():
         found |= {f"{name}_hidden/{i}": hidden for i, hidden in enumerate(tower.hidden_states)}
     return {key: value.numpy() for key, value in found.items()}
 
 
+def _of_encoder(model: torch.nn.Module, arguments: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """Hidden states and logits, or the normalised mean of the tokens, which sentence-transformers makes."""
+    whole = model(**arguments, output_hidden_states=True)
+    found = {f"text_hidden/{i}": hidden for i, hidden in enumerate(whole.hidden_states)}
+    if type(model).__name__.endswith(CLASSIFIER):
+        found["logits"] = whole.logits
+    else:
+        real = arguments["attention_mask"][..., None].float()
+        pooled = (whole.hidden_states[-1] * real).sum(1) / real.sum(1)
+        found["text"] = torch.nn.functional.normalize(pooled, dim=-1)
+    return {key: value.numpy() for key, value in found.items()}
+
+
 def _tower_configs(model: torch.nn.Module) -> tuple[Any, Any]:
     config = model.config
-    if isinstance(model, transformers.CLIPModel):
+    if isinstance(model, TWO_TOWERS):
         return config.vision_config, config.text_config
     return (None, config) if hasattr(config, "vocab_size") else (config, None)
 

@@ -5,11 +5,15 @@ import numpy as np
 import pytest
 
 from tvjax import tree
+from tvjax.models.bert import BertConfig, MPNetConfig, RobertaConfig
 from tvjax.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-from tvjax.models.families import CLIP, LLAMA, T5, UMT5, VIT
+from tvjax.models.dinov2 import Dinov2Config
+from tvjax.models.families import BERT, CLIP, DINOV2, GPT2, LLAMA, MPNET, ROBERTA, SIGLIP, T5, UMT5, VIT
+from tvjax.models.gpt2 import GPT2Config
 from tvjax.models.key_table import Tensor, check_copies, find_sources, kernels_by_module, to_checkpoint
 from tvjax.models.layer_table import KINDS, LayerTable, Row
 from tvjax.models.llama import LlamaConfig
+from tvjax.models.siglip import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 from tvjax.models.t5 import T5Config, UMT5Config
 from tvjax.models.vit import ViTConfig
 
@@ -21,15 +25,28 @@ FAMILIES = {
             CLIPTextConfig(16, 8, 16, 2, 2, max_position_embeddings=6, projection_dim=4),
         ),
     ),
+    "dinov2": (DINOV2, Dinov2Config(8, 2, 2, 2, image_size=8, patch_size=4, num_labels=3)),
+    "dinov2 gated": (DINOV2, Dinov2Config(8, 2, 2, 2, image_size=8, patch_size=4, use_swiglu_ffn=True)),
+    "gpt2": (GPT2, GPT2Config(16, 8, 12, 2, 2, max_position_embeddings=6, tie_word_embeddings=False)),
     "llama": (
         LLAMA,
         LlamaConfig(16, 8, 12, 2, 2, 1, 4, attention_bias=True, output_bias=True, mlp_bias=True, qk_norm=True),
+    ),
+    "siglip": (
+        SIGLIP,
+        SiglipConfig(
+            SiglipVisionConfig(8, 16, 11, 2, image_size=8, patch_size=4),
+            SiglipTextConfig(16, 8, 16, 2, 2, max_position_embeddings=6, projection_size=8),
+        ),
     ),
     "t5": (T5, T5Config(16, 8, 4, 12, 2, 1, 2)),
     "gated t5": (T5, T5Config(16, 8, 4, 12, 1, 2, 2, is_gated_act=True, tie_word_embeddings=False)),
     "umt5": (UMT5, UMT5Config(16, 8, 4, 12, 1, 1, 2)),
     "gated umt5": (UMT5, UMT5Config(16, 8, 4, 12, 1, 1, 2, is_gated_act=True, tie_word_embeddings=False)),
     "vit": (VIT, ViTConfig(8, 16, 2, 2, image_size=8, patch_size=4)),
+    "bert": (BERT, BertConfig(16, 8, 12, 2, 2, max_position_embeddings=6, num_labels=3)),
+    "roberta": (ROBERTA, RobertaConfig(16, 8, 12, 2, 2, max_position_embeddings=6, num_labels=3)),
+    "mpnet": (MPNET, MPNetConfig(16, 8, 12, 2, 2, max_position_embeddings=6, num_labels=3)),
 }
 
 
@@ -52,30 +69,44 @@ def shapes_of(params):
 def test_both_directions(family_and_params):
     family, params = family_and_params
     tensors = to_checkpoint(family.table, params)
-    assert len(tensors) == len(tree.flatten(params))
+    assert sum(array.size for array in tensors.values()) == sum(leaf.size for leaf in tree.flatten(params).values())
     sources = find_sources(family.table, shapes_of(params), headers(tensors), "there")
     for path, source in sources.items():
         np.testing.assert_array_equal(source.to_ours(tensors[source.key]), tree.get(params, path))
 
 
-def test_every_row_is_used_once(family_and_params):
-    family, _ = family_and_params
-    configs = [config for other, config in FAMILIES.values() if other is family]
-    models = [jax.eval_shape(lambda config=config: family.init(config, jax.random.key(0))) for config in configs]
+def rows_of(family, params):
+    """The rows that each parameter outside the second block and its kin can be of, by their paths."""
     rows = [row for row in family.table.rows if not row.tied or row.path == "head"]  # the others only name copies
     paths = {row.path.format(i=0, tower=tower) for row in rows for tower in ("vision", "text")}
-    seen = {path for params in models for path in shapes_of(params)}
     owners = {path: [p for p in paths if any(path == p + leaf.ours for kind in KINDS.values() for leaf in kind)]
-              for path in seen if "blocks/" not in path or "blocks/0/" in path}  # fmt: skip
+              for path in shapes_of(params) if "blocks/" not in path or "blocks/0/" in path}  # fmt: skip
+    return paths, owners
+
+
+def test_every_parameter_is_of_one_row(family_and_params):
+    _, owners = rows_of(*family_and_params)
     assert all(len(found) == 1 for found in owners.values())
-    assert {found[0] for found in owners.values()} == paths
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_every_row_is_of_some_model(name):
+    family = FAMILIES[name][0]
+    used = set()
+    for other, config in FAMILIES.values():  # a gated MLP and a plain one are not in one model
+        if other is family:
+            paths, owners = rows_of(family, jax.eval_shape(lambda c=config: family.init(c, jax.random.key(0))))
+            used |= {found[0] for found in owners.values()}
+    assert used == paths
 
 
 def test_one_error_names_all_that_is_wrong(family_and_params):
     family, params = family_and_params
     found = headers(to_checkpoint(family.table, params))
     first, second, third, *_ = (
-        key for key in found if key.endswith(("fc1.weight", "up_proj.weight")) or ".layernorm" in key or "norm" in key
+        key
+        for key in found
+        if key.endswith(("fc1.weight", "up_proj.weight")) or any(name in key.lower() for name in ("norm", "ln_"))
     )
     del found[first]
     found[second] = Tensor("F32", (3, 5))
@@ -95,7 +126,7 @@ def test_known_keys_without_use_are_passed_over(family_and_params):
     family, params = family_and_params
     found = headers(to_checkpoint(family.table, params))
     for pattern in family.table.unused:
-        found[pattern.format(tower="vision", i=0)] = Tensor("I64", (1, 50))
+        found.setdefault(pattern.format(tower="vision", i=0, path="of/another"), Tensor("I64", (1, 50)))
     find_sources(family.table, shapes_of(params), found, "folder")
 
 

@@ -4,10 +4,14 @@ import jax
 import pytest
 
 from tvjax import tree
+from tvjax.models.bert import BertConfig, MPNetConfig, RobertaConfig
 from tvjax.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from tvjax.models.dinov2 import Dinov2Config, Dinov2WithRegistersConfig
 from tvjax.models.families import family_of_config
+from tvjax.models.gpt2 import GPT2Config
 from tvjax.models.layer_table import Space, fix_outputs, in_towers, spaces_of
 from tvjax.models.llama import LlamaConfig
+from tvjax.models.siglip import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 from tvjax.models.t5 import T5Config, UMT5Config
 from tvjax.models.transformer import stage_function
 from tvjax.models.vit import ViT, ViTConfig
@@ -18,12 +22,22 @@ CONFIGS = {
         CLIPVisionConfig(8, 16, 2, 2, image_size=8, patch_size=4, projection_dim=4),
         CLIPTextConfig(16, 12, 16, 2, 4, max_position_embeddings=6, projection_dim=4),
     ),
+    "dinov2": Dinov2Config(8, 2, 2, 2, image_size=8, patch_size=4, use_swiglu_ffn=True, num_labels=3),
+    "dinov2 backbone": Dinov2WithRegistersConfig(8, 2, 2, 2, image_size=8, patch_size=4),
+    "gpt2": GPT2Config(16, 8, 12, 2, 4, max_position_embeddings=6),
     "llama": LlamaConfig(16, 8, 12, 2, 4, 2, head_dim=6, attention_bias=True, mlp_bias=True, qk_norm=True),
+    "siglip": SiglipConfig(
+        SiglipVisionConfig(8, 16, 2, 2, image_size=8, patch_size=4),
+        SiglipTextConfig(16, 12, 16, 2, 4, max_position_embeddings=6, projection_size=8),
+    ),
     "tied llama": LlamaConfig(16, 8, 12, 2, 4, 4, head_dim=6, tie_word_embeddings=True),
     "t5": T5Config(16, 8, 4, 12, 2, 1, 3, tie_word_embeddings=False),
     "tied t5": T5Config(16, 8, 4, 12, 1, 2, 3, is_gated_act=True),
     "umt5": UMT5Config(16, 8, 4, 12, 2, 1, 3),
     "vit": ViTConfig(8, 16, 2, 2, image_size=8, patch_size=4),
+    "bert": BertConfig(16, 8, 12, 2, 2, max_position_embeddings=6),
+    "roberta classifier": RobertaConfig(16, 8, 12, 2, 2, max_position_embeddings=6, num_labels=3),
+    "mpnet": MPNetConfig(16, 8, 12, 2, 2, max_position_embeddings=6),
 }
 
 
@@ -71,6 +85,30 @@ def test_heads_that_share_a_table_of_position_biases_are_exchanged_together():
     assert spaces_of(tables["t5"], CONFIGS["t5"], "encoder/position_bias") == (None, Space("encoder/heads:bias", 3))
 
 
+def test_stages_say_the_heads_of_the_table(config):
+    family, seen = family_of_config(config), set()
+    model = family.build(config, {})
+    for stage in model.stages:
+        for local, (_, outputs) in stage.heads:
+            path = next(f"{where}/{local}".strip("/") for _, where in stage.paths)
+            space = spaces_of(family.table, config, path)[-1]
+            if outputs is not None and not outputs.shared:
+                assert (outputs.number, bool(outputs.frequencies)) == (space.heads, space.rotary), path
+            seen.add(path)
+    headed = [path for path in shapes_of(config) if any(s and s.heads for s in spaces_of(family.table, config, path))]
+    assert set(headed) <= seen and all(path in headed or path.endswith("norm/scale") for path in seen)
+    groups = {stage.heads for stage in model.stages if stage.group.endswith("blocks")}
+    assert len(groups) == len({stage.group for stage in model.stages if stage.group})  # alike in every block
+
+
+def test_norms_inside_heads_share_a_map_and_a_vocabulary_has_a_kernel():
+    models = {name: family_of_config(CONFIGS[name]).build(CONFIGS[name], {}) for name in ("llama", "tied llama")}
+    norm = dict(models["llama"].stages[1].heads)["attention/key_norm/scale"][1]
+    assert (norm.number, len(norm.frequencies), norm.shared) == (2, 3, True)
+    assert models["llama"].stages[-1].vocabulary == (("head/kernel", "head/kernel"),)
+    assert models["tied llama"].stages[-1].vocabulary == (("head/kernel", "tokens"),)
+
+
 def test_heads_are_those_of_the_tower():
     config = CONFIGS["clip"]
     table = family_of_config(config).table
@@ -91,9 +129,15 @@ def test_the_rows_of_towers_are_those_that_the_model_has():
     ("name", "fixed"),
     [
         ("clip", {}),
+        ("siglip", {}),
         ("vit", {"head": ("head/kernel", "head/bias")}),
+        ("dinov2", {"head": ("head/class_token/kernel", "head/patches/kernel", "head/bias")}),
+        ("dinov2 backbone", {}),
+        ("gpt2", {"head": ("tokens",)}),
         ("llama", {"head": ("head/kernel",)}),
         ("tied llama", {"head": ("tokens",)}),
+        ("bert", {}),
+        ("roberta classifier", {"head": ("out/kernel", "out/bias")}),
         ("t5", {"head": ("head/kernel",)}),
         ("tied t5", {"head": ("tokens",)}),
     ],

@@ -90,7 +90,7 @@ def test_configs_are_written_as_transformers_reads_them(tmp_path):
         assert from_pretrained(tmp_path / case).config == config
 
 
-@pytest.mark.parametrize("case", ["llama", "qwen3"])
+@pytest.mark.parametrize("case", ["gpt2", "llama", "qwen3"])
 def test_texts_padded_on_the_left_with_positions(case):
     model = record_goldens.build(case)
     pretrained = from_pretrained(Path(__file__).parent / "goldens" / case)
@@ -132,12 +132,33 @@ def test_position_buckets_are_those_of_transformers(buckets, max_distance, both_
     np.testing.assert_array_equal(position_buckets(buckets, max_distance, both_sides), expected)
 
 
-@pytest.mark.parametrize("case", ["llama", "qwen2", "t5", "umt5"])
-def test_lora_adapters_of_a_decoder(case, tmp_path):
+@pytest.mark.parametrize("side", [9, 20, (12, 25)])
+@pytest.mark.parametrize("case", ["dinov2", "dinov2_backbone", "dinov2_with_registers"])
+def test_positions_of_images_of_another_size(case, side):
+    height, width = side if isinstance(side, tuple) else (side, side)
+    model = record_goldens.build(case)
+    pixels = np.random.default_rng(0).normal(size=(2, height, width, 3)).astype(np.float32)
+    expected = record_goldens.activations(model, {"pixels": pixels})
+    for name, found in from_pretrained(Path(__file__).parent / "goldens" / case).model({"pixels": pixels}).items():
+        np.testing.assert_allclose(found, expected[name], rtol=1e-5, atol=1e-5)
+
+
+LORA_TARGETS = {
+    **dict.fromkeys(("llama", "qwen2"), ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]),
+    **dict.fromkeys(("t5", "umt5"), ["q", "v", "o", "wi", "wi_0", "wo"]),
+    "dinov2": ["q_proj", "o_proj", "fc1"],
+    "gpt2": ["c_attn", "attn.c_proj", "c_fc"],
+}
+ADAPTED = {"t5": 3 * 5 + 2 * 8, "umt5": 2 * 5 + 3 * 8, "gpt2": 3 * 5}  # a fused kernel is three
+
+
+@pytest.mark.parametrize("case", LORA_TARGETS)
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+def test_lora_adapters_by_the_names_of_transformers(case, tmp_path):
     peft = pytest.importorskip("peft")
     folder = Path(__file__).parent / "goldens" / case
     model = type(record_goldens.build(case)).from_pretrained(folder)
-    targets = ["q", "v", "o", "wi", "wi_0", "wo"] if case.endswith("t5") else TARGETS
+    targets = LORA_TARGETS[case]
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=6, target_modules=targets))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -146,7 +167,7 @@ def test_lora_adapters_of_a_decoder(case, tmp_path):
     adapted.save_pretrained(tmp_path / "adapter")
     base = from_pretrained(folder)
     factors = load_adapter(tmp_path / "adapter", base, any_base=True)
-    assert len(factors) == {"t5": 3 * 5 + 2 * 8, "umt5": 2 * 5 + 3 * 8}.get(case, 3 * len(targets))
+    assert len(factors) == ADAPTED.get(case, 3 * len(targets))
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
     merged = tree.flatten(from_pretrained(tmp_path / "merged").params)
     for path, leaf in tree.flatten(base.params).items():

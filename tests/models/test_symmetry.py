@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from tvjax import tree
-from tvjax.align.permutations import axes, groups, invert, match_weights, permute, random_permutations
+from tvjax.align.permutations import axes, groups, invert, permute, random_permutations
+from tvjax.align.weight_matching import match_weights
 from tvjax.checkpoints import from_pretrained
 from tvjax.data.embedded import MODELS, model_folder
-from tvjax.models import clip, llama, vit
+from tvjax.models import bert, clip, dinov2, gpt2, llama, siglip, vit
 from tvjax.models.families import FAMILIES, family_of_config
 from tvjax.models.symmetry import symmetry_of_config
 
@@ -21,14 +22,31 @@ CONFIGS = {
     "clip": clip.CLIPConfig(VISION, TEXT),
     "vision": clip.CLIPConfig(VISION, None),
     "text without projection": clip.CLIPConfig(None, dataclasses.replace(TEXT, projection_dim=None)),
+    "dinov2": dinov2.Dinov2Config(16, 2, 4, 2, image_size=8, patch_size=4, num_labels=5),
+    "dinov2 gated": dinov2.Dinov2WithRegistersConfig(
+        16, 2, 4, 1, image_size=8, patch_size=4, use_swiglu_ffn=True, num_labels=5
+    ),
+    "siglip": siglip.SiglipConfig(
+        siglip.SiglipVisionConfig(16, 24, 2, 4, image_size=8, patch_size=4),
+        siglip.SiglipTextConfig(20, 16, 24, 3, 2, max_position_embeddings=7, projection_size=16),
+    ),
     "vit": vit.ViTConfig(16, 24, 2, 4, image_size=8, patch_size=4, num_labels=5),
     "vit without qkv bias": vit.ViTConfig(16, 24, 2, 4, image_size=8, patch_size=4, num_labels=5, qkv_bias=False),
 }
 
-LLAMAS = {
+DECODERS = {
+    "gpt2": gpt2.GPT2Config(20, 16, 24, 2, 4, max_position_embeddings=7),
     "llama": llama.LlamaConfig(20, 16, 24, 2, 4, 4, head_dim=6, attention_bias=True),
     "llama with grouped queries": llama.LlamaConfig(20, 16, 24, 2, 8, 4, head_dim=6, qk_norm=True),
     "tied llama": llama.LlamaConfig(20, 16, 24, 2, 4, 2, head_dim=4, tie_word_embeddings=True, mlp_bias=True),
+}
+
+
+BERTS = {
+    "bert classifier": bert.BertConfig(20, 16, 24, 2, 4, max_position_embeddings=9, num_labels=3),
+    "bert": bert.BertConfig(20, 16, 24, 2, 4, max_position_embeddings=9),
+    "mpnet": bert.MPNetConfig(20, 16, 24, 2, 4, max_position_embeddings=9),
+    "mpnet classifier": bert.MPNetConfig(20, 16, 24, 2, 4, max_position_embeddings=9, num_labels=3),
 }
 
 
@@ -43,7 +61,7 @@ def make_params(config, seed):
 def make_inputs(config):
     random = np.random.default_rng(1)
     inputs = {"pixels": jnp.asarray(random.normal(size=(3, 8, 8, 3)), jnp.float32)}
-    if isinstance(config, clip.CLIPConfig) and config.text:
+    if getattr(config, "text", None):
         tokens = jnp.asarray(random.integers(0, 19, (4, 7)), jnp.int32).at[:, 5].set(19)
         inputs |= {"tokens": tokens, "mask": jnp.ones((4, 7), bool).at[:, 6].set(False)}
     return inputs
@@ -102,11 +120,12 @@ def test_the_table_covers_every_leaf(name):
     symmetry, params = symmetry_of_config(config), make_params(config, 0)
     found = groups(symmetry, params)
     for tower in {path.split("/")[0] for path in tree.flatten(params) if "/blocks/" in path}:
-        shape = config if isinstance(config, vit.ViTConfig) else getattr(config, tower)
+        shape = getattr(config, tower, config)
         layers = range(shape.num_hidden_layers)
         names = {f"{tower}/blocks/{i}/{kind}" for i in layers for kind in ("hidden", "heads")}
         if name != "text without projection":  # there the residual stream is what the tower returns
             names.add(f"{tower}/residual")
+            names |= {group for group in found if group.startswith(f"{tower}/head")}
             assert found[f"{tower}/residual"].sizes == {"": shape.hidden_size}
         assert {group for group in found if group.startswith(tower)} == names
         assert found[f"{tower}/blocks/0/hidden"].sizes == {"": shape.intermediate_size}
@@ -165,14 +184,14 @@ def test_a_permuted_copy_of_a_fresh_model_is_matched_back_exactly():
             np.testing.assert_array_equal(found.permutations[group], order, err_msg=group)
 
 
-@pytest.mark.parametrize("name", LLAMAS)
-def test_a_permuted_llama_computes_the_same_and_is_matched_back(name):
-    config = LLAMAS[name]
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_permuted_decoder_computes_the_same_and_is_matched_back(name):
+    config = DECODERS[name]
     symmetry, params = symmetry_of_config(config), make_params(config, 0)
-    model = llama.llama(config, params)
+    model = family_of_config(config).build(config, params)
     inputs = {"tokens": jnp.asarray(np.random.default_rng(0).integers(0, 20, (4, 7)), jnp.int32)}
     expected, found = model(inputs)["logits"], groups(symmetry, params)
-    assert found["blocks/1/heads"].heads == config.num_key_value_heads
+    assert found["blocks/1/heads"].heads == getattr(config, "num_key_value_heads", config.num_attention_heads)
     for seed in range(2):
         true = random_permutations(symmetry, params, jax.random.key(seed))
         moved = permute(symmetry, true, params)
@@ -184,13 +203,40 @@ def test_a_permuted_llama_computes_the_same_and_is_matched_back(name):
             np.testing.assert_array_equal(matched.permutations[group], order, err_msg=group)
 
 
+@pytest.mark.parametrize("name", BERTS)
+def test_a_permuted_bert_computes_the_same_and_is_matched_back(name):
+    config = BERTS[name]
+    symmetry, params = symmetry_of_config(config), make_params(config, 0)
+    inputs = {"tokens": jnp.asarray(np.random.default_rng(0).integers(2, 20, (4, 7)), jnp.int32)}
+
+    def compared(params):  # embeddings with embeddings of the same model
+        outputs = bert.bert(config, params)(inputs)
+        return outputs["logits"] if "logits" in outputs else outputs["text"] @ outputs["text"].T
+
+    for seed in range(2):
+        true = random_permutations(symmetry, params, jax.random.key(seed))
+        assert any(
+            np.any(np.asarray(order) != np.arange(len(order))) for name, order in true.items() if "heads" in name
+        )
+        moved = permute(symmetry, true, params)
+        np.testing.assert_allclose(compared(moved), compared(params), rtol=1e-4, atol=1e-4)
+        matched = match_weights(symmetry, params, moved, key=jax.random.key(7))
+        for group, order in true.items():
+            np.testing.assert_array_equal(matched.permutations[group], order, err_msg=group)
+
+
+def test_blocks_that_share_a_position_bias_exchange_their_heads_together():
+    assert symmetry_of_config(BERTS["mpnet"]).heads == {"heads": 4}
+    assert symmetry_of_config(BERTS["bert"]).heads == {"blocks/{i}/heads": 4}
+
+
 def test_what_positions_rotate_stays_in_its_order():
-    rigid = {name: symmetry_of_config(config).rigid for name, config in LLAMAS.items()}
+    rigid = {name: symmetry_of_config(config).rigid for name, config in DECODERS.items()}
     heads = "blocks/{i}/heads"
-    assert rigid["llama"] == (f"{heads}:query_key",)
+    assert rigid["llama"] == (f"{heads}:query_key",) and rigid["gpt2"] == ()
     units = [f"{heads}:{units}{times}" for units in ("query_key", "value_out") for times in ("", "*2")]
     assert rigid["llama with grouped queries"] == tuple(units)
-    config = LLAMAS["llama"]
+    config = DECODERS["llama"]
     free = symmetry_of_config(config)._replace(rigid=())
     params = make_params(config, 0)
     inputs = {"tokens": jnp.asarray(np.random.default_rng(0).integers(0, 20, (4, 7)), jnp.int32)}

@@ -14,7 +14,6 @@ from tvjax import (
     orthogonal_shift,
     scale_by,
     theseus,
-    transport_stages,
     tree,
 )
 from tvjax.checkpoints import load_state
@@ -135,7 +134,7 @@ def test_values_that_are_not_finite(tiny, idle):
         with pytest.raises(ValueError, match=f"(?s)the task vector has .*NaN or infinite.*{path}: 1 of"):
             identity().apply(state, spoilt)
         with pytest.raises(ValueError, match=f"(?s)task vector 1 has .*NaN or infinite.*{path}: 1 of"):
-            transport_stages(theseus(), tiny.a, tiny.b, tiny.batches, [tiny.a.params, spoilt])
+            fit(theseus(), tiny.a, tiny.b, tiny.batches, stream=[tiny.a.params, spoilt])
 
 
 def test_a_loss_that_is_not_a_number_is_no_vote_of_zero(tiny):
@@ -216,12 +215,12 @@ def test_task_vectors_of_another_model(tiny, fitted, name):
         with pytest.raises(ValueError, match=message):
             transport.apply(state, tau)
         with pytest.raises(ValueError, match=message):
-            transport_stages(transport, tiny.a, tiny.b, tiny.batches, [tau])
+            fit(transport, tiny.a, tiny.b, tiny.batches, stream=[tau])
 
 
 def test_streaming_checks_task_vectors_first(tiny, idle):
     with pytest.raises(ValueError, match="other: no such leaf"):
-        transport_stages(theseus(), tiny.a, tiny.b, tiny.batches, [{"other": jnp.ones(3)}])
+        fit(theseus(), tiny.a, tiny.b, tiny.batches, stream=[{"other": jnp.ones(3)}])
 
 
 def test_state_of_another_transport(tiny):

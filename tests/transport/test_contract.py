@@ -14,7 +14,6 @@ from tvjax import (
     leaf_report,
     orthogonal_shift,
     theseus,
-    transport_stages,
     tree,
 )
 from tvjax.checkpoints import load_state, save_state
@@ -47,7 +46,7 @@ def test_moves_every_leaf_and_reports_it(tiny, fitted, name):
 def test_streaming_equals_fit_and_apply(tiny, fitted, name):
     transport, state = fitted(name)
     other = jax.tree.map(lambda leaf: leaf[::-1], tiny.tau)
-    found = transport_stages(transport, tiny.a, tiny.b, tiny.batches, [tiny.tau, other])
+    found = fit(transport, tiny.a, tiny.b, tiny.batches, stream=[tiny.tau, other])
     for one, tau in zip(found, (tiny.tau, other), strict=True):
         assert jax.tree.structure(one) == jax.tree.structure(tiny.b.params)
         assert_close(one, transport.apply(state, tau))

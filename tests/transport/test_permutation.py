@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tvjax import apply, chain, fit, gradfix, leaf_report, scale_by, theseus, transfusion, transport_stages, tree
-from tvjax.align.permutations import match_weights, permute, random_permutations
+from tvjax import apply, chain, fit, gradfix, leaf_report, scale_by, theseus, transfusion, tree
+from tvjax.align.permutations import permute, random_permutations
+from tvjax.align.weight_matching import match_weights
 from tvjax.checkpoints import load_state, save_state
 from tvjax.models import clip, llama
 from tvjax.models.symmetry import symmetry_of_config
@@ -81,7 +82,7 @@ def test_between_other_models_it_is_the_match_of_all_their_weights(tiny, copied)
     state = fit(copied.transport, tiny.a, tiny.b)
     assert_same_bits(copied.transport.apply(state, tiny.tau), permute(copied.symmetry, found.permutations, tiny.tau))
     assert found.after > found.before
-    assert_same_bits(transport_stages(copied.transport, tiny.a, tiny.b, [], [tiny.tau])[0],
+    assert_same_bits(fit(copied.transport, tiny.a, tiny.b, [], stream=[tiny.tau])[0],
                      copied.transport.apply(state, tiny.tau))  # fmt: skip
     assert_same_bits(state.parts[0].arrays, fit(copied.transport, tiny.a, tiny.b).parts[0].arrays)
 

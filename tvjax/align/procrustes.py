@@ -163,10 +163,10 @@ def polar(
     if complete == "eye":
         values = singular_values(moment)
         shifted = moment + rank_tolerance * values[0] * jnp.eye(moment.shape[0], moment.shape[1], dtype=moment.dtype)
-        left, _, right = _decompose(shifted, k, method, key)
+        left, _, right = decompose(shifted, k, method, key)
         values = values[:k]
     else:
-        left, values, right = _decompose(moment, k, method, key)
+        left, values, right = decompose(moment, k, method, key)
     edge = rank_tolerance * jnp.max(values)
     return (
         _determined(left, values, right, edge)
@@ -311,7 +311,7 @@ def _inverse_power(gram: Array, power: float, floor: float) -> Array:
     return product(vectors * jnp.where(moves, raised**-power, 0), vectors.T)
 
 
-def _decompose(moment: Array, k: int, method: Method, key: Array | None) -> tuple[Array, Array, Array]:
+def decompose(moment: Array, k: int, method: Method, key: Array | None) -> tuple[Array, Array, Array]:
     """The k leading singular triplets: ``[d_a, k]``, ``[k]`` descending, ``[k, d_b]``."""
     if _is_sketched(method, k, *moment.shape):
         left, values, right = _randomised_svd([moment], k, key)

@@ -7,6 +7,7 @@ one: it acts on activations and on their gradients alike, and None stands for th
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
@@ -35,7 +36,8 @@ def alignment(rows_a: Stream, rows_b: Stream, tokens_a: int, tokens_b: int, mode
     """The operators that align A's tokens with B's; identities where the two layouts are the same.
 
     A patch grid is recognised where the token count is that of the layout, with its special tokens or without them
-    (the output of a patch kernel). Equal counts without a grid (text, pooled outputs) are aligned as they are.
+    (the output of a patch kernel), or that of another square grid where the layout's is square. Equal counts without a
+    grid (text, pooled outputs) are aligned as they are.
 
     Args:
       rows_a: layout of A's token axis.
@@ -157,12 +159,19 @@ def interpolate_positions(table: Array, rows_a: Stream, rows_b: Stream) -> Array
 
 
 def _layout(rows: Stream, tokens: int) -> tuple[int, tuple[int, int]] | None:
-    """Special tokens and grid of an activation with so many tokens, None where it is no grid."""
+    """Special tokens and grid of an activation with so many tokens, None where it is no grid.
+
+    Images of another size than the layout is declared for (DINOv2 resizes its positions) have another square grid.
+    """
     if rows.grid is None:
         return None
     if tokens == rows.tokens:
         return rows.special, rows.grid
-    return (0, rows.grid) if tokens == rows.grid[0] * rows.grid[1] else None
+    if tokens == rows.grid[0] * rows.grid[1]:
+        return 0, rows.grid
+    sides = {special: math.isqrt(tokens - special) for special in {0, rows.special} if tokens > special}
+    square = [(special, (side, side)) for special, side in sides.items() if special + side * side == tokens]
+    return square[0] if len(square) == 1 and rows.grid[0] == rows.grid[1] else None
 
 
 def _resize(grid_a: tuple[int, int], grid_b: tuple[int, int]) -> np.ndarray:

@@ -62,8 +62,9 @@ class Recorder(RegionState):
             self.explained.add(id(bias.eqn))
         after = (out, (), layout) if bias is None else (bias.out, bias.steps, bias.layout)
         variable, steps, y_layout = after
+        whole = Output(out, layout, cut, bias)
         if cut or site.kind == "scale" or site.groups is not None:
-            self.add_site(site, out, layout, cut, bias)
+            self.add_site(site, whole)
             return
         parts: list[tuple[View, View]] = []
         for part in cuts_of_output(variable, y_layout, self.uses):
@@ -73,22 +74,19 @@ class Recorder(RegionState):
                 break
             parts.append((part, columns))
         if not parts:
-            self.add_site(site, out, layout, cut, bias)
+            self.add_site(site, whole)
         for part, columns in parts:
             own = site._replace(view=(*site.view, ("each",), *columns))
-            self.add_site(own, out, layout, (*steps, *part), bias, part, columns)
+            self.add_site(own, whole._replace(cut=(*steps, *part), y_cut=part, columns=columns))
 
-    def add_site(
-        self,
-        site: Site,
-        out: Var,
-        layout: Layout,
-        cut: View,
-        bias: Bias | None,
-        y_cut: View | None = None,
-        columns: View = (),
-    ) -> None:
-        """Adds a site and its probe; `cut` is the part of the output that is its own, `y_cut` that after the bias."""
+    def add_site(self, site: Site, whole: Output) -> None:
+        """Adds a site and its probe.
+
+        Args:
+          site: what is known of it.
+          whole: the output that it is a part of.
+        """
+        out, layout, cut, bias, y_cut, _ = whole
         variable, y_layout = (out, layout) if bias is None else (bias.out, bias.layout)
         probe_layout = cut_layout(layout, cut, out.aval.shape)
         y_layout = cut_layout(y_layout, cut if y_cut is None else y_cut, variable.aval.shape)
@@ -104,12 +102,11 @@ class Recorder(RegionState):
         site = site._replace(occurrence=occurrence, output=output, gradient=probe, d_in=d_in, d_out=d_out)
         self.collection.add(site)
         if bias is not None:
-            self._add_biases(site, bias, out, layout, probe_layout, cut, columns)
+            self._add_biases(site, whole, bias, probe_layout)
 
-    def _add_biases(
-        self, site: Site, bias: Bias, out: Var, layout: Layout, probe_layout: Layout, cut: View, columns: View
-    ) -> None:
+    def _add_biases(self, site: Site, whole: Output, bias: Bias, probe_layout: Layout) -> None:
         """The sites of the bias of a site, which share its output and its gradient."""
+        out, layout, cut, _, _, columns = whole
         for mark, view in zip(bias.marks, bias.views, strict=True):
             own = columns or (restrict(cut, out.aval.shape, layout.features) if cut and mark.block is None else ())
             theirs = mark.block is not None and cut != block_slice(out.aval.shape, mark.block[0], mark)
@@ -193,6 +190,26 @@ class Bias(NamedTuple):
     out: Var
     layout: Layout
     recorded: set[Any]
+
+
+class Output(NamedTuple):
+    """The output of a kernel, and the part of it that is one site's.
+
+    Attributes:
+      out: the output.
+      layout: of the output.
+      cut: the part that is the site's own; ``()``: all of it.
+      bias: that is added to the output, if there is one.
+      y_cut: the same part after the bias; None: as before it.
+      columns: the part of the kernel's outputs that it is.
+    """
+
+    out: Var
+    layout: Layout
+    cut: View
+    bias: Bias | None = None
+    y_cut: View | None = None
+    columns: View = ()
 
 
 def _value_of(variable: Var) -> Callable[[Read], Any]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from tvjax.capture.layout import Layout, elementwise_layout, grouped, others
 from tvjax.capture.marks import Mark, block_slice, signed, vector_view, with_axes
-from tvjax.capture.recorder import Read, Recorder, other_operand
+from tvjax.capture.recorder import Output, Read, Recorder, other_operand
 from tvjax.capture.region import Var
 from tvjax.capture.views import TRANSPARENT, View, follow_axes
 
@@ -224,7 +224,7 @@ def sum_(region: Recorder, eqn: Any, position: int) -> str | None:
         layout = elementwise_layout(mark, shape, out)
         cut = () if mark.block is None else block_slice(out.aval.shape, mark.block[0], mark)
         site = region.site("shift", mark, vector_view(mark, shape), out, layout, None)
-        region.add_site(site._replace(positional=region.is_positional(out, layout)), out, layout, cut, None)
+        region.add_site(site._replace(positional=region.is_positional(out, layout)), Output(out, layout, cut))
     return None
 
 

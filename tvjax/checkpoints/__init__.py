@@ -1,5 +1,6 @@
 """Models and trees of arrays on disk."""
 
+from tvjax.checkpoints.adapter_writer import save_adapter
 from tvjax.checkpoints.adapters import load_adapter
 from tvjax.checkpoints.coefficients import TrainingStore, load_coefficients, save_coefficients
 from tvjax.checkpoints.conversion import convert
@@ -26,6 +27,7 @@ __all__ = [
     "load_tree",
     "map_tree",
     "model_card",
+    "save_adapter",
     "save_coefficients",
     "save_orbax",
     "save_pretrained",

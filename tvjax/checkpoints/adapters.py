@@ -27,13 +27,13 @@ from tvjax.checkpoints.memory import to_jax
 from tvjax.checkpoints.safetensors import Fingerprint, Tensors, open_tensors
 from tvjax.merge.adapters import Adapter
 from tvjax.models.families import GENERIC, family_of_config, shapes_of
-from tvjax.models.key_table import FLOATS, kernels_by_module, module_key
-from tvjax.models.layer_table import LayerTable
+from tvjax.models.key_table import FLOATS, fused_kernels, kernels_by_module, module_key
+from tvjax.models.layer_table import LayerTable, Part
 
 CONFIG = "adapter_config.json"
-_WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 _OUTER = (("A", 1), ("B", 0))  # inputs and outputs of a layer: the axis of each factor
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
 class Factors(NamedTuple):
@@ -44,12 +44,14 @@ class Factors(NamedTuple):
       b: key of ``[out, r]``.
       scale: ``alpha / r``, or ``alpha / sqrt(r)``.
       outputs_first: whether the weight lies ``[out, in]``, as in a model that is read as its file has it.
+      part: which part of a fused kernel's inputs or outputs it is of; None: the kernel is whole.
     """
 
     a: str
     b: str
     scale: float
     outputs_first: bool = False
+    part: Part | None = None
 
 
 class AdapterFile(NamedTuple):
@@ -93,12 +95,15 @@ class AdapterFile(NamedTuple):
             a_0, b_0 = _initial_factors(self.initial, kernel, a.shape[1], scale)
             a = np.concatenate([np.float32(scale) * a.astype(np.float32), -a_0], axis=1)
             b, scale = np.concatenate([b.astype(np.float32), b_0]), 1.0
+        if factors.part is not None:
+            number, of, axis = factors.part
+            a, b = (np.split(a, of)[number], b) if axis == 0 else (a, np.split(b, of, axis=1)[number])
         return (b.T, a.T, scale) if factors.outputs_first else (a, b, scale)
 
     def fingerprint(self) -> str:
         """The identity of the factors and scales."""
         found = Fingerprint()
-        for path, (a, b, scale, _) in sorted(self.factors.items()):
+        for path, (a, b, scale, *_) in sorted(self.factors.items()):
             found.add(f"{path} a {scale!r} {self.initial}".rstrip(), self.tensors.read(a))
             found.add(f"{path} b", self.tensors.read(b))
         return found.hexdigest()
@@ -150,9 +155,9 @@ def open_adapter(
         check_settings(settings)
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
-    if not (folder / _WEIGHTS).is_file():
-        raise ValueError(f"{folder} has no {_WEIGHTS}: save the adapter with safe_serialization=True")
-    with open_tensors(folder / _WEIGHTS) as tensors:
+    if not (folder / WEIGHTS).is_file():
+        raise ValueError(f"{folder} has no {WEIGHTS}: save the adapter with safe_serialization=True")
+    with open_tensors(folder / WEIGHTS) as tensors:
         factors = _find_factors(folder, settings, base, tensors)
         notes = check_base(settings, base, any_base)
         trained_on = str(settings.get("base_model_name_or_path") or "")
@@ -179,7 +184,7 @@ def _find_factors(
     pairs: dict[str, dict[str, str]] = {}
     problems = []
     for key in tensors.headers:
-        match = re.fullmatch(rf"(?:{re.escape(_PREFIX)})?(.+)\.lora_([AB])(?:\.default)?\.weight", key)
+        match = re.fullmatch(rf"(?:{re.escape(PREFIX)})?(.+)\.lora_([AB])(?:\.default)?\.weight", key)
         if match is None:
             problems.append(f"{key}: no factor of a linear layer")
         else:
@@ -187,24 +192,26 @@ def _find_factors(
     family = family_of_config(base.config)
     outputs_first = family is GENERIC and not settings.get("fan_in_fan_out")  # True for Conv1D, which lies [in, out]
     name = "/weight" if family is GENERIC else "/kernel"
-    kernels = {
+    shapes = {
         path: shape[::-1] if outputs_first else shape
         for path, shape in shapes_of(base.config).items()
         if path.endswith(name) and len(shape) == 2
     }
+    kernels, fused = _with_fused(family.table, shapes)
     sizes = {
         module: tuple(tensors.headers[pair[name]].shape[axis] if name in pair else None for name, axis in _OUTER)
         for module, pair in pairs.items()
         if all(len(tensors.headers[key].shape) == 2 for key in pair.values())
     }
-    path_of = _find_kernels(folder, family.table, kernels, sizes, model_class(settings))
+    known = {**kernels_by_module(family.table, shapes), **{key: key for key in fused}}
+    path_of = _find_kernels(folder, family.table, known, kernels, sizes, model_class(settings))
     factors: dict[str, Factors] = {}
     for module, pair in pairs.items():
-        path = path_of.get(module)
-        if path is None:
+        path = path_of.get(module, "")
+        if not path:
             problems.append(f"{module}: the model has no such linear layer")
             continue
-        if set(pair) != {"A", "B"} or path in factors:
+        if set(pair) != {"A", "B"} or factors.keys() & {path, *fused.get(path, ())}:
             problems.append(
                 f"{module}: found {' and '.join(sorted(pair.values()))}, expected one lora_A and one lora_B"
             )
@@ -218,8 +225,11 @@ def _find_factors(
             )
         elif {a.dtype, b.dtype} - set(FLOATS):
             problems.append(f"{module}: is {a.dtype} and {b.dtype}, expected one of {', '.join(FLOATS)}")
+        elif path in fused and initialisation(settings):
+            problems.append(f"{module}: {initialisation(settings)} of a fused kernel, whose parts are layers here")
         else:
-            factors[path] = Factors(pair["A"], pair["B"], scale, outputs_first)
+            whole = Factors(pair["A"], pair["B"], scale, outputs_first)
+            factors |= {own: whole._replace(part=part) for own, part in fused.get(path, {}).items()} or {path: whole}
     if not pairs and not problems:
         problems.append("it holds no factors")
     if problems:
@@ -230,9 +240,23 @@ def _find_factors(
     return factors
 
 
+def _with_fused(
+    table: LayerTable, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, dict[str, Part]]]:
+    """Kernels with those that a checkpoint has in one, under their modules' names; and the parts of the latter."""
+    found, fused = dict(shapes), fused_kernels(table, shapes)
+    for module, parts in fused.items():
+        path, part = next(iter(parts.items()))
+        whole = list(shapes[path])
+        whole[part.axis] *= part.of
+        found[module] = tuple(whole)
+    return found, fused
+
+
 def _find_kernels(
     folder: Path,
     table: LayerTable,
+    known: Mapping[str, str],
     shapes: Mapping[str, tuple[int, ...]],
     sizes: Mapping[str, tuple[int | None, ...]],
     trained_in: str,
@@ -245,14 +269,14 @@ def _find_kernels(
     Args:
       folder: of the adapter, for the error.
       table: of the model's family.
-      shapes: of the model's parameters by path.
+      known: the path of the kernel of each module of the model; of a fused one the module's name.
+      shapes: of the model's kernels by path, of the fused ones by that name.
       sizes: inputs and outputs of each module, None where a factor is missing.
       trained_in: class of transformers; "" where it is not known.
 
     Raises:
       ValueError: several towers fit.
     """
-    known = kernels_by_module(table, shapes)
 
     def paths(names: list[str], wrapper: str) -> dict[str, str]:
         keys = {name: module_key(table, wrapper + name) for name in names}

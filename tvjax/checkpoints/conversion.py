@@ -7,7 +7,6 @@ but tensors is made of it.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -34,17 +33,17 @@ from tvjax.checkpoints.torch_files import load_tensors
 from tvjax.models.clip.config import CLIPConfig
 from tvjax.models.families import shapes_of
 from tvjax.models.key_table import check_copies, find_sources
-from tvjax.models.layer_table import LayerTable, Row
+from tvjax.models.layer_table import LayerTable, Part, Row
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 # fmt: off
 _BLOCK = (
-    ("norm1", "ln_1", "norm"), ("norm2", "ln_2", "norm"),
-    ("attention/query", "attn.q_proj", "linear"), ("attention/key", "attn.k_proj", "linear"),
-    ("attention/value", "attn.v_proj", "linear"), ("attention/out", "attn.out_proj", "linear"),
-    ("mlp/up", "mlp.c_fc", "linear"), ("mlp/down", "mlp.c_proj", "linear"),
-)  # queries, keys and values are one tensor there: see `_split_attention`
+    ("norm1", "ln_1", "norm", None), ("norm2", "ln_2", "norm", None),
+    *((f"attention/{name}", "attn.in_proj", "in_proj", Part(i, 3)) for i, name in enumerate(("query", "key", "value"))),
+    ("attention/out", "attn.out_proj", "linear", None),
+    ("mlp/up", "mlp.c_fc", "linear", None), ("mlp/down", "mlp.c_proj", "linear", None),
+)
 OPEN_CLIP = LayerTable(
     rows=(
         Row("logit_scale",                   "logit_scale",                 "array"),
@@ -58,10 +57,10 @@ OPEN_CLIP = LayerTable(
         Row("text/embeddings/positions",     "positional_embedding",        "array"),
         Row("text/final_norm",               "ln_final",                    "norm"),
         Row("text/projection/kernel",        "text_projection",             "array"),
-        *(Row(f"vision/blocks/{{i}}/{ours}", f"visual.transformer.resblocks.{{i}}.{theirs}", kind)
-          for ours, theirs, kind in _BLOCK),
-        *(Row(f"text/blocks/{{i}}/{ours}", f"transformer.resblocks.{{i}}.{theirs}", kind)
-          for ours, theirs, kind in _BLOCK),
+        *(Row(f"vision/blocks/{{i}}/{ours}", f"visual.transformer.resblocks.{{i}}.{theirs}", kind, part=part)
+          for ours, theirs, kind, part in _BLOCK),
+        *(Row(f"text/blocks/{{i}}/{ours}", f"transformer.resblocks.{{i}}.{theirs}", kind, part=part)
+          for ours, theirs, kind, part in _BLOCK),
     ),
     unused=("attn_mask", "input_resolution", "context_length", "vocab_size"),  # buffers of OpenAI's models
 )
@@ -220,7 +219,7 @@ def load_state_dict(
     tensors = load_tensors(file)
     table = family.table
     if isinstance(config, CLIPConfig) and any(".resblocks." in key for key in tensors):
-        tensors, table = _split_attention(tensors), OPEN_CLIP
+        table = OPEN_CLIP
     headers = {key: tensor_header(key, tensor) for key, tensor in tensors.items()}
     sources = find_sources(table, shapes_of(config), headers, os.fspath(file))
     check_copies(table, sources, headers, tensors.__getitem__, os.fspath(file))
@@ -231,18 +230,3 @@ def load_state_dict(
     return Pretrained(
         family.build(config, tree.nest(leaves)), config, os.fspath(file), "", model.folder, model.settings
     )
-
-
-def _split_attention(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Queries, keys and values, which are the three thirds of one tensor in open_clip, by keys of their own."""
-    split = {}
-    for key, tensor in tensors.items():
-        match = re.fullmatch(r"(.*\.attn)\.in_proj_(weight|bias)", key)
-        if match is None:
-            split[key] = tensor
-            continue
-        if tensor.ndim == 0 or tensor.shape[0] % 3:
-            raise ValueError(f"{key} is {list(tensor.shape)}, expected queries, keys and values below each other")
-        for name, part in zip(("q", "k", "v"), np.split(tensor, 3), strict=True):
-            split[f"{match[1]}.{name}_proj.{match[2]}"] = part
-    return split

@@ -85,9 +85,9 @@ def extract(
         finite, and nothing is left behind.
     """
     with open_checkpoint(pretrained, revision) as base, open_checkpoint(finetuned, finetuned_revision) as tuned:
-        covered, left = _common_leaves(base, tuned, subtree)
+        covered, left = common_leaves(base, tuned, subtree)
         notes = check_configs(
-            (base.name, tuned.name), (base.config, tuned.config), _part(list(covered)), allow_config_differences
+            (base.name, tuned.name), (base.config, tuned.config), part_of(list(covered)), allow_config_differences
         )
         metadata = {
             **base.identity(_UNKNOWN),
@@ -175,7 +175,7 @@ def extract_adapter(
     return Extracted(len(covered), parameters, squares**0.5, metadata | found, (), {}, opened.notes)
 
 
-def _common_leaves(base: Checkpoint, tuned: Checkpoint, subtree: str) -> tuple[dict[str, str], dict[str, str]]:
+def common_leaves(base: Checkpoint, tuned: Checkpoint, subtree: str) -> tuple[dict[str, str], dict[str, str]]:
     """The paths that the task vector covers, each with its path in the fine-tuned model; and why others are left."""
     sides = []
     for name, side in (("pre-trained", base), ("fine-tuned", tuned)):
@@ -225,7 +225,7 @@ def _tied_to(base: Checkpoint, path: str, others: Mapping[str, str]) -> str:
     return next((other for other in same if np.array_equal(tensors.map(sources[other].key), array)), "")
 
 
-def _part(covered: Sequence[str]) -> str:
+def part_of(covered: Sequence[str]) -> str:
     """The tower that all paths are of, "" where there are several."""
     parts = {path.partition("/")[0] for path in covered}
     return parts.pop() if len(parts) == 1 else ""

@@ -22,6 +22,7 @@ from tvjax.checkpoints.atomic import replacing
 from tvjax.checkpoints.json_files import read_json
 from tvjax.checkpoints.memory import Scratch, contiguous, to_jax
 from tvjax.checkpoints.safetensors import Tensors, open_tensors, tensor_bytes
+from tvjax.checkpoints.sentence_files import MODULES, copy_sentence_files, sentence_settings
 from tvjax.models.differences import function_values, to_text
 from tvjax.models.families import GENERIC, Family, family_of_settings, shapes_of
 from tvjax.models.key_table import Source, check_copies, find_sources
@@ -44,6 +45,7 @@ _NOT_COPIED = (
     *_PICKLES,
     *("*.safetensors", "*.index.json", "config.json", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.npz", "*.ot"),
     *("README.md", ".*", "tvjax.yaml", "*.safetensors.yaml", "*leaf_report.*", "trainer_state.json"),
+    *("examples.json", "images.json", "coefficients.png"),  # beside a composed model
 )
 
 
@@ -58,7 +60,10 @@ class Checkpoint:
       folder: the local folder.
       name: the folder or hub id that was asked for.
       revision: the commit of the hub repository.
+      no_code: once `family` was asked for, why a model of a known family has no modelling code; "" where it has.
     """
+
+    no_code = ""
 
     def __init__(self, source: str | os.PathLike[str], revision: str | None = None):
         """Finds the folder; of a hub id it is downloaded."""
@@ -78,15 +83,21 @@ class Checkpoint:
         return read_json(self.folder / "config.json")
 
     @functools.cached_property
+    def described(self) -> Settings:
+        """The settings, and what the files of sentence-transformers beside them say."""
+        return {**self.settings, **sentence_settings(self.folder)}
+
+    @functools.cached_property
     def family(self) -> Family:
         """The family of the model."""
-        settings = self.settings
+        settings = self.described
         with self._naming_config():
             check_not_quantised(settings)
             family = family_of_settings(settings)
             try:
                 family.config.from_dict(settings)
-            except NoCode:  # arithmetic needs no modelling code
+            except NoCode as error:  # arithmetic needs no modelling code
+                self.no_code = str(error)
                 return GENERIC
             return family
 
@@ -95,7 +106,7 @@ class Checkpoint:
         """The config of the model; no weight is read."""
         family = self.family
         with self._naming_config():
-            config = family.config.from_dict(self.settings)
+            config = family.config.from_dict(self.settings if family is GENERIC else self.described)
         return config if family.completed is None else family.completed(config, self.tensors.headers)
 
     @functools.cached_property
@@ -255,6 +266,10 @@ def fetch(source: str | os.PathLike[str], revision: str | None = None) -> tuple[
         raise ValueError(
             f"{os.fspath(source)!r} is no folder, and no hub id that can be downloaded: {reason}"
         ) from error
+    if (Path(snapshot) / MODULES).is_file():
+        huggingface_hub.snapshot_download(
+            os.fspath(folder), revision=Path(snapshot).name, allow_patterns=["*/config.json"], ignore_patterns=["*/*/*"]
+        )
     return Path(snapshot), Path(snapshot).name
 
 
@@ -304,3 +319,5 @@ def copy_files(source: Path | None, target: Path) -> None:
         if copied and not (target / file.name).exists():
             with replacing(target / file.name) as temporary:
                 shutil.copyfile(file, temporary)
+    if source:
+        copy_sentence_files(source, target)

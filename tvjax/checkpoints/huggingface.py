@@ -17,7 +17,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from tvjax import tree
-from tvjax.checkpoints.atomic import new_folder, replacing
+from tvjax.checkpoints.atomic import new_folder, write_text
 from tvjax.checkpoints.folder import (
     INDEX,
     WEIGHTS,
@@ -41,8 +41,8 @@ from tvjax.checkpoints.safetensors import (
     write_tensors,
 )
 from tvjax.models.differences import function_values, to_text
-from tvjax.models.families import GENERIC, family_of_config, shapes_of
-from tvjax.models.key_table import Tensor, to_checkpoint
+from tvjax.models.families import family_of_config, shapes_of
+from tvjax.models.key_table import Joined, Tensor, copies_of_tied, to_checkpoint
 from tvjax.models.settings import Settings
 from tvjax.stages import Model, PyTree
 
@@ -61,6 +61,8 @@ class Pretrained:
       revision: the commit of the hub repository.
       folder: the local folder that it was read from; None for a model that was made here.
       settings: the content of that folder's ``config.json``.
+      keys: the key of each parameter in its files, by path, where it is not the usual one.
+      others: keys of its files that are no parameters, and stay as they are.
 
     >>> import jax
     >>> from tvjax.models.vit import config, modeling
@@ -76,6 +78,8 @@ class Pretrained:
     revision: str = ""
     folder: Path | None = None
     settings: Settings | None = None
+    keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    others: tuple[str, ...] = ()
 
     @property
     def params(self) -> PyTree:
@@ -134,6 +138,9 @@ def from_pretrained(source: Name, revision: str | None = None, dtype: DTypeLike 
     """
     with open_checkpoint(source, revision) as opened:
         model = opened.family.build(opened.config, opened.params(), dtype)
+        stale = copies_of_tied(opened.family.table, opened.sources)
+        keys = {path: source.key for path, source in opened.sources.items()}
+        others = tuple(key for key in opened.others if key not in stale)
     return Pretrained(
         model,
         opened.config,
@@ -141,6 +148,8 @@ def from_pretrained(source: Name, revision: str | None = None, dtype: DTypeLike 
         opened.revision,
         opened.folder,
         opened.settings,
+        keys,
+        others,
     )
 
 
@@ -170,13 +179,20 @@ def save_pretrained(
     folder = Path(folder)
     family = family_of_config(pretrained.config)
     check_params(pretrained.config, pretrained.params)
-    tensors = to_checkpoint(family.table, pretrained.params)
+    tensors = dict(
+        (pretrained.keys.get(path, key), tensor)
+        for path, (key, tensor) in zip(
+            tree.flatten(pretrained.params), to_checkpoint(family.table, pretrained.params).items(), strict=True
+        )
+    )
+    others = {}
+    if pretrained.others and pretrained.folder is not None and has_weights(pretrained.folder):
+        with open_checkpoint(pretrained.folder) as like:
+            others = {key: like.tensors.map(key) for key in pretrained.others if key in like.tensors.headers}
     headers = {key: tensor_header(key, tensor, dtype) for key, tensor in tensors.items()}
     settings = settings_with_dtype(pretrained.settings or pretrained.config.to_dict(), headers.values())
-    if family is GENERIC and pretrained.folder is not None and has_weights(pretrained.folder):
-        with open_checkpoint(pretrained.folder) as like:
-            tensors |= {key: like.tensors.map(key) for key in like.others}
-        headers |= {key: tensor_header(key, tensors[key], dtype) for key in tensors.keys() - headers.keys()}
+    headers |= {key: tensor_header(key, tensor, dtype) for key, tensor in others.items()}
+    tensors |= others
     file_of = plan_shards(headers, max_shard_size)
     if folder.is_dir() and any(folder.iterdir()):
         if len(set(file_of.values())) > 1:
@@ -187,13 +203,13 @@ def save_pretrained(
         _replace_model(folder, settings, tensors, dtype)
         copy_files(pretrained.folder, folder)
         if card is not None:
-            _write_text(folder / _CARD, card)
+            write_text(folder / _CARD, card)
         return
     with _new_model(folder, headers, file_of, settings, pretrained.folder) as (write, temporary):
         for key, tensor in tensors.items():
             write(key, cast(tensor, dtype))
         if card is not None:
-            _write_text(temporary / _CARD, card)
+            write_text(temporary / _CARD, card)
 
 
 @contextlib.contextmanager
@@ -230,11 +246,18 @@ def write_checkpoint(
         file_of = plan_shards(headers, max_shard_size)
     settings = settings_with_dtype(like.settings, [headers[source.key] for source in sources.values()])
     with _new_model(folder, headers, file_of, settings, like.folder) as (write, temporary):
-        yield lambda path, array: write(sources[path].key, sources[path].to_theirs(array))
+        joined = Joined()
+
+        def write_parameter(path: str, array: np.ndarray) -> None:
+            tensor = joined.add(sources[path], array)
+            if tensor is not None:
+                write(sources[path].key, tensor)
+
+        yield write_parameter
         for key in sorted(like.others):
             write(key, tensors.read(key))
         if card is not None:
-            _write_text(temporary / _CARD, card())
+            write_text(temporary / _CARD, card())
 
 
 @contextlib.contextmanager
@@ -346,8 +369,3 @@ def _replace_model(folder: Path, settings: Settings, tensors: Mapping[str, Any],
     save_tensors(folder / WEIGHTS, tensors, {"format": "pt"}, dtype)
     for stale in ([folder / INDEX, *shards]) if shards else ():
         stale.unlink()
-
-
-def _write_text(path: Path, content: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(content, encoding="utf-8")

@@ -26,6 +26,7 @@ def model_card(
     settings: Mapping[str, Any] | None = None,
     results: Mapping[str, Any] | None = None,
     license: str | None = None,  # noqa: A002 - the hub's name of the field
+    library: str = "transformers",
 ) -> str:
     """The text of a model card, with the fields that the hub reads in its YAML front matter.
 
@@ -40,6 +41,7 @@ def model_card(
       settings: of the command or function.
       results: what came out, such as the fingerprint and the number of parameters.
       license: the hub's identifier of one.
+      library: that loads it; ``peft`` for adapters.
 
     >>> card = model_card("edited", "A task vector was added.", {"base_model": "openai/clip-vit-base-patch32"})
     >>> card.splitlines()[:3]
@@ -48,7 +50,7 @@ def model_card(
     name = base.get("base_model", "")
     data = ModelCardData(
         base_model=name if is_hub_id(name) else None,
-        library_name="transformers",
+        library_name=library,
         license=license,
         tags=["task-vectors", "tvjax"],
     )

@@ -29,6 +29,7 @@ from tvjax.checkpoints.huggingface import (
 )
 from tvjax.checkpoints.json_files import read_json, write_json
 from tvjax.checkpoints.safetensors import tensor_header
+from tvjax.checkpoints.sentence_files import sentence_settings
 from tvjax.finite import check_finite
 from tvjax.models.families import family_of_config, family_of_settings
 from tvjax.models.generic import GenericConfig
@@ -56,7 +57,10 @@ def save_orbax(pretrained: Pretrained, folder: str | os.PathLike[str]) -> None:
     check_new(folder)
     check_params(pretrained.config, pretrained.params)
     headers = [tensor_header(path, leaf) for path, leaf in tree.flatten(pretrained.params).items()]
-    settings = settings_with_dtype(pretrained.settings or pretrained.config.to_dict(), headers)
+    settings = pretrained.settings or pretrained.config.to_dict()
+    if type(pretrained.config).from_dict(settings) != pretrained.config:  # some of it was read off the tensors
+        settings = {**settings, **pretrained.config.to_dict()}
+    settings = settings_with_dtype(settings, headers)
     with new_folder(folder) as temporary:
         write_json(temporary / "config.json", settings)
         copy_files(pretrained.folder, temporary)
@@ -109,7 +113,7 @@ def load_orbax(
         settings = read_json(folder / "config.json", "is it a folder of save_orbax? Else give the config")
         where = folder / PARAMS
         try:
-            config = family_of_settings(settings).config.from_dict(settings)
+            config = family_of_settings(settings).config.from_dict({**settings, **sentence_settings(folder)})
         except ValueError as error:
             raise ValueError(f"{folder / 'config.json'}: {error}") from error
     where, subtree = _item(where, subtree)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,13 @@ from tvjax.checkpoints.json_files import read_json
 from tvjax.models.clip.config import LEGACY_END_TOKEN
 
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
-_TOKEN_FILES = ("tokenizer.json", "vocab.json")
+_TOKEN_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
+
+
+_PROCESSOR_FILES = (  # all that the two are read from
+    *(*_IMAGE_FILES, "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("*.model", "*.tiktoken"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +36,9 @@ class Processor:
       length: tokens that every text is padded or cut to.
       vocabulary: tokens that the model has embeddings for; None: not known, and not looked at.
       end_token: the id at which the model reads a text's embedding; None: not known, and not looked at.
+      padding: the id of the padding that the model's config names; None: not known, and not looked at.
+      reads_padding: whether the model reads padding as any other token (SigLIP): then the mask has none.
+      unusable: why the folder's tokenizer cannot be opened, "" where it can.
     """
 
     image_processor: Any = None
@@ -36,6 +46,9 @@ class Processor:
     length: int = 77
     vocabulary: int | None = None
     end_token: int | None = None
+    padding: int | None = None
+    reads_padding: bool = False
+    unusable: str = ""
 
     def pixels(self, images: Sequence[Any]) -> Float[np.ndarray, "images height width 3"]:
         """Resized, cropped and normalised images, channels last.
@@ -71,15 +84,27 @@ class Processor:
         )
         ids = np.asarray(batch["input_ids"], np.int32)
         self._check(texts, ids)
-        return {"tokens": ids, "mask": np.asarray(batch["attention_mask"], bool)}
+        mask = np.ones(ids.shape, bool) if self.reads_padding else np.asarray(batch["attention_mask"], bool)
+        return {"tokens": ids, "mask": mask}
 
     def check_tokenizer(self) -> None:
-        """Raises a ValueError without a tokenizer, or for one of more tokens than the model has embeddings for."""
+        """Raises a ValueError without a tokenizer, and for one that is another model's.
+
+        Such a one has more tokens than the model has embeddings for, or another token of padding.
+        """
+        if self.unusable:
+            raise ValueError(f"the folder's tokenizer cannot be opened: {self.unusable}")
         if self.tokenizer is None:
             raise ValueError(
                 "the folder has neither tokenizer.json nor vocab.json: copy the one of the original folder"
             )
         self._check_vocabulary(len(self.tokenizer))
+        own = self.tokenizer.pad_token_id
+        if None not in (self.padding, own) and own != self.padding:
+            raise ValueError(
+                f"the tokenizer pads with the token {own} ({self.tokenizer.pad_token!r}), and config.json names "
+                f"{self.padding} (pad_token_id): copy the tokenizer of the model's original folder"
+            )
 
     def _check_vocabulary(self, known: int) -> None:
         if self.vocabulary is not None and known > self.vocabulary:
@@ -88,9 +113,16 @@ class Processor:
                 "in config.json): copy the tokenizer of the model's original folder"
             )
 
+    def _plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of texts, without those that begin and end a text."""
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+
     def _check(self, texts: Sequence[str], ids: np.ndarray) -> None:
         """Raises a ValueError unless the tokenizer and the model that the config describes belong together."""
         self._check_vocabulary(int(ids.max(initial=0)) + 1)
+        empty = [text for text, own in zip(texts, self._plain(texts), strict=True) if not own]
+        if empty:
+            raise ValueError(f"the tokenizer makes no token of {empty[0]!r}: give a name or text of letters")
         if self.end_token in (None, LEGACY_END_TOKEN):
             return
         endless = [text for text, row in zip(texts, ids, strict=True) if self.end_token not in row]
@@ -127,20 +159,39 @@ def read_processor(folder: Path, text: Any = None) -> Processor:
       folder: of the files.
       text: config of the text tower or language model that the tokens are for; None where it is not known.
     """
-    for name in (*_IMAGE_FILES, *_TOKEN_FILES, "tokenizer_config.json"):
+    for name in (*_IMAGE_FILES, *_TOKEN_FILES[:2], "tokenizer_config.json"):
         if (folder / name).is_file() and not read_json(folder / name):
             raise ValueError(f"{folder / name} is empty: download it again")
     transformers = _import_transformers()
-    image_processor = tokenizer = None
+    image_processor, tokenizer, unusable = None, None, ""
     if any((folder / name).is_file() for name in _IMAGE_FILES):
         load = transformers.AutoImageProcessor.from_pretrained
         image_processor = load(folder, backend="pil", trust_remote_code=False)
     if any((folder / name).is_file() for name in _TOKEN_FILES):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except ImportError as error:  # said when it is needed: images go without
+            unusable = " ".join(str(error).split())
     if text is None:
-        return Processor(image_processor, tokenizer)
-    length = getattr(text, "max_position_embeddings", Processor.length)  # relative positions have no end
-    return Processor(image_processor, tokenizer, length, text.vocab_size, getattr(text, "eos_token_id", None))
+        return Processor(image_processor, tokenizer, unusable=unusable)
+    return Processor(
+        image_processor,
+        tokenizer,
+        length=getattr(text, "max_position_embeddings", Processor.length),  # relative positions have no end
+        vocabulary=text.vocab_size,
+        end_token=getattr(text, "eos_token_id", None),
+        padding=getattr(text, "pad_token_id", None),
+        reads_padding=getattr(text, "reads_padding", False),
+        unusable=unusable,
+    )
+
+
+def processor_fingerprint(folder: Path) -> str:
+    """The SHA-256 of the files that a folder's tokenizer and image processor are read from."""
+    digest = hashlib.sha256()
+    for file in sorted({file for pattern in _PROCESSOR_FILES for file in folder.glob(pattern) if file.is_file()}):
+        digest.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def _import_transformers() -> Any:

@@ -5,7 +5,18 @@ float32, and hash the models as they read them: a task vector's file names the w
 from, and what was made for other weights never becomes a model.
 """
 
+from tvjax.checkpoints.adapter_extraction import ExtractedAdapter, extract_low_rank
 from tvjax.checkpoints.edits import Applied, Origin, apply, apply_trees
 from tvjax.checkpoints.extraction import Extracted, extract, extract_adapter
 
-__all__ = ["Applied", "Extracted", "Origin", "apply", "apply_trees", "extract", "extract_adapter"]
+__all__ = [
+    "Applied",
+    "Extracted",
+    "ExtractedAdapter",
+    "Origin",
+    "apply",
+    "apply_trees",
+    "extract",
+    "extract_adapter",
+    "extract_low_rank",
+]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import typer
-
-from tvjax.cli import config as recipes
 from tvjax.cli.commands import Json, Quiet, command
 from tvjax.cli.output import show
 from tvjax.cli.progress import progress
@@ -12,14 +9,13 @@ from tvjax.jobs.configs import ApplyConfig
 
 
 @command(ApplyConfig)
-def apply(config: ApplyConfig, context: typer.Context, quiet: Quiet = False, json: Json = False) -> None:
+def apply(config: ApplyConfig, quiet: Quiet = False, json: Json = False) -> None:
     """Add task vectors to the model that they were made for, tensor by tensor, and save it."""
     from tvjax import jobs
     from tvjax.jobs import inputs
 
     with progress("apply", quiet or json) as report:
         found = jobs.apply(config, report)
-    recipes.write(context, config.output)
     given = {name: getattr(config, name) for name in ("output", "model", "task_vectors", "scale")}
     show(
         {**given, **found._asdict()},

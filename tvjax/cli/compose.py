@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import typer
-
-from tvjax.cli import config as recipes
 from tvjax.cli.commands import Json, Quiet, command
 from tvjax.cli.output import show
 from tvjax.cli.progress import progress
@@ -12,7 +9,7 @@ from tvjax.jobs.configs import ComposeConfig
 
 
 @command(ComposeConfig)
-def compose(config: ComposeConfig, context: typer.Context, json: Json = False, quiet: Quiet = False) -> None:
+def compose(config: ComposeConfig, json: Json = False, quiet: Quiet = False) -> None:
     """Learn coefficients of task vectors on a few examples, and save the model that they give.
 
     By default, with labels, what did best with one and two of them a class: start from the best vector, and fine-tune
@@ -22,7 +19,6 @@ def compose(config: ComposeConfig, context: typer.Context, json: Json = False, q
 
     with progress(config.objective, quiet) as report:
         found = jobs.compose(config, report)
-    recipes.write(context, config.output)
     also = f" and {found.tuned_leaves} leaves" if found.tuned_leaves else ""
     accuracy = found.validation_accuracy
     by = "" if accuracy is None else f", accuracy {100 * accuracy:.1f} % on {config.validation}"

@@ -1,4 +1,4 @@
-"""Recipes: the options of a command as YAML, read strictly, overridden by ``key=value``, and written beside the result.
+"""Recipes: the options of a command as YAML, read strictly, and overridden by ``key=value``.
 
 The schema is the config of the command's job (`tvjax.jobs`): a key is the name of one of its fields.
 
@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import typer
-import yaml
 from typer.main import get_command
 
-from tvjax.jobs.recipes import COMMAND, Dumper, dump, load, read_yaml, short
+from tvjax.jobs.recipes import COMMAND, dump, load, read_yaml, short
 from tvjax.jobs.schema import check_key
 
 
@@ -80,25 +79,6 @@ def read(app: typer.Typer, arguments: Sequence[str]) -> tuple[list[str], dict[st
             except ValueError as error:
                 raise ValueError(f"{str(file)!r}: {plain}: {error}") from error
     return rest, {name: values}
-
-
-def resolved(context: typer.Context) -> str:
-    """The command that is running, as a recipe that runs it again."""
-    known = set(_names(context.command).values())
-    values = {name: _plain(value) for name, value in context.params.items() if name in known}
-    if values.get("options"):
-        values["options"] = parse_options(values["options"])
-    content = {COMMAND: context.info_name, **values}
-    return yaml.dump(content, Dumper=Dumper, sort_keys=False, allow_unicode=True)
-
-
-def write(context: typer.Context, output: Path) -> None:
-    """Writes the recipe of the running command beside its result: into its folder, or beside its file."""
-    from tvjax.checkpoints.atomic import replacing
-
-    target = output / "tvjax.yaml" if output.is_dir() else output.with_name(output.name + ".yaml")
-    with replacing(target) as temporary:
-        temporary.write_text(resolved(context), encoding="utf-8")
 
 
 def parse_options(words: Sequence[str]) -> dict[str, Any]:
@@ -169,14 +149,3 @@ def _put(recipe: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(node, dict):
             raise ValueError(f"{key!r}: {name!r} holds {node!r}, which has no keys")
     node[last] = value
-
-
-def _plain(value: Any) -> Any:
-    """A value as YAML writes it."""
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return value

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import typer
-
-from tvjax.cli import config as recipes
 from tvjax.cli.commands import Json, Quiet, command
 from tvjax.cli.output import show
 from tvjax.jobs.configs import ConvertConfig
 
 
 @command(ConvertConfig)
-def convert(config: ConvertConfig, context: typer.Context, quiet: Quiet = False, json: Json = False) -> None:
+def convert(config: ConvertConfig, quiet: Quiet = False, json: Json = False) -> None:
     """Write a model as a Hugging Face folder or an Orbax directory, or in another dtype."""
     from tvjax import jobs
     from tvjax.jobs import inputs
 
     found = jobs.convert(config)
-    recipes.write(context, config.output)
     show(
         {"output": config.output, "source": config.source, "to": config.to, **found._asdict()},
         *(f"note: {note}" for note in inputs.left(found.left)),

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tvjax.cli import config as recipes
 from tvjax.cli.commands import Json, Quiet
+from tvjax.jobs.recipes import COMMAND, write_recipe
 
 if TYPE_CHECKING:
     from tvjax.demo.experiment import Findings
 
 
 def demo(
-    context: typer.Context,
     full: Annotated[bool, typer.Option("--full", help="All tasks and three draws, language too.")] = False,
     language: Annotated[bool, typer.Option("--language", help="Language models in place of the CLIPs.")] = False,
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the results go.")] = Path("results/demo"),
@@ -43,7 +42,7 @@ def demo(
         with progress("demo on language", quiet) as report:
             parts.append((output / "language", texts.run(texts.FULL if full else texts.QUICK, report)))
     files = [file for folder, findings in parts for file in experiment.write(findings, folder)]
-    recipes.write(context, output)
+    write_recipe({COMMAND: "demo", "full": full, "language": language, "output": str(output)}, output)
     content = {findings.kind: experiment.results(findings) for _, findings in parts}
     measured = content.get("photographs", {}) | ({"language": content["texts"]} if "texts" in content else {})
     show(

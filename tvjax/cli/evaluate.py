@@ -13,6 +13,7 @@ from tvjax.jobs.configs import EvaluateConfig
 
 if TYPE_CHECKING:
     from tvjax.jobs._evaluate import Evaluated
+    from tvjax.jobs.harness import Harnessed
 
 
 @command(EvaluateConfig)
@@ -30,18 +31,33 @@ def evaluate(
     and how often the two predict the same.
     """
     from tvjax import jobs
+    from tvjax.jobs.harness import Harnessed
 
     with progress("evaluate", quiet or json) as report:
         found = jobs.evaluate(config, report)
+    if isinstance(found, Harnessed):
+        show(found._asdict(), _benchmarks(found), as_json=json, quiet=quiet)
+        return
     said = [f"note: {note}" for note in found.notes]
     show(found._asdict(), *said, *_tables(found, by_class), as_json=json, quiet=quiet)
+
+
+def _benchmarks(found: Harnessed) -> Any:
+    from rich.table import Table
+
+    from tvjax.jobs.harness import rows_of
+
+    table = Table("model", "task", "metric", "value", "examples", title=f"lm-evaluation-harness {found.harness}")
+    for row in rows_of(found.models):
+        table.add_row(*row)
+    return table
 
 
 def _tables(found: Evaluated, by_class: bool) -> list[Any]:
     from tvjax.report import tables
 
     kind = "Next-token accuracy" if not found.classes else "Zero-shot accuracy" if found.templates else "Accuracy"
-    title = f"{kind} on {found.images['source']}, %"
+    title = f"{kind} on {found.examples['source']}, %"
     shown: list[Any] = [tables.evaluation_table(found.models, title, found.reference)]
     if found.pairs:
         shown.append(tables.pairs_table(found.pairs, "Differences on the same examples, points (p: McNemar)"))

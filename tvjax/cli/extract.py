@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import typer
-
-from tvjax.cli import config as recipes
 from tvjax.cli.commands import Json, Quiet, command
 from tvjax.cli.output import show
 from tvjax.cli.progress import progress
@@ -12,14 +9,13 @@ from tvjax.jobs.configs import ExtractConfig
 
 
 @command(ExtractConfig)
-def extract(config: ExtractConfig, context: typer.Context, quiet: Quiet = False, json: Json = False) -> None:
+def extract(config: ExtractConfig, quiet: Quiet = False, json: Json = False) -> None:
     """Write a task vector, fine-tuned minus pre-trained parameters, of any model in safetensors."""
     from tvjax import jobs
     from tvjax.jobs import inputs
 
     with progress("extract", quiet or json) as report:
         found = jobs.extract(config, report)
-    recipes.write(context, config.output)
     show(
         {"output": config.output, **found._asdict()},
         *(f"note: {note}" for note in (*found.notes, *inputs.left(found.left))),

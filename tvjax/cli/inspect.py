@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tvjax.cli import config as recipes
 from tvjax.cli.commands import Json, Quiet, command
 from tvjax.cli.output import show
 from tvjax.cli.progress import progress
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 @command(InspectConfig)
 def inspect(
     config: InspectConfig,
-    context: typer.Context,
     leaves: Annotated[bool, typer.Option("--leaves", help="A row for each leaf, in the place of blocks.")] = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -35,8 +33,6 @@ def inspect(
 
     with progress("norms" if len(config.things) == 1 else "compare", quiet) as report:
         found = jobs.inspect(config, report)
-    if config.plot is not None:
-        recipes.write(context, config.plot)
     result, texts = (
         _describe(found, config, leaves) if isinstance(found, Inspected) else _compare(found, config, leaves)
     )

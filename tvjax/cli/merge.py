@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import typer
-
-from tvjax.cli import config as recipes
 from tvjax.cli.commands import Json, Quiet, command
 from tvjax.cli.output import show
 from tvjax.cli.progress import progress
@@ -12,7 +9,7 @@ from tvjax.jobs.configs import MergeConfig
 
 
 @command(MergeConfig)
-def merge(config: MergeConfig, context: typer.Context, json: Json = False, quiet: Quiet = False) -> None:
+def merge(config: MergeConfig, json: Json = False, quiet: Quiet = False) -> None:
     """Merge task vectors of one model into one, and write it or the model with it.
 
     A leaf that only some of them cover, as with adapters of different target modules, counts as zero in the others.
@@ -21,7 +18,6 @@ def merge(config: MergeConfig, context: typer.Context, json: Json = False, quiet
 
     with progress(config.method, quiet) as report:
         found = jobs.merge(config, report)
-    recipes.write(context, config.output)
     show(
         found._asdict(),
         *(f"note: {note}" for note in found.notes),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tvjax.cli.commands import Json, Quiet, command
 from tvjax.cli.output import show
+from tvjax.cli.progress import progress
 from tvjax.jobs.configs import PlanConfig
 
 if TYPE_CHECKING:
@@ -17,14 +18,16 @@ BEYOND = "host and device together; runtime, compiled programs and workspace com
 
 @command(PlanConfig)
 def plan(config: PlanConfig, quiet: Quiet = False, json: Json = False) -> None:
-    """Say what tvjax transport would do with these options; no weights are read, and nothing is written.
+    """Say what tvjax transport would do with these options; nothing is written.
 
-    What becomes of every leaf, which layers are paired, how tokens are aligned, how many examples make the maps unique,
-    peak memory and disk. Takes the recipes of tvjax transport too.
+    No weights are read, unless the models are to be compared (--compare). What becomes of every leaf, which layers are
+    paired, how tokens are aligned, how many examples make the maps unique, peak memory and disk. Takes the recipes of
+    tvjax transport too.
     """
     from tvjax import jobs
 
-    found = jobs.plan(config)
+    with progress("comparing", quiet or json or not config.compare) as report:
+        found = jobs.plan(config, report)
     result = found._asdict()
     result["memory of the fit"] = result.pop("fit")
     show(result, *_texts(found, config), *found.notes, as_json=json, quiet=quiet)
@@ -49,15 +52,28 @@ def _texts(found: Planned, config: PlanConfig) -> list[Any]:
     lines = [f"source layers of the target's {len(layers)} stages: {' '.join(layers)}"]
     tokens = {tuple(stage["tokens"]) for stage in found.stages if stage["tokens"]}
     lines += [f"tokens: {a} in the source, {b} in the target, compared on {c}" for a, b, c in sorted(tokens)]
-    images = found.images
-    if images["maps"]:
-        needed = images["for unique maps of tokens"], images["for unique maps of one row an image"]
+    counts = found.examples
+    if counts["maps"]:
+        needed = counts["for unique maps of tokens"], counts["for unique maps of one row an example"]
         lines.append(
-            f"{images['count']} examples: {images['maps not unique']} of {images['maps']} maps are not unique; those "
+            f"{counts['count']} examples: {counts['maps not unique']} of {counts['maps']} maps are not unique; those "
             f"of tokens are from {needed[0]} examples on, those of one row an example from {needed[1]}"
         )
+    lines.append(f"copying: {found.copy}" if found.copy else "copying: every leaf fits as it is; try it first (naive)")
+    if found.likeness:
+        lines.append(_likeness(found.likeness))
     lines += [f"disk: {name} {readable(size)}" for name, size in found.disk.items()]
     return [leaves, memory, *lines]
+
+
+def _likeness(blocks: list[dict[str, Any]]) -> str:
+    """How alike the models are, in a line: every block, and the least."""
+    least = min(blocks, key=lambda one: one["cka"])
+    values = " ".join(f"{one['cka']:.2f}" for one in blocks)
+    return (
+        f"linear CKA by block on {blocks[0]['rows']} rows: {values} (least {least['cka']:.2f}, {least['target']}); the "
+        "nearer to 1, the more carries over"
+    )
 
 
 def readable(size: int) -> str:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import typer
-
-from tvjax.cli import config as recipes
 from tvjax.cli.commands import Json, Quiet, command
 from tvjax.cli.output import show
 from tvjax.cli.progress import progress
@@ -12,20 +9,29 @@ from tvjax.jobs.configs import TransportConfig
 
 
 @command(TransportConfig)
-def transport(config: TransportConfig, context: typer.Context, quiet: Quiet = False, json: Json = False) -> None:
+def transport(config: TransportConfig, quiet: Quiet = False, json: Json = False) -> None:
     """Move what a fine-tuning learned into another model, and save the edited model with a report by leaf."""
     from tvjax import jobs
 
     with progress(config.method, quiet or json) as report:
         found = jobs.transport(config, report)
-    recipes.write(context, config.output)
     show(
         found._asdict(),
         *(f"note: {note}" for note in found.notes),
-        f"{found.output}: {found.target} with {found.scale:g} times the task of {found.finetuned}, moved by "
-        f"{found.method}",
+        f"{found.output}: {'an adapter for ' if found.form == 'adapter' else ''}{found.target} with {found.scale:g} "
+        f"times the task of {found.finetuned}, moved by {found.method}",
         f"norm {found.norms['source']:.4g} in the source, {found.norms['target']:.4g} in the target; by leaf: "
         "leaf_report.txt",
+        *(
+            [f"on the validation examples {100 * max(found.validation['accuracy']):.1f} %"]
+            if found.validation is not None
+            else []
+        ),
+        *(
+            [f"copied as it is, at its best scale {found.copy['scale']:g}: {100 * found.copy['accuracy']:.1f} %"]
+            if found.copy is not None
+            else []
+        ),
         as_json=json,
         quiet=quiet,
     )

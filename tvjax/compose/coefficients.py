@@ -23,6 +23,7 @@ from tvjax import tree
 from tvjax.arithmetic import apply
 from tvjax.compose.layout import Blocks, Layout, Place, Stacked, group_names, layer_paths, stems_of
 from tvjax.compose.partitions import partition_ids
+from tvjax.factors import dense
 
 PyTree = Any
 
@@ -176,7 +177,7 @@ def weighted_sum(taus: Sequence[PyTree], coefficients: Coefficients) -> PyTree:
     total = {path: _weighted(share) for path, share in shares(taus, coefficients).items()}
     first = tree.flatten(taus[0])
     if total.keys() == first.keys():
-        return jax.tree.unflatten(jax.tree.structure(taus[0]), [total[path] for path in first])
+        return jax.tree.unflatten(tree.structure(taus[0]), [total[path] for path in first])
     return tree.nest(total)
 
 
@@ -221,7 +222,7 @@ def shares(taus: Sequence[PyTree], coefficients: Coefficients) -> dict[str, Shar
             words = [[*layout.seed, zlib.crc32(path.encode())] for path in blocks]
             seed = unknown + jnp.array(words if stacked else words[0], jnp.uint32)
         found[place.path] = Share(
-            [flat[index][place.path] for index in place.vectors],
+            [dense(flat[index][place.path]) for index in place.vectors],
             [jnp.stack(row) if stacked else row[0] for row in rows],
             seed,
             place.stacked.axis if place.stacked is not None else None,

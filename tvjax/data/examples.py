@@ -12,6 +12,8 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from tvjax.renamed import warn
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Examples(abc.ABC):
@@ -92,7 +94,7 @@ class Examples(abc.ABC):
         labels = None if self.labels is None else self.labels[chosen]
         return dataclasses.replace(self, keys=[self.keys[index] for index in chosen], labels=labels)
 
-    def part(self, start: float, stop: float, seed: int = 0) -> Self:
+    def split(self, start: float, stop: float, seed: int = 0) -> Self:
         """A share of each class, such as 0 to 0.8; shares that do not overlap have no example in common.
 
         Within a class the examples are ordered by the SHA-256 of their stored content and the seed, and cut: the share
@@ -108,7 +110,7 @@ class Examples(abc.ABC):
 
         >>> from tvjax.data.texts import Texts
         >>> texts = Texts("counted", range(10), lambda number: (f"number {number}",), columns=("text",))
-        >>> len(texts.part(0, 0.8)), len(texts.part(0.8, 1))
+        >>> len(texts.split(0, 0.8)), len(texts.split(0.8, 1))
         (8, 2)
         """
         if not 0 <= start < stop <= 1:
@@ -127,6 +129,11 @@ class Examples(abc.ABC):
         if not chosen:
             raise ValueError(f"the share {start}:{stop} of {self.name!r} has no {self.kind}: its classes are too small")
         return self.take(sorted(chosen))
+
+    def part(self, start: float, stop: float, seed: int = 0) -> Self:
+        """The old name of `split`."""
+        warn(f"{type(self).__name__}.part", "split")
+        return self.split(start, stop, seed)
 
     def sha256(self) -> str:
         """The SHA-256 of the stored examples and their labels, in order: the identity of what was looked at.

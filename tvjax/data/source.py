@@ -65,7 +65,7 @@ def open_examples(source: str, class_names: Sequence[str] | None = None) -> Imag
     if part:
         start, colon, stop = part.partition(":")
         try:
-            found = found.part(float(start), float(stop), int(seed))
+            found = found.split(float(start), float(stop), int(seed))
         except ValueError as error:
             raise ValueError(f"{source!r}: part={part} with part_seed={seed}: {error}") from error
     return dataclasses.replace(found, name=source)

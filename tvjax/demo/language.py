@@ -23,9 +23,9 @@ from tvjax.tasks import Task, label_words
 
 SOURCES = {"llama-C": "llama-A", "llama-B": "llama-A", "t5-B": "t5-A"}  # of the targets
 TITLES = {
-    "llama-C": "llama A to C: A trained further on other texts",
-    "llama-B": "llama A to B: wider, deeper, more heads, other texts",
-    "t5-B": "t5 A to B: wider, a deeper decoder, more heads, other texts",
+    "llama-C": "llama A to C: trained further",
+    "llama-B": "llama A to B: another shape",
+    "t5-B": "t5 A to B: another shape",
 }
 SHORT = 32  # tokens of a short text; most are, and they go in a batch of their own
 

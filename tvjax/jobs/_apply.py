@@ -6,6 +6,7 @@ from tvjax.checkpoints import streaming
 from tvjax.checkpoints.huggingface import check_new
 from tvjax.checkpoints.streaming import Applied
 from tvjax.jobs.configs import ApplyConfig
+from tvjax.jobs.recipes import recipe_of, write_recipe
 from tvjax.jobs.schema import Progress
 
 
@@ -20,7 +21,7 @@ def apply(config: ApplyConfig, progress: Progress | None = None) -> Applied:
       ValueError: what cannot be, before anything is written.
     """
     check_new(config.output)
-    return streaming.apply(
+    found = streaming.apply(
         config.model,
         config.task_vectors,
         config.output,
@@ -30,3 +31,5 @@ def apply(config: ApplyConfig, progress: Progress | None = None) -> Applied:
         max_shard_size=config.max_shard_size,
         progress=progress,
     )
+    write_recipe(recipe_of(config), config.output)
+    return found

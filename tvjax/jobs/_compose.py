@@ -12,6 +12,7 @@ import jax
 from tvjax import compose as learned
 from tvjax.checkpoints import TrainingStore, map_tree, model_card, save_coefficients, save_pretrained
 from tvjax.checkpoints.huggingface import check_new
+from tvjax.checkpoints.json_files import write_json
 from tvjax.checkpoints.provenance import check_same_base
 from tvjax.compose.objectives import Objective
 from tvjax.compose.train import Trained
@@ -26,6 +27,7 @@ from tvjax.jobs.calibration import of_head
 from tvjax.jobs.configs import ComposeConfig
 from tvjax.jobs.opened import Models, Opened
 from tvjax.jobs.parts import check_labels
+from tvjax.jobs.recipes import recipe_of, write_recipe
 from tvjax.jobs.schema import Progress
 from tvjax.report.plots import plot_coefficients
 from tvjax.stages import Batch, Model, PyTree
@@ -36,7 +38,7 @@ class Composed(NamedTuple):
     """What `compose` learned.
 
     Attributes:
-      output: the folder of the edited model, with ``coefficients.safetensors`` and ``images.json``.
+      output: the folder of the edited model, with ``coefficients.safetensors`` and ``examples.json``.
       model: the model before.
       task_vectors: their files.
       objective: what was learned by.
@@ -83,7 +85,7 @@ def compose(config: ComposeConfig, progress: Progress | None = None) -> Composed
         opened = models[config.model]
         data = _read(config, opened)
         looked_at = {
-            "images": inputs.record(data.found),
+            "examples": inputs.record(data.found),
             "validation": None if data.held_out is None else inputs.record(data.held_out),
         }
         loaded = [map_tree(file) for file in config.task_vectors]
@@ -110,7 +112,8 @@ def compose(config: ComposeConfig, progress: Progress | None = None) -> Composed
         save_pretrained(opened.pretrained.with_params(params), config.output, card=card)
     save_coefficients(config.output / "coefficients.safetensors", coefficients, metadata)
     plot_coefficients(coefficients, config.output / "coefficients.png")
-    inputs.write_json(config.output / "images.json", looked_at)
+    write_json(config.output / "examples.json", looked_at, sort_keys=False)
+    write_recipe(recipe_of(config), config.output)
     return Composed(
         output=config.output,
         model=config.model,
@@ -121,7 +124,7 @@ def compose(config: ComposeConfig, progress: Progress | None = None) -> Composed
         learning_rate=trained.learning_rate,
         epochs=trained.epochs,
         validation_accuracy=trained.score,
-        notes=tuple(inputs.notes_of(data.found, data.held_out)),
+        notes=(*inputs.notes_of(data.found, data.held_out), *asking(opened).notes(opened)),
     )
 
 
@@ -137,7 +140,7 @@ def _read(config: ComposeConfig, opened: Opened) -> _Data:
     """
     way = asking(opened)
     if not way.can_score(opened):
-        raise ValueError(f"{config.model!r} has no text tower to make a zero-shot head from: give a full CLIP")
+        raise ValueError(f"{config.model!r} {way.lacks}")
     if config.objective != "few_shot" and way.kind is not Images:
         raise ValueError(
             f"{config.objective} looks at images, and {config.model!r} takes {way.kind.kind}: take few_shot"
@@ -149,9 +152,7 @@ def _read(config: ComposeConfig, opened: Opened) -> _Data:
     found = inputs.read_examples(inputs.place_of(config.data, config.task, "train"), prompts, (opened,), needed)
     names = found.class_names or tuple(map(spelled, prompts.class_names or ()))
     if not names and way.needs_labels:
-        raise ValueError(
-            f"{config.objective} needs the names of the classes: give --classes, or images in one folder a class"
-        )
+        raise ValueError(f"{config.objective} needs the names of the classes: give --classes, or {way.labelling}")
     check_labels(opened, names, config.classes is not None)
     features = lambda images: opened.embed(images, config.batch_size)  # noqa: E731
     found = inputs.draw(found, config.per_class, config.select, config.seed, features)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tvjax.checkpoints import conversion
 from tvjax.checkpoints.conversion import Converted
 from tvjax.jobs.configs import ConvertConfig
+from tvjax.jobs.recipes import recipe_of, write_recipe
 from tvjax.jobs.schema import Progress
 
 
@@ -19,4 +20,6 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> Converte
       ValueError: a source that is no model, or a folder that is taken; before anything is written.
     """
     settings = config.model_dump(exclude={"source", "output"})
-    return conversion.convert(config.source, config.output, **settings)
+    found = conversion.convert(config.source, config.output, **settings)
+    write_recipe(recipe_of(config), config.output)
+    return found

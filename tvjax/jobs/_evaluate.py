@@ -7,19 +7,22 @@ import itertools
 from typing import Any, NamedTuple
 
 from tvjax.checkpoints import map_tree
+from tvjax.checkpoints.json_files import write_json
 from tvjax.data.images import Images
 from tvjax.data.loader import Loader
 from tvjax.data.texts import Texts
 from tvjax.evaluate.accuracy import Accuracy, Predictions, predictions
 from tvjax.evaluate.scale import scale_curve
 from tvjax.jobs import inputs
-from tvjax.jobs.asking import Prompts, asking, with_task
+from tvjax.jobs.asking import Prompts, ZeroShot, asking, with_task
 from tvjax.jobs.calibration import of_head
 from tvjax.jobs.configs import EvaluateConfig
+from tvjax.jobs.copies import copy_beside
+from tvjax.jobs.harness import Harnessed, harness
 from tvjax.jobs.opened import Models, Opened
 from tvjax.jobs.parts import check_labels
 from tvjax.jobs.schema import Progress
-from tvjax.models.clip import clip
+from tvjax.renamed import warn
 from tvjax.report import records
 from tvjax.report.plots import plot_scale_curve
 
@@ -30,17 +33,18 @@ class Evaluated(NamedTuple):
     """What `evaluate` measured.
 
     Attributes:
-      images: the examples.
+      examples: what they are measured on.
       classes: their names.
       templates: the prompts; none where every model has a head of its own.
-      models: accuracy of each model, in whole and by class; of the next token also the perplexity.
+      models: accuracy of each model, in whole and by class; of the next token also the perplexity. Beside a model that
+        a transport made stands a plain copy of the same task vector, where shapes agree (`tvjax.jobs.copies`).
       reference: accuracy of the reference.
       pairs: each two models on the same examples.
       curve: accuracy at every scale of a task vector, and the best.
       notes: what the user should know.
     """
 
-    images: dict[str, Any]
+    examples: dict[str, Any]
     classes: tuple[str, ...]
     templates: tuple[str, ...]
     models: list[dict[str, Any]]
@@ -49,12 +53,19 @@ class Evaluated(NamedTuple):
     curve: dict[str, Any] | None
     notes: tuple[str, ...]
 
+    @property
+    def images(self) -> Any:
+        """The old name of `examples`."""
+        warn("images", "examples")
+        return self.examples
 
-def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evaluated:
+
+def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evaluated | Harnessed:
     """Accuracy with its 95 % interval (Wilson), and how sure a difference is.
 
     It is zero-shot, by a model's own head, or by the words that a language model says next; on texts without classes it
-    is that of the next token, with the perplexity.
+    is that of the next token, with the perplexity. With ``harness`` lm-evaluation-harness measures instead
+    (`tvjax.jobs.harness`).
 
     Args:
       config: the models and the examples.
@@ -63,6 +74,8 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evalua
     Raises:
       ValueError: what cannot be; before any weight is read where configs and files show it.
     """
+    if config.harness:
+        return harness(config, progress)
     grid = read_scales(config.scales or SCALES)
     for file in (config.output, config.plot):
         if file is not None:
@@ -88,6 +101,7 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evalua
         seen: dict[str, Predictions] = {}
         loaders: list[Loader] = []
         curve: list[Predictions] = []
+        beside: list[str] = []
         for number, (name, one) in enumerate(opened.items()):
             whole = one if base is None or ways[name].can_score(one) else with_text(one, base)
             task = ways[name].task(whole, found, prompts)
@@ -100,11 +114,18 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evalua
                 seen[name] = predictions(head, loader)
             if one is not base:
                 one.release()
+            copy = copy_beside(one, models) if name in config.models else None
+            if isinstance(copy, Opened):
+                seen[f"{name}, copied"] = predictions(with_task(copy, task), loader)
+            elif copy:
+                beside.append(f"no copy is shown beside {name}: {copy}")
             if progress is not None:
                 progress(number + 1, len(names), name)
         if all(ways[name].labels(one) is not None for name, one in opened.items()):
             prompts = prompts._replace(templates=())
-    return _results(config, found, looked_at, prompts, seen, (grid, curve), inputs.notes_of(found, *loaders))
+        notes = [*inputs.notes_of(found, *loaders), *beside]
+        notes += [note for name, one in opened.items() for note in ways[name].notes(one)]
+    return _results(config, found, looked_at, prompts, seen, (grid, curve), notes)
 
 
 def read_scales(text: str) -> tuple[float, ...]:
@@ -126,20 +147,21 @@ def read_scales(text: str) -> tuple[float, ...]:
 
 
 def _base(opened: dict[str, Opened]) -> Opened | None:
-    """The first full CLIP, whose text tower goes with vision towers alone; None where there is no such tower.
+    """The first full dual encoder, whose text tower goes with vision towers alone; None where there is no such tower.
 
     Raises:
-      ValueError: where there are such towers, and no full CLIP.
+      ValueError: where there are such towers and no full model, or a model that no text tower helps.
     """
-    towers = [name for name, one in opened.items() if not asking(one).can_score(one)]
-    full = [one for one in opened.values() if asking(one).can_score(one) and asking(one).labels(one) is None]
-    if towers and not full:
-        raise ValueError(f"{towers[0]!r} has no text tower to make a zero-shot head from: give a full CLIP first")
+    towers = [one for one in opened.values() if not asking(one).can_score(one)]
+    full = [one for one in opened.values() if asking(one).can_score(one) and isinstance(asking(one), ZeroShot)]
+    for one in towers:
+        if not full or not isinstance(asking(one), ZeroShot):
+            raise ValueError(f"{one.name!r} {asking(one).lacks}")
     return full[0] if towers else None
 
 
 def with_text(tower: Opened, base: Opened) -> Opened:
-    """A vision tower alone in the place of a full CLIP's own, run with its config.
+    """A vision tower alone in the place of a full dual encoder's own, run with its config.
 
     Raises:
       ValueError: for a tower that does not fit.
@@ -151,11 +173,15 @@ def with_text(tower: Opened, base: Opened) -> Opened:
         raise ValueError(
             f"{tower.name!r} has no text tower, and does not fit that of {base.name!r}: {error}"
         ) from error
-    vision = dataclasses.replace(loaded.config.vision, projection_dim=full.config.vision.projection_dim)
+    vision = loaded.config.vision
+    if vision.projection_dim is None:  # of a CLIP that was saved without its projection
+        vision = dataclasses.replace(vision, projection_dim=full.config.vision.projection_dim)
     config = dataclasses.replace(full.config, vision=vision)
     made = Opened(base.checkpoint)
     made.config = config
-    made.pretrained = dataclasses.replace(whole, model=clip(config, whole.params), config=config, settings=None)
+    made.pretrained = dataclasses.replace(
+        whole, model=base.checkpoint.family.build(config, whole.params), config=config, settings=None
+    )
     images = tower.processor.image_processor or base.processor.image_processor
     made.processor = dataclasses.replace(base.processor, image_processor=images)
     return made
@@ -174,21 +200,22 @@ def _results(
     norm = None if config.reference is None else seen[config.reference].accuracy
     if found.labels is None:
         notes.append("the answers are tokens, and those of one text are not independent: the intervals are too narrow")
+    shown = [name for name in seen if name != config.reference or name in config.models]
     result = Evaluated(
-        images=looked_at,
+        examples=looked_at,
         classes=found.class_names,
         templates=prompts.templates,
-        models=[{"model": name, **records.of_model(seen[name], found.class_names, norm)} for name in config.models],
+        models=[{"model": name, **records.of_model(seen[name], found.class_names, norm)} for name in shown],
         reference=None if norm is None else {"model": config.reference, **records.of_accuracy(norm)},
         pairs=[
             {"model": two, "baseline": one, **records.of_pair(seen[two], seen[one])}
-            for one, two in itertools.combinations(config.models, 2)
+            for one, two in itertools.combinations(shown, 2)
         ],
         curve=_curve(config, seen, norm, *curve) if config.task_vector is not None else None,
         notes=tuple(notes),
     )
     if config.output is not None:
-        inputs.write_json(config.output, result._asdict())
+        write_json(config.output, result._asdict(), sort_keys=False)
     if config.plot is not None:
         grid, points = curve
         title = f"{config.models[0]} + scale × {config.task_vector}"

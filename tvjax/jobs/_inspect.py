@@ -11,6 +11,7 @@ from tvjax.checkpoints import load_coefficients
 from tvjax.compose.coefficients import Coefficients
 from tvjax.jobs import inputs
 from tvjax.jobs.configs import InspectConfig
+from tvjax.jobs.recipes import recipe_of, write_recipe
 from tvjax.jobs.schema import Progress
 from tvjax.report import inspection
 from tvjax.report.inspection import Comparison, Contents, StageSites, Sums
@@ -63,7 +64,13 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecte
     """
     if config.plot is not None:
         inputs.check_file(config.plot)
-    tell = progress or (lambda done, total, name: None)
+    found = _looked_at(config, progress or (lambda done, total, name: None))
+    if config.plot is not None:
+        write_recipe(recipe_of(config), config.plot)
+    return found
+
+
+def _looked_at(config: InspectConfig, tell: Progress) -> Inspected | Compared:
     found = inspection.contents(config.things[0])
     if len(config.things) == 1:
         return _inspected(config, found, tell)

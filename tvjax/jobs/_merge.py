@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from tvjax import arithmetic, tree
 from tvjax import merge as methods
-from tvjax.checkpoints import map_tree, save_tree, streaming
-from tvjax.checkpoints.folder import open_checkpoint
+from tvjax.checkpoints import map_tree, model_card, save_adapter, save_tree, streaming
+from tvjax.checkpoints.adapters import open_adapter
+from tvjax.checkpoints.folder import Checkpoint, open_checkpoint
 from tvjax.checkpoints.huggingface import check_new
+from tvjax.checkpoints.json_files import write_json
 from tvjax.checkpoints.provenance import check_same_base
+from tvjax.factors import is_low_rank
 from tvjax.jobs import inputs
 from tvjax.jobs.configs import MergeConfig
 from tvjax.jobs.merges import find_merge
+from tvjax.jobs.recipes import recipe_of, write_recipe
 from tvjax.jobs.schema import Progress
+from tvjax.jobs.task_vectors import is_adapter, read_adapter
 from tvjax.merge import MergedLeaf
 from tvjax.stages import PyTree
+from tvjax.truncate import Truncated, low_rank
+
+_LINEAR = ("average", "task_arithmetic")
 
 
 class Merged(NamedTuple):
     """What `merge` wrote.
 
     Attributes:
-      output: the task vector, or the folder of the model.
+      output: the task vector, or the folder of the model or the adapter.
+      form: ``task vector``, ``model`` or ``adapter``.
       method: the merge.
       scale: factor of the merged task vector.
       task_vectors: their files.
@@ -37,6 +49,7 @@ class Merged(NamedTuple):
     """
 
     output: Path
+    form: str
     method: str
     scale: float
     task_vectors: tuple[str, ...]
@@ -48,7 +61,7 @@ class Merged(NamedTuple):
 
 
 def merge(config: MergeConfig, progress: Progress | None = None) -> Merged:
-    """Merges task vectors of one model into one, and writes it or the model with it.
+    """Merges task vectors of one model into one, and writes it, the model with it, or an adapter of it.
 
     A leaf that only some of them cover, as with adapters of different target modules, counts as zero in the others.
 
@@ -62,31 +75,37 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> Merged:
     function = find_merge(config.method, config.options, config.seed)
     _check_output(config)
     files = [str(file) for file in config.task_vectors]
-    loaded, made = zip(*map(map_tree, config.task_vectors), strict=True)
-    metadata = check_same_base(files, made, config.any_base)
-    origin = streaming.Origin(files, made, config.any_base)
-    left: Mapping[str, str] = {}
+    adapters = [is_adapter(file) for file in files]
+    if all(adapters) and not config.dense and config.method in _LINEAR:  # the same result, and it has factors
+        function = functools.partial(methods.core_space, merge=function)
     with contextlib.ExitStack() as stack:
         base = None
-        if config.model is not None and config.output.suffix != ".safetensors":
+        if config.model is not None and (any(adapters) or config.output.suffix != ".safetensors"):
             base = stack.enter_context(open_checkpoint(config.model))
+        loaded, made, told = _loaded(config, base)
+        metadata = check_same_base(files, made, config.any_base)
+        if base is not None and "base_fingerprint" not in metadata:
+            metadata = {name: value for name, value in base.identity("").items() if value}
+        origin = streaming.Origin(files, made, config.any_base)
+        if base is not None:
             origin.check(base, loaded)
         taus, partly = methods.cover(loaded)
         tau, rows = _merged(function, taus, partly, progress)
-        if base is None:
-            save_tree(config.output, arithmetic.scale(tau, config.scale), metadata, config.dtype)
-        else:
-            action = (
-                f"{len(made)} task vectors, merged by {config.method}, were added to the weights of the base model."
-            )
-            settings = {"method": config.method, **config.options}
-            left = streaming.apply_trees(
-                base, [tau], config.output, origin, scale=config.scale, action=action, settings=settings
-            ).left
-    about = {"method": config.method, "scale": config.scale, "task_vectors": files}
+        form = _form(config, all(adapters), tau)
+        if form == "adapter":
+            tau, lost = _shortened(config, tau)
+            told += lost
+        left = _write(config, form, tau, base, metadata, origin)
+    about = {"method": config.method, "scale": config.scale, "form": form, "task_vectors": files}
     report = report_name(config.output)
-    inputs.write_json(report, {**about, "leaves": [row._asdict() for row in rows]})
-    notes = inputs.left(left)
+    write_json(report, {**about, "leaves": [row._asdict() for row in rows]}, sort_keys=False)
+    write_recipe(recipe_of(config), config.output)
+    notes = [*told, *inputs.left(left)]
+    if all(adapters) and form == "model" and not config.dense:
+        notes.append(
+            f"{config.method} makes arrays of adapters, so the edited model is written: say --method core_space "
+            f"--options merge={config.method}, or --rank, for an adapter"
+        )
     if partly:
         notes.append(
             f"{len(partly)} leaves ({next(iter(partly))}, ...) are not covered by every task vector, and count as "
@@ -94,6 +113,7 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> Merged:
         )
     return Merged(
         output=config.output,
+        form=form,
         method=config.method,
         scale=config.scale,
         task_vectors=tuple(files),
@@ -105,6 +125,79 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> Merged:
     )
 
 
+def _write(
+    config: MergeConfig,
+    form: str,
+    tau: PyTree,
+    base: Checkpoint | None,
+    metadata: Mapping[str, str],
+    origin: streaming.Origin,
+) -> Mapping[str, str]:
+    """Writes what was merged; returns why tensors of the model take no part."""
+    count = len(origin.names)
+    settings = {"method": config.method, **config.options}
+    if form == "task vector":
+        save_tree(config.output, arithmetic.scale(tau, config.scale), metadata, config.dtype)
+        return {}
+    assert base is not None
+    if form == "model":
+        action = f"{count} task vectors, merged by {config.method}, were added to the weights of the base model."
+        return streaming.apply_trees(
+            base, [tau], config.output, origin, scale=config.scale, action=action, settings=settings
+        ).left
+    card = model_card(
+        config.output.name,
+        f"{count} task vectors, merged by {config.method}, as a LoRA adapter of the base model.",
+        metadata,
+        inputs=dict(zip(origin.names, origin.metadata, strict=True)),
+        settings={"scale": config.scale, **settings},
+        library="peft",
+    )
+    adapter = arithmetic.scale(tau, config.scale)
+    save_adapter(adapter, config.output, base, metadata=metadata, dtype=config.dtype, card=card)
+    return {}
+
+
+def _loaded(
+    config: MergeConfig, base: Checkpoint | None
+) -> tuple[tuple[PyTree, ...], tuple[dict[str, str], ...], list[str]]:
+    """The task vectors, what their files say of their model, and what the user should know."""
+    loaded: list[PyTree] = []
+    made: list[dict[str, str]] = []
+    told: list[str] = []
+    for file in map(str, config.task_vectors):
+        if is_adapter(file):
+            if base is None:
+                raise ValueError(f"{file!r} is an adapter, which names layers as its model does: give --model")
+            with open_adapter(file, base, any_base=config.any_base) as opened:
+                told += [f"{file}: {note}" for note in opened.notes]
+            loaded.append(read_adapter(file, base, config.any_base))
+            made.append({})
+        else:
+            tau, metadata = map_tree(file)
+            loaded.append(tau)
+            made.append(metadata)
+    return tuple(loaded), tuple(made), told
+
+
+def _form(config: MergeConfig, adapters: bool, tau: PyTree) -> str:
+    """What is written: a ``task vector``, an ``adapter`` or a ``model``."""
+    if config.output.suffix == ".safetensors":
+        return "task vector"
+    kept = adapters and not config.dense and all(map(is_low_rank, tree.flatten(tau).values()))
+    return "adapter" if kept or config.rank is not None else "model"
+
+
+def _shortened(config: MergeConfig, tau: PyTree) -> tuple[PyTree, list[str]]:
+    """The merged task vector in the rank that was asked for, and what that costs."""
+    if config.rank is None:
+        return tau, []
+    rows: list[Truncated] = []
+    short = low_rank(tau, config.rank, key=jax.random.key(config.seed), report=rows.append)
+    lost = sum(row.error**2 * row.share for row in rows)
+    return short, [f"rank {config.rank} holds {1 - lost:.2%} of the merged task vector's squared norm"]
+
+
 def report_name(output: Path) -> Path:
     """The report by leaf of an output: in its folder, or beside its file."""
     return output / "leaf_report.json" if output.is_dir() else output.with_name(f"{output.stem}.leaf_report.json")
@@ -112,6 +205,12 @@ def report_name(output: Path) -> Path:
 
 def _check_output(config: MergeConfig) -> None:
     output = config.output
+    if output.suffix == ".safetensors" and config.rank is not None:
+        raise ValueError(
+            f"--rank writes the folder of an adapter, and the output {str(output)!r} is a file: change one"
+        )
+    if config.rank is not None and config.dense:
+        raise ValueError("--rank writes an adapter, and --dense the edited model: give one of the two")
     if output.suffix != ".safetensors" and config.model is None:
         raise ValueError(f"the output {str(output)!r} is a folder of a model: give --model, or a name in .safetensors")
     if output.resolve() in [file.resolve() for file in config.task_vectors]:

@@ -7,12 +7,15 @@ from typing import Any, NamedTuple
 from tvjax import tree
 from tvjax.checkpoints.huggingface import check_new
 from tvjax.jobs import inputs
-from tvjax.jobs.asking import parameters
-from tvjax.jobs.calibration import prepare
+from tvjax.jobs.asking import float32, parameters
+from tvjax.jobs.calibration import Prepared, paired_batches, prepare
 from tvjax.jobs.configs import PlanConfig
-from tvjax.jobs.opened import Models
+from tvjax.jobs.opened import Models, Opened
+from tvjax.jobs.parts import copied
 from tvjax.jobs.schema import Progress
+from tvjax.renamed import warn
 from tvjax.stages import PyTree
+from tvjax.transport import likeness
 from tvjax.transport.plan import Plan
 from tvjax.transport.plan import plan as plan_fit
 
@@ -23,28 +26,38 @@ class Planned(NamedTuple):
     Attributes:
       leaves: what becomes of each.
       stages: of the target: the source's stage, how tokens are compared, the maps.
-      images: how many examples there are, and how many make the maps unique.
+      examples: how many there are, and how many make the maps unique.
       memory: bytes of arrays while reading, fitting and applying.
       fit: what the memory of the fit consists of.
       disk: bytes of what is written.
+      copy: what is against adding the task vector as it is, the baseline of every transport; "" where nothing is.
+      likeness: how alike the models are on the examples, by block (`tvjax.transport.likeness`), where it is asked for.
       notes: what the user should know.
     """
 
     leaves: list[dict[str, Any]]
     stages: list[dict[str, Any]]
-    images: dict[str, int]
+    examples: dict[str, int]
     memory: dict[str, int]
     fit: dict[str, int]
     disk: dict[str, int]
+    copy: str
+    likeness: list[dict[str, Any]] | None
     notes: tuple[str, ...]
+
+    @property
+    def images(self) -> Any:
+        """The old name of `examples`."""
+        warn("images", "examples")
+        return self.examples
 
 
 def plan(config: PlanConfig, progress: Progress | None = None) -> Planned:
-    """Says what `tvjax.jobs.transport` would do; no weights are read, and nothing is written.
+    """Says what `tvjax.jobs.transport` would do; nothing is written, and no weights are read but to compare the models.
 
     Args:
       config: what a transport takes.
-      progress: not called: this is done in no time.
+      progress: called after every block that is compared; the rest is done in no time.
 
     Raises:
       ValueError: what the transport would refuse.
@@ -64,6 +77,7 @@ def plan(config: PlanConfig, progress: Progress | None = None) -> Planned:
         views = [ready.way.batches(one, found, ready.prompts, sizes) for one in opened]
         if config.finetuned is not None:
             held.append(parameters(models[config.finetuned]))
+        alike = _likeness(ready, opened[0], opened[1], config, progress) if config.compare else None
     pairs = list(zip(*views, strict=True)) if ready.moving.needs_examples else []
     depth = "uniform" if ready.depth == "cka" else ready.depth  # which compares activations; sizes do not depend on it
     fitted = plan_fit(ready.moving, a, b, pairs, depth=depth, tokens=config.tokens)
@@ -72,10 +86,23 @@ def plan(config: PlanConfig, progress: Progress | None = None) -> Planned:
         disk["maps"] = fitted.memory["maps"]
     if config.save_task_vector is not None:
         disk["task vector"] = tree.nbytes(b.params)
-    notes = inputs.notes_of(found, ready.held_out)
+    notes = [*inputs.notes_of(found, ready.held_out), *ready.notes]
     if config.depth == "cka":
         notes.append("source layers are paired by cka when they have been run; shown is uniform")
-    return _planned(fitted, held, [a.params, b.params], number, disk, notes)
+    as_it_is = copied(tree.nest(ready.part.of(held[0])), held[1])
+    found_of_fit = _planned(fitted, held, [a.params, b.params], number, disk, notes)
+    return found_of_fit._replace(copy=as_it_is if isinstance(as_it_is, str) else "", likeness=alike)
+
+
+def _likeness(
+    ready: Prepared, source: Opened, target: Opened, config: PlanConfig, progress: Progress | None
+) -> list[dict[str, Any]]:
+    """How alike the models are on the examples."""
+    a, b = (ready.way.tower(one.pretrained.model) for one in (source, target))
+    a, b = (side.replace(params=float32(side.params)) for side in (a, b))
+    pairs, _ = paired_batches(ready, source, target, config.batch_size)
+    found = likeness(a, b, pairs, depth=ready.depth, tokens=config.tokens, progress=progress)
+    return [one._asdict() for one in found]
 
 
 def _converted(held: PyTree, tower: PyTree) -> int:
@@ -85,7 +112,7 @@ def _converted(held: PyTree, tower: PyTree) -> int:
 
 
 def _planned(
-    found: Plan, held: list[PyTree], towers: list[PyTree], images: int, disk: dict[str, int], notes: list[str]
+    found: Plan, held: list[PyTree], towers: list[PyTree], examples: int, disk: dict[str, int], notes: list[str]
 ) -> Planned:
     """A plan as a record.
 
@@ -93,7 +120,7 @@ def _planned(
       found: the plan of the fit.
       held: source, target and fine-tuned model as stored, in shapes.
       towers: source and target as they are computed with, in shapes.
-      images: how many there are.
+      examples: how many there are.
       disk: bytes of what is written.
       notes: what the user should know.
     """
@@ -109,9 +136,9 @@ def _planned(
         for x in found.stages
     ]
     numbers = {
-        "count": images,
-        "for unique maps of tokens": max((m.examples for m in maps if m.rows > images), default=0),
-        "for unique maps of one row an image": max((m.examples for m in maps if m.rows <= images), default=0),
+        "count": examples,
+        "for unique maps of tokens": max((m.examples for m in maps if m.rows > examples), default=0),
+        "for unique maps of one row an example": max((m.examples for m in maps if m.rows <= examples), default=0),
         "maps": len(maps),
         "maps not unique": sum(planned.rows < min(planned.shape) for planned in maps),
     }
@@ -120,4 +147,4 @@ def _planned(
         "fitting": read + tau + sum(fit[name] for name in ("residual streams", "largest stage", "maps")),
         "applying": read + tau + fit["maps"] + moved + tree.nbytes(held[1]),
     }
-    return Planned(leaves, stages, numbers, memory, dict(fit), disk, tuple(notes))
+    return Planned(leaves, stages, numbers, memory, dict(fit), disk, "", None, tuple(notes))

@@ -4,58 +4,81 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tvjax import tree
-from tvjax.arithmetic import apply
-from tvjax.checkpoints import TransportStore, model_card, save_pretrained, save_tree
-from tvjax.checkpoints.atomic import replacing
+from tvjax.arithmetic import apply, scale
+from tvjax.checkpoints import TransportStore, model_card, save_adapter, save_pretrained, save_tree
+from tvjax.checkpoints.atomic import write_text
 from tvjax.checkpoints.huggingface import check_new
+from tvjax.checkpoints.json_files import write_json
+from tvjax.checkpoints.processors import processor_fingerprint
 from tvjax.data.texts import Texts
 from tvjax.evaluate.scale import ChosenScale, choose_scale
+from tvjax.factors import is_low_rank
 from tvjax.jobs import inputs
 from tvjax.jobs.asking import float32, with_task
 from tvjax.jobs.calibration import Prepared, paired_batches, prepare
 from tvjax.jobs.configs import TransportConfig
 from tvjax.jobs.methods import scales_of
 from tvjax.jobs.opened import Models, Opened
-from tvjax.jobs.parts import changed_elsewhere, part_task_vector
+from tvjax.jobs.parts import changed_elsewhere, copied, part_task_vector
+from tvjax.jobs.recipes import recipe_of, write_recipe
 from tvjax.jobs.schema import Progress
+from tvjax.jobs.task_vectors import is_adapter, read_given
+from tvjax.renamed import warn
 from tvjax.stages import Model, PyTree
-from tvjax.transport import State, fit, leaf_report, summary
+from tvjax.transport import State, fit, identity, leaf_forms, leaf_report, summary
+from tvjax.transport.leaf_report import Forms
 
 
 class Transported(NamedTuple):
     """What `transport` did.
 
     Attributes:
-      output: the folder of the edited model, with ``leaf_report.txt`` and ``leaf_report.json``.
+      output: the folder of the edited model, or of the adapter for it, with ``leaf_report.txt`` and
+        ``leaf_report.json``.
+      form: ``model`` or ``adapter``.
       method: the transport.
       scale: factor of the moved task vector, chosen where there is validation.
       source: the pre-trained source.
-      finetuned: the fine-tuned source.
+      finetuned: the fine-tuned source, or the task vector that was given.
       target: the model before.
-      images: the calibration examples.
+      examples: of the calibration.
       validation: the examples that the scale was chosen on, with the accuracy at every scale.
+      copy: the task vector added as it is, at its own best scale on the same examples; None where the shapes do not
+        agree, or there is no validation.
       norms: of the task vector in the source and in the target.
       notes: what the user should know.
     """
 
     output: Path
+    form: str
     method: str
     scale: float
     source: str
     finetuned: str
     target: str
-    images: dict[str, Any] | None
+    examples: dict[str, Any] | None
     validation: dict[str, Any] | None
+    copy: dict[str, Any] | None
     norms: dict[str, float]
     notes: tuple[str, ...]
+
+    @property
+    def images(self) -> Any:
+        """The old name of `examples`."""
+        warn("images", "examples")
+        return self.examples
 
 
 def transport(config: TransportConfig, progress: Progress | None = None) -> Transported:
     """Moves what a fine-tuning learned into another model, and saves the edited model with a report by leaf.
+
+    An adapter that is given as the task vector comes out as an adapter of the same ranks, unless a link of the method
+    cannot keep its factors, or the edited model is asked for (``dense``).
 
     Args:
       config: what to move, where to and how.
@@ -69,29 +92,66 @@ def transport(config: TransportConfig, progress: Progress | None = None) -> Tran
         inputs.check_file(config.save_task_vector)
     with Models() as models:
         ready = prepare(config, models)
-        source, target, tuned = models[config.source], models[config.target], models[config.finetuned]
+        source, target = models[config.source], models[config.target]
         looked_at = None if ready.found is None else inputs.record(ready.found)
         sides = _side(source, ready), _side(target, ready)
-        tau = part_task_vector(ready.part, source.pretrained.params, tuned.pretrained.params, config.finetuned)
+        tau, also = _task_vector(config, ready, models)
         state = _fitted(config, ready, models, sides, looked_at, progress)
-        also = changed_elsewhere(ready.part, source.pretrained, tuned.pretrained)
-        state = dataclasses.replace(state, notes=(*state.notes, *ready.notes, *also))
         moved = ready.moving.apply(state, tau)
-        chosen = None if ready.held_out is None else _chosen(config, ready, target, moved)
+        forms = leaf_forms(ready.moving, state, tau) if any(map(is_low_rank, tree.flatten(tau).values())) else ()
+        form = _form(config, tau, moved)
+        state = dataclasses.replace(state, notes=(*state.notes, *ready.notes, *also, *_lost(moved, forms, state)))
+        chosen = copy = None
+        if ready.held_out is not None:
+            chosen = _chosen(config, ready, target, moved, scales_of(ready.moving))
+            copy = _copied(config, ready, target, tau)
         result = Transported(
             output=config.output,
+            form=form,
             method=config.method,
             scale=config.scale if chosen is None else chosen.scale,
             source=config.source,
-            finetuned=config.finetuned,
+            finetuned=config.finetuned or config.task_vector or "",
             target=config.target,
-            images=looked_at,
+            examples=looked_at,
             validation=None if chosen is None or ready.held_out is None else _curve(chosen, ready.held_out),
+            copy=copy,
             norms={"source": float(tree.norm(tau)), "target": float(tree.norm(moved))},
             notes=(*inputs.notes_of(ready.found, ready.held_out), *state.notes),
         )
-        _save(config, result, state, models, moved)
+        _save(config, result, state, models, moved, forms)
+    write_recipe(recipe_of(config), config.output)
     return result
+
+
+def _task_vector(config: TransportConfig, ready: Prepared, models: Models) -> tuple[PyTree, list[str]]:
+    """The task vector of what is moved, and what should be known of the rest."""
+    source = models[config.source]
+    if config.task_vector is not None:
+        return read_given(config.task_vector, source, ready.part, config.any_base), []
+    assert config.finetuned is not None
+    tuned = models[config.finetuned]
+    tau = part_task_vector(ready.part, source.pretrained.params, tuned.pretrained.params, config.finetuned)
+    return tau, changed_elsewhere(ready.part, source.pretrained, tuned.pretrained)
+
+
+def _form(config: TransportConfig, tau: PyTree, moved: PyTree) -> str:
+    """Whether an adapter is written: where one came in, and every leaf kept its factors."""
+    leaves = [*tree.flatten(tau).values(), *tree.flatten(moved).values()]
+    return "adapter" if not config.dense and all(map(is_low_rank, leaves)) else "model"
+
+
+def _lost(moved: PyTree, forms: Forms, state: State) -> list[str]:
+    """Which links did not keep the factors of an adapter, and which leaves came to nothing."""
+    notes = []
+    for part, form in zip(state.parts, forms, strict=False):  # no forms of a task vector that is no adapter
+        lost = [path for path, said in form.items() if said.startswith("dense, from")]
+        if lost:
+            notes.append(f"{part.link} makes arrays of {len(lost)} leaves of the adapter ({lost[0]}, ...)")
+    nothing = [path for path, leaf in tree.flatten(moved).items() if is_low_rank(leaf) and not leaf.rank]
+    if nothing:
+        notes.append(f"{len(nothing)} leaves of the adapter are zeroed by rule ({nothing[0]}, ...)")
+    return notes
 
 
 def _side(opened: Opened, ready: Prepared) -> Model:
@@ -124,8 +184,10 @@ def _fitted(
         for side, opened in (("source", source), ("target", target)):
             identity = opened.pretrained.identity()
             depends_on |= {side: identity["base_fingerprint"], f"{side} config": identity["base_config"]}
+            if looked_at is not None:
+                depends_on[f"{side} processor"] = processor_fingerprint(opened.checkpoint.folder)
         if looked_at is not None:
-            depends_on["images"] = looked_at["sha256"]
+            depends_on["examples"] = looked_at["sha256"]
         if isinstance(ready.found, Texts):
             depends_on["length"] = str(ready.prompts.length)
         if ready.found is not None and (ready.moving.needs_gradients or isinstance(ready.found, Texts)):
@@ -138,12 +200,23 @@ def _fitted(
     return dataclasses.replace(state, notes=(*inputs.notes_of(loader), *state.notes))
 
 
-def _chosen(config: TransportConfig, ready: Prepared, target: Opened, moved: PyTree) -> ChosenScale:
+def _chosen(
+    config: TransportConfig, ready: Prepared, target: Opened, moved: PyTree, scales: Sequence[float]
+) -> ChosenScale:
     """The scale of the greatest accuracy on the examples that were held out."""
     assert ready.held_out is not None
     task = ready.way.task(target, ready.held_out, ready.prompts)
     loader = task.batches(ready.held_out, config.batch_size)
-    return choose_scale(with_task(target, task), moved, scales_of(ready.moving), loader)
+    return choose_scale(with_task(target, task), moved, scales, loader)
+
+
+def _copied(config: TransportConfig, ready: Prepared, target: Opened, tau: PyTree) -> dict[str, Any] | None:
+    """What the task vector does as it is, the baseline that every transport must beat where shapes agree."""
+    as_it_is = copied(tau, target.pretrained.params)
+    if isinstance(as_it_is, str):
+        return None
+    chosen = _chosen(config, ready, target, as_it_is, scales_of(identity()))
+    return {"scale": chosen.scale, "accuracy": chosen.accuracy}
 
 
 def _curve(chosen: ChosenScale, held_out: Any) -> dict[str, Any]:
@@ -151,14 +224,41 @@ def _curve(chosen: ChosenScale, held_out: Any) -> dict[str, Any]:
     return {**inputs.record(held_out), **curve}
 
 
-def _save(config: TransportConfig, result: Transported, state: State, models: Models, moved: PyTree) -> None:
-    """Writes the edited model, its report by leaf, and the moved task vector where it is asked for."""
+def _save(
+    config: TransportConfig, result: Transported, state: State, models: Models, moved: PyTree, forms: Forms
+) -> None:
+    """Writes the edited model or the adapter, its report by leaf, and the moved task vector where it is asked for."""
     receiver = models[config.target].pretrained
-    card = model_card(
+    card = _card(config, result, models)
+    if result.form == "adapter":
+        adapter = scale(moved, result.scale)
+        save_adapter(adapter, config.output, receiver, metadata=receiver.identity(), card=card)
+    else:
+        edited = apply(receiver.params, moved, result.scale)
+        save_pretrained(receiver.with_params(edited), config.output, card=card)
+    about = {name: value for name, value in result._asdict().items() if name not in ("output", "notes")}
+    rows = [leaf._asdict() for leaf in leaf_report(state, forms)]
+    leaves = [{name: value for name, value in row.items() if value or name != "form"} for row in rows]
+    given = {"part": config.part, "task_vector": config.task_vector}
+    content = {**about, **given, "notes": state.notes, "leaves": leaves}
+    write_json(config.output / "leaf_report.json", content, sort_keys=False)
+    write_text(config.output / "leaf_report.txt", summary(state, forms) + "\n")
+    if config.save_task_vector is not None:
+        save_tree(config.save_task_vector, moved, receiver.identity())
+
+
+def _card(config: TransportConfig, result: Transported, models: Models) -> str:
+    """The model card of what is written."""
+    inputs_of = {
+        name: inputs.about_model(models[name].pretrained) for name in (config.source, config.finetuned) if name
+    }
+    if config.task_vector is not None:
+        inputs_of[config.task_vector] = {"kind": "adapter" if is_adapter(config.task_vector) else "task vector"}
+    return model_card(
         config.output.name,
         f"What a fine-tuning taught the source was moved into the base model by {config.method}, without training.",
-        receiver.identity(),
-        inputs={name: inputs.about_model(models[name].pretrained) for name in (config.source, config.finetuned)},
+        models[config.target].pretrained.identity(),
+        inputs=inputs_of,
         settings={
             "method": config.method,
             "scale": result.scale,
@@ -166,14 +266,6 @@ def _save(config: TransportConfig, result: Transported, state: State, models: Mo
             "tokens": config.tokens,
             **config.options,
         },
-        results=None if result.images is None else {"images": result.images},
+        results=None if result.examples is None else {"examples": result.examples},
+        library="peft" if result.form == "adapter" else "transformers",
     )
-    edited = apply(receiver.params, moved, result.scale)
-    save_pretrained(receiver.with_params(edited), config.output, card=card)
-    about = {name: value for name, value in result._asdict().items() if name not in ("output", "notes")}
-    content = {**about, "notes": state.notes, "leaves": [leaf._asdict() for leaf in leaf_report(state)]}
-    inputs.write_json(config.output / "leaf_report.json", content)
-    with replacing(config.output / "leaf_report.txt") as temporary:
-        temporary.write_text(summary(state) + "\n", encoding="utf-8")
-    if config.save_task_vector is not None:
-        save_tree(config.save_task_vector, moved, receiver.identity())

@@ -14,6 +14,7 @@ from tvjax.jobs.configs import PlanConfig, TransportConfig
 from tvjax.jobs.methods import check_pair, read_depth
 from tvjax.jobs.opened import Models, Opened
 from tvjax.jobs.parts import Part, check_labels, find_part, part_task_vector
+from tvjax.jobs.task_vectors import check_given
 from tvjax.stages import Batch
 from tvjax.transport import Transport, make_transport
 
@@ -53,24 +54,25 @@ def prepare(config: TransportConfig | PlanConfig, models: Models) -> Prepared:
     check_pair(moving, source, target)
     part, way = find_part(source, config.part), asking(target)
     if config.validation is not None and not way.can_score(target):
-        raise ValueError(
-            f"--validation needs a zero-shot head, but {config.target!r} has no text tower: give the full CLIP"
-        )
+        raise ValueError(f"--validation needs a score, but {config.target!r} {way.lacks}")
     notes: tuple[str, ...] = ()
     if config.finetuned is not None:
         names, tuned = (config.source, config.finetuned), models[config.finetuned]
         configs = (source.config, tuned.config)
         notes = check_configs(names, configs, source.checkpoint.family.part, config.allow_config_differences)
         part_task_vector(part, parameters(source), parameters(tuned), config.finetuned)  # fits
+    if config.task_vector is not None:
+        notes += check_given(config.task_vector, source, part, config.any_base)
     prompts = inputs.read_prompts(config, (source, target))
     named = next((model for model in (target, source) if way.labels(model)), target)
     labelled = prompts if config.classes else of_head(named, prompts)
     found = held_out = None
-    if moving.needs_examples and (config.data or config.task or not isinstance(config, PlanConfig)):
+    compare = isinstance(config, PlanConfig) and config.compare
+    if compare or moving.needs_examples and (config.data or config.task or not isinstance(config, PlanConfig)):
         found = _calibration(config, moving, labelled if moving.needs_gradients else prompts, target)
         for model in (source, target) if moving.needs_gradients else ():
             check_labels(model, found.class_names, config.classes is not None)
-            if isinstance(config, TransportConfig):  # a plan of images needs no tokenizer
+            if isinstance(config, TransportConfig) or way.kind is Texts:  # a plan of images needs no tokenizer
                 way.check(model, found, prompts)
         way.check_alike((source, target), found, prompts)
     if config.validation is not None:
@@ -78,6 +80,7 @@ def prepare(config: TransportConfig | PlanConfig, models: Models) -> Prepared:
         check_labels(target, held_out.class_names, config.classes is not None)
         if isinstance(config, TransportConfig):
             way.check(target, held_out, prompts)
+    notes += tuple(dict.fromkeys(note for model in (source, target) for note in way.notes(model)))
     return Prepared(moving, way, part, depth, prompts, found, held_out, notes)
 
 
@@ -91,13 +94,14 @@ def _calibration(
 ) -> Images | Texts:
     way = asking(target)
     if config.data is None and config.task is None:
-        raise ValueError(f"{moving.name} looks at calibration {way.kind.kind}: give --data")
+        reader = moving.name if moving.needs_examples else "a comparison of the models"
+        raise ValueError(f"{reader} looks at calibration {way.kind.kind}: give --data")
     place = inputs.place_of(config.data, config.task, "train")
     found = inputs.read_examples(place, prompts, (target,))
     if moving.needs_gradients and way.needs_labels and found.labels is None:
         raise ValueError(
-            f"{place!r} has no labels, and {moving.name} reads gradients of the zero-shot loss: put the images of each "
-            "class into a folder of its name, or take theseus, which needs no labels"
+            f"{place!r} has no labels, and {moving.name} reads gradients of the loss: {way.labelling}, or take "
+            "theseus, which needs no labels"
         )
     # A plan says how many, not which: a choice by embeddings would read the weights.
     select = "random" if isinstance(config, PlanConfig) else config.select

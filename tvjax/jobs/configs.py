@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import AliasChoices, Field, JsonValue, model_validator
 
 from tvjax.jobs.schema import Config, File, Several, Typed
 
@@ -12,13 +12,13 @@ LARGEST_SEED = 2**31 - 1
 LARGEST_COUNT = 2**20  # of what arrays are made for
 SOURCES = (
     "a folder with one folder a class, an archive FILE.npz, a dataset hf:NAME?split=SPLIT, or digits:STYLE/PART; "
-    "for language models FILE.jsonl, .csv, .tsv or .txt, hf:NAME?text=COLUMN; "
+    "for models of texts FILE.jsonl, .csv, .tsv or .txt, hf:NAME?text=COLUMN; "
     "?part=0:0.8 takes a share of them"
 )
 TRANSPORTS = ("naive", "orthogonal_shift", "gradfix", "theseus", "bico")  # and those of one's own, by register
 MERGES = (
     *("average", "task_arithmetic", "slerp", "karcher_mean", "ties", "dare", "della", "breadcrumbs", "model_stock"),
-    *("sce", "tsv_m", "iso_c", "iso_cts", "knots", "wudi"),
+    *("sce", "tsv_m", "iso_c", "iso_cts", "knots", "wudi", "core_space"),
 )
 
 MODEL, FILE, FOLDER, NUMBERS = Typed("MODEL"), Typed("FILE"), Typed("FOLDER"), Typed("NUMBERS")
@@ -27,7 +27,7 @@ BatchSize = Annotated[int, Field(ge=1, le=LARGEST_COUNT, description="Examples a
 AnyBase = Annotated[bool, Field(description="Take task vectors although they were made for another model.")]
 DType = Literal["float32", "float16", "bfloat16"]
 Options = Annotated[
-    dict[str, Any],
+    dict[str, JsonValue],
     Typed("NAME=VALUE"),
     Field(description="A hyperparameter of the method, such as rank=0.25; may be repeated."),
 ]
@@ -57,8 +57,8 @@ class Examples(Config):
     classes: Annotated[File | None, FILE] = None
     """Class names, one a line, in the labels' order; default: of the task, head or images."""
     templates: Annotated[File | None, FILE] = None
-    """Prompts with {} for the name, one a line; of texts one, with {} or {column} for the text. Default: of the task,
-    or 'a photo of a {}.' for images."""
+    """Prompts with {} for the name, one a line; for a language model one, with {} or {column} for the text. Default: of
+    the task, or 'a photo of a {}.' for images; a sentence encoder reads the names alone."""
     length: Annotated[int, Field(ge=1, le=LARGEST_COUNT)] = 512
     """Tokens that are kept of a text."""
 
@@ -98,7 +98,13 @@ class Moving(Drawn):
     another fine-tuned model, starts from them."""
     save_task_vector: Annotated[File | None, FILE] = None
     """Also write the moved task vector, unscaled, for the target."""
+    task_vector: Annotated[str | None, Typed("PATH")] = None
+    """In the place of --finetuned: a LoRA adapter of PEFT for the source (folder or hub id), which comes out as an
+    adapter of the same rank for the target where the method keeps its form; or a task vector (.safetensors)."""
+    dense: bool = False
+    """Write the edited model, not an adapter for it."""
     allow_config_differences: AllowConfigDifferences = False
+    any_base: AnyBase = False
 
 
 class TransportConfig(Moving):
@@ -108,10 +114,16 @@ class TransportConfig(Moving):
     1.0
     """
 
-    finetuned: Annotated[str, MODEL]
+    finetuned: Annotated[str | None, MODEL] = None
     """The fine-tuned source; the part of it that is moved suffices."""
     output: Annotated[File, FOLDER]
-    """Where the edited target goes."""
+    """Where the edited target goes, or the adapter for it."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TransportConfig:
+        if (self.finetuned is None) == (self.task_vector is None):
+            raise ValueError("give either --finetuned, a model, or --task-vector, an adapter or a task vector")
+        return self
 
 
 class PlanConfig(Moving):
@@ -123,14 +135,16 @@ class PlanConfig(Moving):
     """Checked, as the transport would; nothing is written."""
     count: Annotated[int, Field(ge=1)] = 8
     """Examples to reckon with where none are given."""
+    compare: bool = False
+    """Also run both models on the examples, and say how alike their blocks are: whether it is worth it."""
 
 
 class EvaluateConfig(Examples):
     """What `tvjax.jobs.evaluate` measures: models on the same examples."""
 
     models: Annotated[Several[str], Typed("MODEL...", argument=True), Field(min_length=1)]
-    """Folders or hub ids: CLIPs and ViTs, or language models. A vision tower alone goes with the text tower of the
-    first full CLIP."""
+    """Folders or hub ids: CLIPs and ViTs, or models of texts: language models, sentence encoders, sequence classifiers.
+    A vision tower alone goes with the text tower of the first full CLIP."""
     reference: Annotated[str | None, MODEL] = None
     """A fine-tuned model: accuracies are given as shares of its own too."""
     task_vector: Annotated[File | None, FILE] = None
@@ -143,11 +157,18 @@ class EvaluateConfig(Examples):
     """Also write the results as JSON."""
     plot: Annotated[File | None, FILE] = None
     """Also draw the accuracy by scale, as a PNG (--task-vector)."""
+    harness: Annotated[Several[str], Typed("TASK")] = ()
+    """Measure language models on tasks of lm-evaluation-harness instead, where it is installed, such as arc_easy."""
+    options: Options = {}
 
     @model_validator(mode="after")
     def _of_one_kind(self) -> EvaluateConfig:
         if len(set(self.models)) < len(self.models):
             raise ValueError(f"a model is given twice: {', '.join(self.models)}")
+        if self.harness and (self.data or self.task or self.task_vector or self.reference):
+            raise ValueError("--harness brings its own examples: leave out --data, --task, --task-vector, --reference")
+        if self.options and not self.harness:
+            raise ValueError("--options are those of the harness: give --harness")
         if self.task_vector is None and (self.scales is not None or self.plot is not None):
             raise ValueError("--scales and --plot are about a task vector: give --task-vector")
         if self.task_vector is not None and len(self.models) > 1:
@@ -209,10 +230,15 @@ class MergeConfig(Config):
     """What `tvjax.jobs.merge` merges: task vectors of one model."""
 
     task_vectors: Annotated[Several[File], Typed("FILE...", argument=True), Field(min_length=1)]
-    """Task vectors of one model."""
+    """Task vectors of one model: files, or folders of LoRA adapters (with --model)."""
     method: Annotated[str, Field(description=f"One of {', '.join(MERGES)}.")]
     output: Annotated[File, Typed("PATH")]
-    """A task vector (.safetensors); or, with --model, a folder."""
+    """A task vector (.safetensors); or, with --model, a folder: of the edited model, or of an adapter where all inputs
+    are adapters and the method keeps their form (core_space, average, task_arithmetic)."""
+    rank: Annotated[int | None, Field(ge=1)] = None
+    """Write an adapter of this rank at most, by truncated singular value decomposition."""
+    dense: bool = False
+    """Of adapters too, write the edited model."""
     options: Options = {}
     model: Annotated[str | None, MODEL] = None
     """The pre-trained model, to add the merged task vector to."""
@@ -229,8 +255,8 @@ class ExtractConfig(Config):
 
     pretrained: Annotated[str, MODEL]
     """The model before fine-tuning: folder or hub id."""
-    output: Annotated[File, FILE]
-    """Where the task vector goes (.safetensors)."""
+    output: Annotated[File, Typed("PATH")]
+    """Where the task vector goes (.safetensors); with --rank or --energy, the folder of the adapter."""
     finetuned: Annotated[str | None, MODEL] = None
     """The fine-tuned model; the part that is taken suffices."""
     adapter: Annotated[str | None, FOLDER] = None
@@ -238,6 +264,11 @@ class ExtractConfig(Config):
     part: Annotated[str | None, Typed("PATH"), Field(validation_alias=AliasChoices("part", "subtree"))] = None
     """The part of the model to take, such as text; '' for all of it. Default: vision of a CLIP or a ViT, all of another
     model."""
+    rank: Annotated[int | None, Field(ge=1)] = None
+    """Write the best LoRA adapter of this rank, as PEFT loads it."""
+    energy: Annotated[float | None, Field(gt=0, le=1)] = None
+    """Write the LoRA adapter of the least ranks that hold this share of each layer's squared norm."""
+    seed: Seed = 0
     dtype: DType = "float32"
     """Of the task vector."""
     allow_config_differences: AllowConfigDifferences = False
@@ -247,6 +278,13 @@ class ExtractConfig(Config):
     def _one_of_two(self) -> ExtractConfig:
         if (self.finetuned is None) == (self.adapter is None):
             raise ValueError("give either --finetuned, a model, or --adapter, a LoRA adapter of PEFT")
+        low = self.rank is not None or self.energy is not None
+        if low and self.finetuned is None:
+            raise ValueError("--rank and --energy make an adapter of a fine-tuned model: give --finetuned")
+        if low and self.output.suffix == ".safetensors":
+            raise ValueError(
+                f"--output is {str(self.output)!r}, and an adapter is a folder: give a name without suffix"
+            )
         return self
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +10,6 @@ import jax
 import numpy as np
 
 from tvjax.checkpoints import Pretrained
-from tvjax.checkpoints.atomic import replacing
 from tvjax.checkpoints.provenance import check_made_for, check_same_config
 from tvjax.data.batches import few_shot, herding, k_medoids
 from tvjax.data.examples import Examples
@@ -42,7 +40,9 @@ def read_prompts(config: Asked, models: Sequence[Opened]) -> Prompts:
     if known is not None and known.kind != ways[0].kind.kind:
         raise ValueError(_other_kind(f"the task {config.task!r}", known.kind, ways[0].kind, models))
     names = None if known is None else known.class_names or None
-    prompts = next((way.templates for way in ways if way.templates), ()) if known is None else known.templates
+    prompts = next((way.templates for way in ways if way.templates), ())
+    if known is not None and not (known.kind == "texts" and prompts):  # whose prompts ask language models
+        prompts = known.templates
     if config.classes is not None:
         names = read_lines(config.classes, "class names")
     if config.templates is not None:
@@ -86,8 +86,13 @@ def read_examples(source: str, prompts: Prompts, models: Sequence[Opened], label
         raise ValueError(_other_kind(repr(source), found.kind, way.kind, models))
     if labelled_for and way.needs_labels and found.labels is None:
         raise ValueError(
-            f"{source!r} has no labels, and {labelled_for} needs labelled images: put those of each class into a "
-            "folder of its name, or give an archive or dataset with labels"
+            f"{source!r} has no labels, and {labelled_for} needs labelled {way.kind.kind}: {way.labelling}, or give an "
+            "archive or dataset with labels"
+        )
+    if labelled_for and found.labels is None and found.class_names:
+        raise ValueError(
+            f"{source!r} has no labels, and {labelled_for} of classes needs them: say which column has them "
+            "(label=COLUMN), or leave --classes and --task out to be asked for the next tokens"
         )
     return found
 
@@ -167,12 +172,6 @@ def read_lines(file: Path, what: str) -> tuple[str, ...]:
     if not lines:
         raise ValueError(f"{str(file)!r} is empty: write {what} into it, one a line")
     return lines
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Writes a file of JSON, complete or not at all."""
-    with replacing(file) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def check_file(file: Path) -> None:

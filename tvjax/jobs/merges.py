@@ -95,10 +95,10 @@ def read_settings(options: Mapping[str, Any]) -> dict[str, Any]:
         return [read(item) for item in value] if isinstance(value, list) else value
 
     settings = {name: read(value) for name, value in options.items()}
-    if "merge" in settings:  # the merge inside KnOTS
+    if "merge" in settings:  # the merge inside KnOTS or Core Space
         inner = settings["merge"]
         known = registry.merges()
-        if inner not in known or inner == "knots":
+        if inner not in known or inner in ("knots", "core_space"):
             raise ValueError(f"merge: found {inner!r}, expected one of {', '.join(known)}")
         settings["merge"] = known[inner]
     return settings

@@ -61,7 +61,10 @@ def find_part(opened: Opened, part: str | None) -> Part:
     ]
     found = Part(frozenset(model.params), (part or "").rstrip("/"), frozenset(fixed))
     if not found.of(model.params):
-        parts = {path.rpartition("/")[0].partition("/blocks/")[0] for path in tree.flatten(model.params)}
+        parts = {
+            path.partition("blocks/")[0] + "blocks" if "blocks/" in path else path.rpartition("/")[0]
+            for path in tree.flatten(model.params)
+        }
         raise ValueError(
             f"--part {part!r} matches no leaf that sees {way.kind.kind}: the parts are {', '.join(sorted(parts))}"
         )
@@ -87,6 +90,22 @@ def part_task_vector(part: Part, pretrained: PyTree, finetuned: PyTree, name: st
     sides = tree.nest(before), tree.nest(after)
     shapes = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in after.values())
     return jax.eval_shape(task_vector, *sides) if shapes else task_vector(*sides)
+
+
+def copied(tau: PyTree, params: PyTree) -> PyTree | str:
+    """A task vector as it is for another model, the plainest transport; or what is against it.
+
+    Args:
+      tau: of the source.
+      params: of the target, or their shapes.
+    """
+    theirs = tree.flatten(params)
+    for path, leaf in tree.flatten(tau).items():
+        if path not in theirs:
+            return f"the target has no {path}"
+        if leaf.shape != theirs[path].shape:
+            return f"{path} is {tuple(leaf.shape)} in the source, {tuple(theirs[path].shape)} in the target"
+    return tau
 
 
 def check_labels(opened: Opened, class_names: Sequence[str], named: bool) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,24 @@ def read_recipe(file: str | os.PathLike[str]) -> Config:
         return JOBS[name].read({key: value for key, value in given.items() if key not in PRINTING})
     except ValueError as error:
         raise ValueError(f"{os.fspath(file)!r}: {error}") from error
+
+
+def recipe_of(config: Config) -> dict[str, Any]:
+    """The keys and values that `read_recipe` makes the same config of.
+
+    >>> recipe_of(configs.ApplyConfig(task_vectors="t", model="m", output="o"))["task_vectors"]
+    ['t']
+    """
+    command = next(name for name, kind in JOBS.items() if isinstance(config, kind))
+    return {COMMAND: command, **config.model_dump(mode="json")}
+
+
+def write_recipe(recipe: Mapping[str, Any], output: Path) -> None:
+    """Writes what makes a result again beside it: into its folder, or beside its file."""
+    from tvjax.checkpoints.atomic import write_text
+
+    target = output / "tvjax.yaml" if output.is_dir() else output.with_name(output.name + ".yaml")
+    write_text(target, yaml.dump(dict(recipe), Dumper=Dumper, sort_keys=False, allow_unicode=True))
 
 
 def load(file: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from tvjax.merge.adapters import Adapter, merge_adapters, to_task_vector
 from tvjax.merge.average import average
 from tvjax.merge.breadcrumbs import breadcrumbs
 from tvjax.merge.by_layer import by_layer
+from tvjax.merge.core_space import core_space
 from tvjax.merge.coverage import cover
 from tvjax.merge.dare import dare
 from tvjax.merge.della import della
@@ -32,6 +33,7 @@ __all__ = [
     "average",
     "breadcrumbs",
     "by_layer",
+    "core_space",
     "cover",
     "dare",
     "della",

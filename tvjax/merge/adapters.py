@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tvjax import tree
-from tvjax.align.decompositions import qr, svd
 from tvjax.align.products import product
+from tvjax.factors import LowRank, triplets
 from tvjax.finite import check_finite
 from tvjax.merge.base import PyTree
 from tvjax.merge.settings import Settings, resolve_each
@@ -82,8 +82,7 @@ def merge_adapters(
 def compress(adapter: Adapter, rank: int) -> Adapter:
     """The best approximation of an adapter of at most a rank, without forming its product.
 
-    ``A = Q_A R_A`` and ``B^T = Q_B R_B`` leave the small core ``R_A R_B^T = U S V^T``; the result is
-    ``(Q_A U_k sqrt(S_k)) (sqrt(S_k) V_k^T Q_B^T)``.
+    ``A B = U S V^T`` from the factors alone (`tvjax.factors.triplets`): ``(U_k sqrt(S_k)) (sqrt(S_k) V_k^T)``.
 
     Args:
       adapter: of any rank.
@@ -100,13 +99,14 @@ def compress(adapter: Adapter, rank: int) -> Adapter:
     return _compress(_wide(adapter), min(rank, adapter.a.shape[1], adapter.a.shape[0], adapter.b.shape[1]))
 
 
-def to_task_vector(adapters: Adapters, like: PyTree = None) -> PyTree:
+def to_task_vector(adapters: Adapters, like: PyTree = None, *, low_rank: bool = False) -> PyTree:
     """The products ``scale * A B`` as a task vector of nested dicts, for any merge of `tvjax.merge`.
 
     Args:
       adapters: by the path of their kernel.
       like: parameters; the products get the shapes of their kernels (a kernel ``[width, heads, head]`` has adapters of
         ``[width, heads * head]``). None: matrices.
+      low_rank: leave each product as its two factors (`tvjax.LowRank`), the scale in the second.
 
     Returns:
       A task vector that covers these kernels only, float32.
@@ -131,6 +131,8 @@ def to_task_vector(adapters: Adapters, like: PyTree = None) -> PyTree:
                 "rename the paths of the adapters to those of the parameters"
             )
         shapes = {path: leaves[path] for path in shapes}
+    if low_rank:
+        return tree.nest({path: _factors(adapter, shapes[path]) for path, adapter in adapters.items()})
     return tree.nest({path: _product(_wide(adapter)).reshape(shapes[path]) for path, adapter in adapters.items()})
 
 
@@ -163,6 +165,11 @@ def check_adapters(adapters: Sequence[Adapters]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _factors(adapter: Adapter, shape: tuple[int, ...]) -> LowRank:
+    a, b, scale = _wide(adapter)
+    return LowRank(a, scale * b, shape)
+
+
 @jax.jit
 def _wide(adapter: Adapter) -> Adapter:
     return Adapter(*(jnp.asarray(part, jnp.float32) for part in adapter))
@@ -180,21 +187,10 @@ def _join(parts: Sequence[Adapter], weights: Float[Array, " tasks"]) -> Adapter:
     return Adapter(a, jnp.concatenate([part.b for part in parts], axis=0), jnp.float32(1))
 
 
-@jax.jit
-def _core(adapter: Adapter) -> tuple[Array, Array, Array, Array, Array]:
-    """``A B = Q_A U S V Q_B``: the bases and the singular value decomposition of what is between them."""
-    basis_a, small_a = qr(adapter.a)
-    basis_b, small_b = qr(adapter.b.T)
-    left, values, right = svd(adapter.scale * product(small_a, small_b.T))
-    return basis_a, left, values, right, basis_b.T
-
-
 def _compress(adapter: Adapter, rank: int) -> Adapter:
-    basis_a, left, values, right, basis_b = _core(adapter)
+    left, values, right = triplets(adapter.a, adapter.scale * adapter.b)
     root = jnp.sqrt(values[:rank])
-    return Adapter(
-        product(basis_a, left[:, :rank] * root), product(root[:, None] * right[:rank], basis_b), jnp.float32(1)
-    )
+    return Adapter(left[:, :rank] * root, root[:, None] * right[:rank], jnp.float32(1))
 
 
 def _fits(shape: tuple[int, ...], kernel: tuple[int, ...]) -> bool:

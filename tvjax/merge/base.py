@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tvjax import tree
+from tvjax.factors import dense
 from tvjax.finite import check_finite
 from tvjax.merge.leaf_report import Report, tell
 
@@ -37,12 +38,13 @@ class Vectors:
       paths: of the leaves that the vectors cover.
     """
 
-    def __init__(self, taus: Sequence[PyTree], least: int = 1):
+    def __init__(self, taus: Sequence[PyTree], least: int = 1, factors: bool = False):
         """Checks the vectors.
 
         Args:
           taus: task vectors; all cover the same leaves (None elsewhere).
           least: how many the method needs.
+          factors: leave leaves of low rank as they are; else they become arrays.
 
         Raises:
           ValueError: too few vectors, other paths or shapes, leaves that are no floating-point arrays, or values that
@@ -52,8 +54,8 @@ class Vectors:
             raise ValueError(f"a merge takes a list of task vectors, found {type(taus).__name__}")
         if len(taus) < least:
             raise ValueError(f"this merge needs at least {least} task vectors, found {len(taus)}")
-        self.flat = [tree.flatten(tau) for tau in taus]
-        self._structure = jax.tree.structure(taus[0])
+        self.flat = [tree.flatten(tau if factors else dense(tau)) for tau in taus]
+        self._structure = tree.structure(taus[0])
         shapes = [{path: tuple(np.shape(leaf)) for path, leaf in flat.items()} for flat in self.flat]
         problems = [
             f"{path}: " + " and ".join(str(found.get(path, "missing")) for found in shapes)

@@ -15,32 +15,37 @@ from tvjax.merge.combine import Combine, check_combine, combined
 from tvjax.merge.leaf_report import Report
 from tvjax.merge.settings import Settings, check_votes, require, resolve_each
 from tvjax.merge.threshold import kth_largest, magnitudes, patterns
+from tvjax.renamed import warn
 
 
 def breadcrumbs(
     taus: Sequence[PyTree],
     *,
-    smallest: Settings = 0.85,
-    largest: Settings = 0.01,
+    density: Settings = 0.14,
+    gamma: Settings = 0.01,
     weights: Settings = 1.0,
     combine: Combine = "linear",
+    smallest: Settings | None = None,
+    largest: Settings | None = None,
     report: Report | None = None,
 ) -> PyTree:
     """Drops the smallest and the largest entries of each leaf in magnitude, and merges what is left.
 
-    Of n entries the ``floor(largest n)`` largest are dropped, with those equal to them, and the ``floor(smallest n)``
-    smallest, but for those equal to the smallest that stays. So a leaf of few entries keeps one at least, unless its
-    entries are equal.
+    Of n entries the ``floor(gamma n)`` largest are dropped, with those equal to them, and the ``floor((1 - density -
+    gamma) n)`` smallest, but for those equal to the smallest that stays. So a leaf of few entries keeps one at least,
+    unless its entries are equal.
 
     Args:
       taus: task vectors of one base.
-      smallest: share of the smallest entries that is dropped (the paper's beta), in [0, 1); a number, by path pattern
-        or by depth, or a list of these.
-      largest: share of the largest entries that is dropped (1 - gamma), in [0, 1); the two together less than 1.
+      density: share of the entries that stays, in (0, 1]; a number, by path pattern or by depth, or a list of these.
+      gamma: share of the largest entries that is dropped (the paper's 1 - gamma), in [0, 1); the two together at most
+        1. What is left, the paper's beta, are the smallest.
       weights: a number, by path pattern or by depth, or a list of these; with ``combine="ties"`` not negative, and of
         positive sum.
       combine: ``"linear"``, the weighted sum, as published; or ``"ties"``, the election and disjoint mean of
         `tvjax.merge.ties`.
+      smallest: an old name: ``1 - density - gamma``.
+      largest: the old name of gamma; either of the two takes the place of the density, and 0.85 that of the smallest.
       report: called for each merged leaf, with the two thresholds.
 
     Returns:
@@ -52,7 +57,7 @@ def breadcrumbs(
     Source: section 3. Per leaf, as in the paper; the published code ranks each row of a matrix by itself.
 
     >>> tau = {"w": jnp.array([0.1, -5.0, 2.0, 1.0, 0.2])}
-    >>> breadcrumbs([tau], smallest=0.4, largest=0.2)["w"].tolist()
+    >>> breadcrumbs([tau], density=0.4, gamma=0.2)["w"].tolist()
     [0.0, 0.0, 2.0, 1.0, 0.0]
     """
     check_combine(combine)
@@ -60,11 +65,7 @@ def breadcrumbs(
     numbers = resolve_each(weights, vectors.paths, len(vectors), "weights")
     if combine == "ties":
         check_votes(numbers)
-    low = resolve_each(smallest, vectors.paths, len(vectors), "smallest", np.float64)
-    high = resolve_each(largest, vectors.paths, len(vectors), "largest", np.float64)
-    for name, shares in (("smallest", low), ("largest", high)):
-        require(shares, name, lambda share: (share >= 0) & (share < 1), "in [0, 1)")
-    require({path: low[path] + high[path] for path in low}, "smallest + largest", lambda s: s < 1, "less than 1")
+    low, high = _dropped_shares(vectors, density, gamma, smallest, largest)
     ranks = {path: _ranks(math.prod(vectors.shape(path)), low[path], high[path]) for path in vectors.paths}
     return merge_leaves(
         vectors,
@@ -75,6 +76,31 @@ def breadcrumbs(
         options=(("combine", combine),),
         report=report,
     )
+
+
+def _dropped_shares(
+    vectors: Vectors, density: Settings, gamma: Settings, smallest: Settings | None, largest: Settings | None
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The shares of the smallest and of the largest entries that are dropped, by leaf."""
+
+    def each(settings: Settings, name: str) -> dict[str, np.ndarray]:
+        return resolve_each(settings, vectors.paths, len(vectors), name, np.float64)
+
+    if largest is not None:
+        warn("the argument largest of breadcrumbs", "gamma", 4)
+    high = each(gamma, "gamma") if largest is None else each(largest, "largest")
+    if smallest is None and largest is None:
+        kept = each(density, "density")
+    else:
+        if smallest is not None:
+            warn("the argument smallest of breadcrumbs", "density, which is 1 - smallest - gamma", 4)
+        low = each(0.85 if smallest is None else smallest, "smallest")
+        kept = {path: 1 - share - high[path] for path, share in low.items()}
+    require(kept, "density", lambda share: (share > 0) & (share <= 1), "in (0, 1]")
+    require(high, "gamma", lambda share: (share >= 0) & (share < 1), "in [0, 1)")
+    both = {path: kept[path] + high[path] for path in kept}
+    require(both, "density + gamma", lambda share: share <= 1 + 1e-9, "at most 1")
+    return {path: 1 - share for path, share in both.items()}, high
 
 
 def _ranks(entries: int, low: np.ndarray, high: np.ndarray) -> UInt32[np.ndarray, "vectors two"]:

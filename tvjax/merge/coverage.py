@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tvjax import tree
+from tvjax.factors import LowRank, is_low_rank
 
 PyTree = Any
 
@@ -36,10 +37,17 @@ def cover(taus: Sequence[PyTree]) -> tuple[list[PyTree], dict[str, list[int]]]:
     if not all(isinstance(tau, Mapping) for tau in taus):
         raise ValueError(f"expected nested dicts of arrays, found {[type(tau).__name__ for tau in taus]}")
     flat = [tree.flatten(tau) for tau in taus]
-    shapes = {path: np.shape(leaf) for leaves in flat for path, leaf in leaves.items()}
-    having = {path: [number for number, leaves in enumerate(flat) if path in leaves] for path in sorted(shapes)}
+    paths = sorted({path for leaves in flat for path in leaves})
+    having = {path: [number for number, leaves in enumerate(flat) if path in leaves] for path in paths}
     partly = {path: numbers for path, numbers in having.items() if len(numbers) < len(flat)}
     if not partly:
         return list(taus), {}
-    zeros = {path: np.broadcast_to(np.float32(0), shapes[path]) for path in partly}
+    zeros = {path: _zeros(flat[numbers[0]][path]) for path, numbers in partly.items()}
     return [tree.nest({path: leaves.get(path, zeros.get(path)) for path in having}) for leaves in flat], partly
+
+
+def _zeros(leaf: Any) -> Any:
+    """Zeros of a leaf's shape; of one of low rank as no factors at all."""
+    if is_low_rank(leaf):
+        return LowRank(leaf.left[..., :0], leaf.right[..., :0, :], leaf.shape)
+    return np.broadcast_to(np.float32(0), np.shape(leaf))

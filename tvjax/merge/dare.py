@@ -13,20 +13,21 @@ from tvjax.merge.base import PyTree, Vectors, merge_leaves, wide
 from tvjax.merge.combine import Combine, check_combine, combined
 from tvjax.merge.leaf_report import Report
 from tvjax.merge.random_bits import entry_bits, words
-from tvjax.merge.settings import Settings, check_votes, require, resolve_each
+from tvjax.merge.settings import Settings, check_votes, densities_of, resolve_each
 
 
 def dare(
     taus: Sequence[PyTree],
     *,
     key: Key[Array, ""],
-    rate: Settings = 0.9,
+    density: Settings = 0.1,
     weights: Settings = 1.0,
     combine: Combine = "linear",
     rescale: bool = True,
+    rate: Settings | None = None,
     report: Report | None = None,
 ) -> PyTree:
-    """Drops each entry with probability p, multiplies the others by ``1 / (1 - p)``, and merges what is left.
+    """Keeps each entry with probability d, multiplies those by ``1 / d``, and merges them.
 
     The mean of the result over keys is that of the merge without dropping (for ``combine="linear"``). The bits are
     `tvjax.merge.random_bits`: for one key the same mask on any device count and sharding, another for each leaf and
@@ -35,13 +36,14 @@ def dare(
     Args:
       taus: task vectors of one base.
       key: from `jax.random.key`.
-      rate: p, in [0, 1); a number, by path pattern or by depth, or a list of these. Resolved to 2^-32.
+      density: d, in (0, 1]; a number, by path pattern or by depth, or a list of these. Resolved to 2^-32.
       weights: a number, by path pattern or by depth, or a list of these; with ``combine="ties"`` not negative, and of
         positive sum.
       combine: ``"linear"``, the weighted sum, as task arithmetic; or ``"ties"``, the election and disjoint mean of
         `tvjax.merge.ties` on the rescaled entries.
       rescale: False leaves the entries that stay as they are (the paper's ablation): the mean over keys is then
-        ``1 - p`` of the merge without dropping.
+        d times the merge without dropping.
+      rate: the old name of ``1 - density``, whose place it takes.
       report: called for each merged leaf.
 
     Returns:
@@ -51,7 +53,7 @@ def dare(
       ValueError: vectors that do not fit together, or an option out of range.
 
     >>> import jax
-    >>> merged = dare([{"w": jnp.ones(1000)}], key=jax.random.key(0), rate=0.75)["w"]
+    >>> merged = dare([{"w": jnp.ones(1000)}], key=jax.random.key(0), density=0.25)["w"]
     >>> sorted(set(merged.tolist())), bool(abs(merged.mean() - 1) < 0.2)
     ([0.0, 4.0], True)
     """
@@ -60,15 +62,14 @@ def dare(
     numbers = resolve_each(weights, vectors.paths, len(vectors), "weights")
     if combine == "ties":
         check_votes(numbers)
-    rates = resolve_each(rate, vectors.paths, len(vectors), "rate", np.float64)
-    require(rates, "rate", lambda p: (p >= 0) & (p < 1), "in [0, 1)")
+    shares = densities_of(density, rate, vectors.paths, len(vectors), "dare")
     return merge_leaves(
         vectors,
         "dropped at random, " + ("added" if combine == "linear" else "elected mean"),
         _dropped,
         numbers,
-        {path: np.minimum(np.rint(p * 2**32), 2**32 - 1).astype(np.uint32) for path, p in rates.items()},
-        {path: (1 / (1 - p) if rescale else np.ones_like(p)).astype(np.float32) for path, p in rates.items()},
+        {path: np.minimum(np.rint((1 - d) * 2**32), 2**32 - 1).astype(np.uint32) for path, d in shares.items()},
+        {path: (1 / d if rescale else np.ones_like(d)).astype(np.float32) for path, d in shares.items()},
         words(key, vectors.paths, len(vectors)),
         options=(("combine", combine),),
         report=report,
@@ -85,4 +86,4 @@ def _dropped(
 ) -> tuple[Float[Array, "*shape"], dict[str, Array]]:
     bits = entry_bits(jnp.shape(leaves[0]), keyed)
     kept = [jnp.where(bits[i] >= levels[i], leaf * factors[i], 0) for i, leaf in enumerate(wide(leaves))]
-    return combined(kept, weights, combine), {"rate": levels.astype(jnp.float32) * 2**-32, "factor": factors}
+    return combined(kept, weights, combine), {"density": 1 - levels.astype(jnp.float32) * 2**-32, "factor": factors}

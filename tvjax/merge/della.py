@@ -9,13 +9,14 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key, UInt32
 
 from tvjax.merge.base import PyTree, Vectors, merge_leaves, wide
 from tvjax.merge.combine import Combine, check_combine, combined
 from tvjax.merge.leaf_report import Report
 from tvjax.merge.random_bits import entry_bits, words
-from tvjax.merge.settings import Settings, check_votes, require, resolve_each
+from tvjax.merge.settings import Settings, check_votes, densities_of, require, resolve_each
 from tvjax.merge.views import Matrices, leaf_axes
 
 Ranked = Literal["unit", "leaf"]
@@ -25,26 +26,27 @@ def della(
     taus: Sequence[PyTree],
     *,
     key: Key[Array, ""],
-    rate: Settings = 0.7,
+    density: Settings = 0.3,
     epsilon: Settings = 0.2,
     weights: Settings = 1.0,
     combine: Combine = "ties",
     ranked: Ranked = "unit",
     matrices: Matrices = None,
     rescale: bool = True,
+    rate: Settings | None = None,
     report: Report | None = None,
 ) -> PyTree:
     """Drops each entry with a probability that falls with the rank of its magnitude, and rescales the others.
 
     Of n entries that are ranked together, r = 0 the smallest, entry r is dropped with probability
-    ``p_r = p + epsilon (1/2 - r / (n - 1))`` and multiplied by ``1 / (1 - p_r)`` if it stays. A lone entry is dropped
-    with probability p. Of equal entries the first ranks lower.
+    ``p_r = 1 - d + epsilon (1/2 - r / (n - 1))`` and multiplied by ``1 / (1 - p_r)`` if it stays. A lone entry stays
+    with probability d. Of equal entries the first ranks lower.
 
     Args:
       taus: task vectors of one base.
       key: from `jax.random.key`; the bits are those of `dare`.
-      rate: p, the mean probability; a number, by path pattern or by depth, or a list of these.
-      epsilon: the spread of the probabilities, 0 or more (0: `dare`); ``p +- epsilon / 2`` must lie in [0, 1).
+      density: d, the share that stays on the mean; a number, by path pattern or by depth, or a list of these.
+      epsilon: the spread of the probabilities, 0 or more (0: `dare`); ``d +- epsilon / 2`` must lie in (0, 1].
       weights: as in `dare`.
       combine: ``"ties"``, the election and disjoint mean of `tvjax.merge.ties`, as published; or ``"linear"``.
       ranked: together: the entries of one ``"unit"`` (a column of a kernel seen as [in, out], as published; all of a
@@ -52,6 +54,7 @@ def della(
       matrices: for ``"unit"``, how leaves are matrices, the letters of their axes by path pattern; None: by the rule
         (`tvjax.merge.views`).
       rescale: False leaves the entries that stay as they are.
+      rate: the old name of ``1 - density``, whose place it takes.
       report: called for each merged leaf.
 
     Returns:
@@ -64,7 +67,7 @@ def della(
     take a full sort of every leaf: expect some 50 times the time of `dare`.
 
     >>> import jax
-    >>> merged = della([{"w": jnp.arange(1.0, 101.0)}], key=jax.random.key(0), rate=0.5, epsilon=0.98)["w"]
+    >>> merged = della([{"w": jnp.arange(1.0, 101.0)}], key=jax.random.key(0), density=0.5, epsilon=0.98)["w"]
     >>> int((merged[:50] != 0).sum()) < 20 < 30 < int((merged[50:] != 0).sum())
     True
     """
@@ -79,22 +82,22 @@ def della(
     numbers = resolve_each(weights, vectors.paths, len(vectors), "weights")
     if combine == "ties":
         check_votes(numbers)
-    rates = resolve_each(rate, vectors.paths, len(vectors), "rate")
+    shares = densities_of(density, rate, vectors.paths, len(vectors), "della")
     spreads = resolve_each(epsilon, vectors.paths, len(vectors), "epsilon")
     require(spreads, "epsilon", lambda e: e >= 0, "0 or more")
-    for path, p in rates.items():
+    for path, d in shares.items():
         half = spreads[path] / 2
-        if (p - half < 0).any() or (p + half >= 1).any():
+        if (d - half <= 0).any() or (d + half > 1 + 1e-6).any():  # epsilon is a number of float32
             raise ValueError(
-                f"rate - epsilon / 2 must be 0 or more and rate + epsilon / 2 less than 1, found rate {p.tolist()} and "
-                f"epsilon {spreads[path].tolist()} for {path}"
+                f"density - epsilon / 2 must be more than 0 and density + epsilon / 2 at most 1, found density "
+                f"{d.tolist()} and epsilon {spreads[path].tolist()} for {path}"
             )
     return merge_leaves(
         vectors,
         "dropped by rank, " + ("added" if combine == "linear" else "elected mean"),
         _dropped,
         numbers,
-        rates,
+        {path: (1 - d).astype(np.float32) for path, d in shares.items()},
         spreads,
         words(key, vectors.paths, len(vectors)),
         {path: _Axes(letters) for path, letters in axes.items()},
@@ -127,7 +130,7 @@ def _dropped(
         drop = rates[i] + spreads[i] * (0.5 - _relative_rank(leaf, axes.letters))
         uniform = (bits[i] >> 8).astype(jnp.float32) * jnp.float32(2**-24)
         kept.append(jnp.where(uniform >= drop, leaf / (1 - drop) if rescale else leaf, 0))
-    return combined(kept, weights, combine), {"rate": rates, "epsilon": spreads}
+    return combined(kept, weights, combine), {"density": 1 - rates, "epsilon": spreads}
 
 
 def _relative_rank(leaf: Float[Array, "*shape"], axes: str) -> Float[Array, "*shape"]:

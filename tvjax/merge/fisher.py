@@ -16,6 +16,7 @@ from tvjax.merge.leaf_report import Report
 from tvjax.merge.matrices import total
 from tvjax.merge.settings import Settings, check_votes, resolve_each
 from tvjax.per_example import ExampleGradients
+from tvjax.renamed import renamed_arguments
 from tvjax.stages import Batch, Model
 from tvjax.walk import Walk
 
@@ -62,12 +63,13 @@ def fisher(
     return merge_leaves(vectors, name, _average, information, numbers, options=options, report=report)
 
 
+@renamed_arguments(host="offload")
 def diagonal_fisher(
     model: Model,
     batches: Sequence[Batch],
     *,
     chunk: int = 4,
-    host: bool = False,
+    offload: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> PyTree:
     """The diagonal of the empirical Fisher matrix: ``F = 1/N sum_n (dL(x_n, y_n)/dtheta)^2``.
@@ -82,7 +84,7 @@ def diagonal_fisher(
       model: a fine-tuned model with a loss.
       batches: of its task, with labels.
       chunk: samples whose gradients are taken at once.
-      host: keep residual streams and cotangents in host memory.
+      offload: keep residual streams and cotangents in host memory.
       progress: called with (stages done, stages in all, name of the stage).
 
     Returns:
@@ -91,7 +93,8 @@ def diagonal_fisher(
     Raises:
       ValueError: no batches, no labels, no loss, or a chunk below one.
 
-    >>> from tvjax.stages import single_stage
+    >>> from tvjax.renamed import renamed_arguments
+    from tvjax.stages import single_stage
     >>> loss = lambda _, outputs, labels: outputs[:, 0] * labels
     >>> model = single_stage(lambda p, x: x * p["w"], {"w": jnp.ones(1)}, loss=loss)
     >>> diagonal_fisher(model, [Batch(jnp.array([[1.0], [2.0]]), jnp.array([1.0, 3.0]))])
@@ -104,7 +107,7 @@ def diagonal_fisher(
         raise ValueError("the Fisher matrix reads gradients, but the model has no loss: Model.with_loss(...)")
     if chunk < 1:
         raise ValueError(f"chunk must be 1 or more, found {chunk}")
-    walk = Walk(model, batches, host)
+    walk = Walk(model, batches, offload)
     squares = ExampleGradients(walk, _squares, chunk)
     sums: dict[str, Array] = {}
     for index in reversed(range(len(model.stages))):

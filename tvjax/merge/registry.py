@@ -18,7 +18,7 @@ _MERGES: dict[str, Merge] = {
     name: getattr(methods, name)
     for name in (
         *("average", "task_arithmetic", "slerp", "karcher_mean", "ties", "dare", "della", "breadcrumbs"),
-        *("model_stock", "sce", "tsv_m", "iso_c", "iso_cts", "knots", "wudi"),
+        *("model_stock", "sce", "tsv_m", "iso_c", "iso_cts", "knots", "wudi", "core_space"),
     )
 }
 

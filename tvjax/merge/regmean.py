@@ -23,6 +23,7 @@ from tvjax.merge.leaf_report import Report, tell
 from tvjax.merge.matrices import total, weighted
 from tvjax.merge.settings import Settings, check_votes, resolve_each
 from tvjax.merge.spectral import solve
+from tvjax.renamed import renamed_arguments
 from tvjax.stages import Batch, Model, owner_paths
 from tvjax.walk import Walk
 
@@ -99,11 +100,12 @@ def regmean(
     return vectors.tree(merged)
 
 
+@renamed_arguments(host="offload")
 def input_grams(
     model: Model,
     batches: Sequence[Batch],
     *,
-    host: bool = False,
+    offload: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Grams:
     """The Gram matrices of what the kernels of a model read, per row: ``1/n sum_rows x x^T``.
@@ -115,7 +117,7 @@ def input_grams(
     Args:
       model: a fine-tuned model.
       batches: of its task; labels are not used.
-      host: keep the residual streams in host memory.
+      offload: keep the residual streams in host memory.
       progress: called with (stages done, stages in all, name of the stage).
 
     Returns:
@@ -124,7 +126,8 @@ def input_grams(
     Raises:
       ValueError: no batches.
 
-    >>> from tvjax.stages import single_stage
+    >>> from tvjax.renamed import renamed_arguments
+    from tvjax.stages import single_stage
     >>> model = single_stage(lambda p, x: x @ p["kernel"], {"kernel": jnp.ones((2, 3))})
     >>> input_grams(model, [Batch(jnp.array([[1.0, 0.0], [1.0, 2.0]]))]).matrices["kernel"].tolist()
     [[1.0, 1.0], [1.0, 2.0]]
@@ -132,7 +135,7 @@ def input_grams(
     batches = list(batches)
     if not batches:
         raise ValueError("the Gram matrices need batches, found none (an iterator that was used up before?)")
-    walk = Walk(model, batches, host)
+    walk = Walk(model, batches, offload)
     leaves = tree.flatten(model.params)
     sums: dict[str, tuple[Array, Array]] = {}
     left_out: dict[str, str] = {}

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tvjax import tree
+from tvjax.renamed import warn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +110,32 @@ def resolve_each(
         raise ValueError(f"{name}: {len(each)} given for {count} task vectors; give one each, or one for all")
     columns = [resolve(setting, paths) for setting in each]
     return {path: np.array([column[path] for column in columns], dtype) for path in paths}
+
+
+def densities_of(
+    density: Settings, rate: Settings | None, paths: Sequence[str], count: int, method: str
+) -> dict[str, np.ndarray]:
+    """The share of the entries that stays, float64, of each leaf and task vector.
+
+    Args:
+      density: as `resolve_each` takes settings.
+      rate: the share that is dropped, by which older recipes say it; it takes the place of the density.
+      paths: of the leaves.
+      count: how many task vectors there are.
+      method: name of the merge, for the warning.
+
+    Raises:
+      ValueError: as `resolve_each`, or a share that is not in (0, 1].
+
+    >>> densities_of(0.25, None, ["w"], 2, "dare")["w"].tolist()
+    [0.25, 0.25]
+    """
+    found = resolve_each(density, paths, count, "density", np.float64)
+    if rate is not None:
+        warn(f"the argument rate of {method}", "density, which is 1 - rate", 4)
+        found = {path: 1 - p for path, p in resolve_each(rate, paths, count, "rate", np.float64).items()}
+    require(found, "density", lambda share: (share > 0) & (share <= 1), "in (0, 1]")
+    return found
 
 
 def check_votes(weights: Mapping[str, np.ndarray]) -> None:

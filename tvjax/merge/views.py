@@ -11,8 +11,9 @@ letter  the axis                                                      for exampl
 ======  ============================================================  ==================================
 
 Several axes of one letter are one side of the matrix. `matrix_views` reads the letters off a function; where nobody
-says them a leaf of two axes is one matrix ``[in, out]``, one of four axes may be a convolution, and a leaf of more axes
-than two that is neither is an error: which of its axes are stacked cannot be seen from its shape.
+says them a leaf of two axes is one matrix ``[in, out]``, one of four axes may be a convolution, one called ``weight`` a
+convolution as PyTorch stores it, and a leaf of more axes than two that is neither is an error: which of its axes are
+stacked cannot be seen from its shape.
 """
 
 from __future__ import annotations
@@ -143,7 +144,8 @@ def leaf_axes(shapes: Mapping[str, Shape], matrices: Matrices) -> dict[str, str]
       matrices: letters by path pattern, a later pattern winning, for every leaf that is no vector by the rule; or only
         patterns of the leaves that are matrices, their axes by the rule; None: all leaves by the rule. The rule: two
         axes are ``io``, fewer a vector; of more axes those of size one do not count, and four, ``[h, w, in, out]``, are
-        a convolution, ``iiio``, if its window is square and smaller than its outputs.
+        a convolution, ``iiio``, if its window is square and smaller than its outputs; so are ``[out, in, h, w]`` of a
+        leaf called ``weight``, ``oiii``, and ``[out, in, w]`` of one in a module whose name has ``conv``.
 
     Raises:
       ValueError: a pattern that matches nothing, letters that do not fit a leaf, or a leaf of which nothing says how it
@@ -157,7 +159,7 @@ def leaf_axes(shapes: Mapping[str, Shape], matrices: Matrices) -> dict[str, str]
     paths = list(shapes)
     if isinstance(matrices, Mapping):
         given = {path: axes for pattern, axes in matrices.items() for path in tree.match(paths, pattern)}
-        rule = {path: _by_rule(shapes[path]) for path in paths if path not in given}
+        rule = {path: _by_rule(shapes[path], path) for path in paths if path not in given}
         left = [f"{path}: {shapes[path]}" for path, axes in rule.items() if axes is None or "i" in axes]
         if left:
             raise ValueError(f"`matrices` says nothing of {len(left)} leaves:\n{tree.list_some(left)}\n{_WAYS_OUT}")
@@ -170,7 +172,7 @@ def leaf_axes(shapes: Mapping[str, Shape], matrices: Matrices) -> dict[str, str]
         flat = [f"{path}: {shapes[path]}" for path in paths if path in chosen and len(shapes[path]) < 2]
         if flat:
             raise ValueError(f"a matrix has two axes or more, found\n{tree.list_some(flat)}\nchange `matrices`")
-    found = {path: _by_rule(shapes[path]) if path in chosen else "v" * len(shapes[path]) for path in paths}
+    found = {path: _by_rule(shapes[path], path) if path in chosen else "v" * len(shapes[path]) for path in paths}
     unknown = [f"{path}: {shapes[path]}" for path, axes in found.items() if axes is None]
     if unknown:
         raise ValueError(
@@ -219,8 +221,8 @@ def matrix_views(function: Callable[..., Any], params: PyTree, *args: Any) -> di
     return found
 
 
-def _by_rule(shape: Shape) -> str | None:
-    """Letters of a leaf by its shape alone, None where that does not say."""
+def _by_rule(shape: Shape, path: str = "") -> str | None:
+    """Letters of a leaf by its shape and its name, None where they do not say."""
     wide = [axis for axis, size in enumerate(shape) if size != 1]
     if len(shape) == 2:
         return "io"
@@ -228,7 +230,14 @@ def _by_rule(shape: Shape) -> str | None:
         return "v" * len(shape)
     if len(wide) == 2:
         return "".join("o" if axis == wide[1] else "i" for axis in range(len(shape)))
-    return "iiio" if len(shape) == 4 and shape[0] == shape[1] < shape[3] else None
+    if len(shape) == 4 and shape[0] == shape[1] < shape[3]:
+        return "iiio"
+    *_, module, name = ("", *path.split("/"))
+    if name != "weight":
+        return None
+    if len(shape) == 4 and shape[2] == shape[3] < shape[0]:
+        return "oiii"
+    return "oii" if len(shape) == 3 and "conv" in module and shape[2] < shape[0] else None
 
 
 def _check_letters(shapes: Mapping[str, Shape], given: Mapping[str, str]) -> None:

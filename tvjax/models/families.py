@@ -6,15 +6,26 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from tvjax.models import generic
+from tvjax.models.bert import config as bert_config
+from tvjax.models.bert import modeling as bert_modeling
 from tvjax.models.clip import config as clip_config
 from tvjax.models.clip import modeling as clip_modeling
 from tvjax.models.clip import table as clip_table
+from tvjax.models.dinov2 import config as dinov2_config
+from tvjax.models.dinov2 import modeling as dinov2_modeling
+from tvjax.models.dinov2 import table as dinov2_table
+from tvjax.models.gpt2 import config as gpt2_config
+from tvjax.models.gpt2 import modeling as gpt2_modeling
+from tvjax.models.gpt2 import table as gpt2_table
 from tvjax.models.key_table import Tensor
 from tvjax.models.layer_table import LayerTable
 from tvjax.models.llama import config as llama_config
 from tvjax.models.llama import modeling as llama_modeling
 from tvjax.models.llama import table as llama_table
 from tvjax.models.settings import Settings
+from tvjax.models.siglip import config as siglip_config
+from tvjax.models.siglip import modeling as siglip_modeling
+from tvjax.models.siglip import table as siglip_table
 from tvjax.models.t5 import config as t5_config
 from tvjax.models.t5 import modeling as t5_modeling
 from tvjax.models.t5 import table as t5_table
@@ -36,7 +47,7 @@ class Family(NamedTuple):
       inputs: ``(config, examples) -> inputs``, the shapes of what the model takes, so many examples of each kind.
       part: the part that a task vector covers where nobody says it, "" for all.
       asked: how jobs ask its models (`tvjax.jobs.asking`): by their ``own_head``, by a ``zero_shot`` head, or in
-        ``language``; "" where there is no modelling code.
+        ``language``; or a function of the config to one of these; "" where there is no modelling code.
       completed: ``(config, tensors) -> config``, with what only the tensors of a checkpoint tell; None: nothing.
     """
 
@@ -46,7 +57,7 @@ class Family(NamedTuple):
     table: LayerTable
     inputs: Callable[[Any, int], PyTree]
     part: str = ""
-    asked: str = ""
+    asked: str | Callable[[Any], str] = ""
     completed: Callable[[Any, Mapping[str, Tensor]], Any] | None = None
 
 
@@ -68,6 +79,26 @@ VIT = Family(
     part="vision",
     asked="own_head",
 )
+DINOV2 = Family(
+    dinov2_config.Dinov2Config,
+    dinov2_modeling.init,
+    dinov2_modeling.dinov2,
+    dinov2_table.TABLE,
+    dinov2_modeling.inputs,
+    part="vision",
+    asked="own_head",
+)
+DINOV2_WITH_REGISTERS = DINOV2._replace(
+    config=dinov2_config.Dinov2WithRegistersConfig, table=dinov2_table.TABLE_WITH_REGISTERS
+)
+GPT2 = Family(
+    gpt2_config.GPT2Config,
+    gpt2_modeling.init,
+    gpt2_modeling.gpt2,
+    gpt2_table.TABLE,
+    gpt2_modeling.inputs,
+    asked="language",
+)
 LLAMA = Family(
     llama_config.LlamaConfig,
     llama_modeling.init,
@@ -75,6 +106,26 @@ LLAMA = Family(
     llama_table.TABLE,
     llama_modeling.inputs,
     asked="language",
+)
+SIGLIP = Family(
+    siglip_config.SiglipConfig,
+    siglip_modeling.init,
+    siglip_modeling.siglip,
+    siglip_table.TABLE,
+    siglip_modeling.inputs,
+    part="vision",
+    asked="zero_shot",
+)
+BERT, ROBERTA, MPNET = (
+    Family(
+        config,
+        bert_modeling.init,
+        bert_modeling.bert,
+        bert_modeling.TABLES[config],
+        bert_modeling.inputs,
+        asked=lambda config: "sentences" if config.num_labels is None else "own_head_of_texts",
+    )
+    for config in (bert_config.BertConfig, bert_config.RobertaConfig, bert_config.MPNetConfig)
 )
 T5 = Family(
     t5_config.T5Config,
@@ -96,7 +147,14 @@ GENERIC = Family(
 )
 FAMILIES = {
     **dict.fromkeys(("clip", "clip_vision_model", "clip_text_model"), CLIP),
+    "dinov2": DINOV2,
+    "dinov2_with_registers": DINOV2_WITH_REGISTERS,
+    "gpt2": GPT2,
+    **dict.fromkeys(("siglip", "siglip_vision_model", "siglip_text_model"), SIGLIP),
     "vit": VIT,
+    "bert": BERT,
+    **dict.fromkeys(("roberta", "xlm-roberta"), ROBERTA),
+    "mpnet": MPNET,
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LLAMA),
     **dict.fromkeys(("t5", "mt5"), T5),
     "umt5": UMT5,
@@ -129,7 +187,7 @@ def family_of_config(config: Any) -> Family:
     """
     known = (*FAMILIES.values(), GENERIC)
     for family in known:
-        if type(config) is family.config:
+        if type(config) is family.config:  # configs may derive from one another
             return family
     names = sorted({family.config.__name__ for family in known})
     raise ValueError(f"no family has configs of type {type(config).__name__}: expected one of {names}")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tvjax import tree
-from tvjax.models.layer_table import KINDS, LayerTable, Layout, Leaf, Row, locate, matches
+from tvjax.models.layer_table import KINDS, LayerTable, Leaf, Part, Row, locate, matches
 from tvjax.stages import PyTree
 
 
@@ -20,14 +20,67 @@ class Tensor(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where a parameter is read: the key in the checkpoint, and the change of layout, there and back."""
+    """Where a parameter is read.
+
+    Attributes:
+      key: in the checkpoint.
+      leaf: how the layout changes, there and back.
+      part: which part of the tensor it is; None: all of it.
+    """
 
     key: str
-    to_ours: Layout
-    to_theirs: Layout
+    leaf: Leaf
+    part: Part | None = None
+
+    def to_ours(self, tensor: np.ndarray) -> np.ndarray:
+        """The parameter, in our layout, of the tensor of the key."""
+        whole = self.leaf.to_ours(tensor)
+        return whole if self.part is None else np.split(whole, self.part.of, self.part.axis)[self.part.number]
+
+    def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the tensor of which a parameter of this shape is read.
+
+        >>> Source("c_attn.weight", KINDS["conv1d"][0], Part(0, 3)).shape((2, 4))
+        (2, 12)
+        """
+        whole = list(ours)
+        if self.part is not None:
+            whole[self.part.axis] *= self.part.of
+        return self.leaf.to_theirs(np.broadcast_to(np.int8(0), whole)).shape
+
+
+class Joined:
+    """Parameters to the tensors of a checkpoint: parts of one tensor are kept until the last of them is here.
+
+    >>> tensors, kernel = Joined(), KINDS["kernel"][0]
+    >>> tensors.add(Source("qk.weight", kernel, Part(1, 2)), np.ones((1, 1)))
+    >>> tensors.add(Source("qk.weight", kernel, Part(0, 2)), np.zeros((1, 1))).tolist()
+    [[0.0], [1.0]]
+    """
+
+    def __init__(self) -> None:
+        self._parts: dict[str, dict[int, np.ndarray]] = {}
+
+    @property
+    def incomplete(self) -> list[str]:
+        """Keys of the tensors of which parts are missing."""
+        return sorted(self._parts)
+
+    def add(self, source: Source, array: np.ndarray) -> np.ndarray | None:
+        """The tensor of a source's key, once the array of its last part is given; None before."""
+        part = source.part
+        if part is None:
+            return source.leaf.to_theirs(array)
+        parts = self._parts.setdefault(source.key, {})
+        parts[part.number] = np.array(array)  # the memory that is given may be used again
+        if len(parts) < part.of:
+            return None
+        del self._parts[source.key]
+        return source.leaf.to_theirs(np.concatenate([parts[number] for number in range(part.of)], part.axis))
 
 
 FLOATS = ("F32", "F16", "BF16")
+_ADAPTED = ("linear", "kernel", "conv1d")  # kinds of layers that LoRA can adapt
 
 
 def find_sources(
@@ -48,24 +101,25 @@ def find_sources(
       ValueError: naming every missing key, surplus key, wrong shape and unsupported dtype.
     """
     expected = {path: _locate(table, path) for path in shapes}
-    names = {key for key, _ in expected.values()}
+    names = {source.key for source in expected.values()}
     found: dict[str, str] = {}  # key as the table spells it -> key in the checkpoint
     surplus = []
     unused = [*table.unused, *copies_of_tied(table, shapes)]
     for key in tensors:
-        spellings = (key, *(wrapper + key for wrapper in table.wrappers))
+        spelled = _spelled(table, key)
+        spellings = (spelled, *(wrapper + spelled for wrapper in table.wrappers))
         name = next((spelling for spelling in spellings if spelling in names), None)
         if name is None or name in found:
             if not any(matches(pattern, spelling) is not None for pattern in unused for spelling in spellings):
                 surplus.append(key)
         else:
             found[name] = key
-    missing = [key for key, _ in expected.values() if key not in found]
+    missing = [source.key for source in expected.values() if source.key not in found]
     shape_problems, dtype_problems = [], []
-    for path, (name, leaf) in expected.items():
+    for path, source in expected.items():
+        name = source.key
         if name in found:
-            tensor = tensors[found[name]]
-            shape = leaf.to_theirs(np.broadcast_to(np.int8(0), shapes[path])).shape
+            tensor, shape = tensors[found[name]], source.shape(shapes[path])
             if tensor.shape != shape:
                 shape_problems.append(f"{found[name]} is {list(tensor.shape)}, expected {list(shape)}")
             if tensor.dtype not in FLOATS:
@@ -73,10 +127,10 @@ def find_sources(
     problems = [
         f"{title} ({len(items)}): {', '.join(items[:8])}{', ...' if len(items) > 8 else ''}"
         for title, items in (
-            ("missing keys", missing),
+            ("missing keys", list(dict.fromkeys(missing))),  # parts of one tensor say the same
             ("surplus keys", surplus),
-            ("wrong shapes", shape_problems),
-            (f"dtypes other than {', '.join(FLOATS)}", dtype_problems),
+            ("wrong shapes", list(dict.fromkeys(shape_problems))),
+            (f"dtypes other than {', '.join(FLOATS)}", list(dict.fromkeys(dtype_problems))),
         )
         if items
     ]
@@ -86,7 +140,15 @@ def find_sources(
             + "; ".join(problems)
             + ". Use the config.json and the weights of one model, saved in float32, float16 or bfloat16"
         )
-    return {path: Source(found[name], leaf.to_ours, leaf.to_theirs) for path, (name, leaf) in expected.items()}
+    return {path: source._replace(key=found[source.key]) for path, source in expected.items()}
+
+
+def _spelled(table: LayerTable, key: str) -> str:
+    """A key of a checkpoint as the table spells its end."""
+    for theirs, ours in table.spellings:
+        if key.endswith(theirs):
+            return key.removesuffix(theirs) + ours
+    return key
 
 
 def to_checkpoint(table: LayerTable, params: PyTree) -> dict[str, np.ndarray]:
@@ -98,16 +160,25 @@ def to_checkpoint(table: LayerTable, params: PyTree) -> dict[str, np.ndarray]:
 
     Returns:
       Arrays by key.
+
+    Raises:
+      ValueError: for parameters of another model, or a part of a tensor without the rest.
     """
-    tensors = {}
+    tensors, joined = {}, Joined()
     for path, leaf in tree.flatten(params).items():
-        key, layout = _locate(table, path)
-        tensors[key] = layout.to_theirs(np.asarray(leaf))
+        source = _locate(table, path)
+        tensor = joined.add(source, np.asarray(leaf))
+        if tensor is not None:
+            tensors[source.key] = tensor
+    if joined.incomplete:
+        raise ValueError(f"parts of these tensors are missing: {', '.join(joined.incomplete)}: give all parameters")
     return tensors
 
 
 def kernels_by_module(table: LayerTable, paths: Iterable[str]) -> dict[str, str]:
     """The path of the kernel of each linear layer, by the name of its module in a checkpoint: what LoRA can adapt.
+
+    Kernels that a checkpoint has in one are not among them: see `fused_kernels`.
 
     >>> from tvjax.models.clip.table import TABLE
     >>> kernels_by_module(TABLE, ["text/blocks/0/mlp/up/kernel", "text/blocks/0/mlp/up/bias", "text/final_norm/scale"])
@@ -116,10 +187,27 @@ def kernels_by_module(table: LayerTable, paths: Iterable[str]) -> dict[str, str]
     found = {}
     for path in paths:
         row, leaf, names = locate(table, path)
-        if row.kind in ("linear", "kernel", "conv1d") and leaf.ours == "/kernel":
+        if row.kind in _ADAPTED and leaf.ours == "/kernel" and row.part is None:
             found[key_of(row, names)] = path
         elif row.path == "{path}" and path.endswith("/weight"):  # of a model without modelling code
             found[key_of(row, names).removesuffix(".weight")] = path
+    return found
+
+
+def fused_kernels(table: LayerTable, paths: Iterable[str]) -> dict[str, dict[str, Part]]:
+    """The kernels that a checkpoint has in one, by the name of its module there: their paths, and which part each is.
+
+    >>> from tvjax.models.gpt2.table import TABLE
+    >>> fused_kernels(TABLE, [f"blocks/0/attention/{name}/kernel" for name in ("query", "key", "value", "out")])
+    {'transformer.h.0.attn.c_attn': {'blocks/0/attention/query/kernel': Part(number=0, of=3, axis=-1),
+     'blocks/0/attention/key/kernel': Part(number=1, of=3, axis=-1),
+     'blocks/0/attention/value/kernel': Part(number=2, of=3, axis=-1)}}
+    """
+    found: dict[str, dict[str, Part]] = {}
+    for path in paths:
+        row, leaf, names = locate(table, path)
+        if row.part is not None and row.kind in _ADAPTED and leaf.ours == "/kernel":
+            found.setdefault(key_of(row, names), {})[path] = row.part
     return found
 
 
@@ -164,10 +252,32 @@ def module_key(table: LayerTable, module: str) -> str:
     return module
 
 
-def _locate(table: LayerTable, path: str) -> tuple[str, Leaf]:
-    """The key of the parameter at a path, and how its layout changes."""
+def module_name(table: LayerTable, key: str, model_class: str = "") -> str:
+    """What recent transformers calls the module of a checkpoint's key; the inverse of `module_key`.
+
+    Args:
+      table: of the family.
+      key: of the module in a checkpoint.
+      model_class: of transformers; a tower alone leaves its name out.
+
+    >>> from tvjax.models.vit.table import TABLE
+    >>> module_name(TABLE, "vit.encoder.layer.3.output.dense"), module_name(TABLE, "classifier")
+    ('vit.layers.3.mlp.fc2', 'classifier')
+    >>> module_name(TABLE, "vit.encoder.layer.3.output.dense", "ViTModel")
+    'layers.3.mlp.fc2'
+    """
+    for name, pattern in table.renamed:
+        found = matches(pattern, key)
+        if found is not None:
+            key = name.format(**found)
+            break
+    return key.removeprefix(table.wrapper_of.get(model_class, ""))
+
+
+def _locate(table: LayerTable, path: str) -> Source:
+    """Where the parameter at a path is read, by the key that the table gives."""
     row, leaf, names = locate(table, path)
-    return key_of(row, names) + leaf.theirs, leaf
+    return Source(key_of(row, names) + leaf.theirs, leaf, row.part)
 
 
 def key_of(row: Row, names: Mapping[str, str]) -> str:

@@ -57,14 +57,17 @@ _CONV = Leaf(  # height, width, in, out here; out, in, height, width there
 _BIAS = Leaf("/bias", ".bias", _same, _same, (1,))
 KINDS: dict[str, tuple[Leaf, ...]] = {
     "array": (Leaf("", "", _same, _same),),
+    "scalar": (Leaf("", "", lambda x: x.reshape(()), lambda x: x.reshape(1)),),  # an array of one number there
     "batched array": (Leaf("", "", lambda x: x[0], lambda x: x[None]),),
     "batched token": (Leaf("", "", lambda x: x[0, 0], lambda x: x[None, None]),),
     "embedding": (Leaf("", ".weight", _same, _same),),
     "scale": (_SCALE,),
+    "layer scale": (_SCALE._replace(theirs=".lambda1"),),
     "norm": (_SCALE, _BIAS._replace(axes=(0,))),
     "kernel": (_KERNEL,),
     "linear": (_KERNEL, _BIAS),
     "conv1d": (_KERNEL._replace(to_ours=_same, to_theirs=_same), _BIAS),  # GPT-2's: [in, out] on both sides
+    "in_proj": (_KERNEL._replace(theirs="_weight"), _BIAS._replace(theirs="_bias")),  # of torch's multi-head attention
     "conv kernel": (_CONV,),
     "conv": (_CONV, _BIAS),
 }
@@ -90,6 +93,20 @@ class Heads(NamedTuple):
     shared: bool = False
 
 
+class Part(NamedTuple):
+    """Which part a layer is of arrays that a checkpoint has in one piece: the queries of a fused kernel.
+
+    Attributes:
+      number: of the part, from 0.
+      of: how many equal parts there are.
+      axis: the one that is cut, of our arrays: that of the outputs, or of a kernel 0 for its inputs.
+    """
+
+    number: int
+    of: int
+    axis: int = -1
+
+
 class Row(NamedTuple):
     """One layer: ``{i}`` stands for a number, ``{tower}`` for ``vision`` or ``text``, in path, key and spaces.
 
@@ -104,6 +121,7 @@ class Row(NamedTuple):
         their own (pixels, tokens, positions, classes).
       fixed: its outputs have a meaning in every model of the family (classes, a vocabulary): they are never rotated.
       tied: path of the leaf that a model without this layer uses in its place.
+      part: which part it is of what the checkpoint has under the key; None: all of it.
     """
 
     path: str
@@ -112,6 +130,7 @@ class Row(NamedTuple):
     spaces: tuple[str | Heads | None, ...] = ()
     fixed: bool = False
     tied: str = ""
+    part: Part | None = None
 
 
 class LayerTable(NamedTuple):
@@ -125,6 +144,7 @@ class LayerTable(NamedTuple):
       wrapper_of: by class of transformers, the beginning that its modules' names leave out.
       renamed: names of modules in recent transformers (with ``{i}``), which its checkpoints do not have, and the keys
         that stand for them there.
+      spellings: ends of keys that some checkpoints have, and those that the table has in their place.
     """
 
     rows: tuple[Row, ...]
@@ -133,6 +153,7 @@ class LayerTable(NamedTuple):
     wrappers: tuple[str, ...] = ()
     wrapper_of: Mapping[str, str] = MappingProxyType({})
     renamed: tuple[tuple[str, str], ...] = ()
+    spellings: tuple[tuple[str, str], ...] = ()
 
 
 class Space(NamedTuple):
@@ -190,9 +211,8 @@ def _space(space: str | Heads, config: Any, names: Mapping[str, str]) -> Space |
     if isinstance(space, str):
         return Space(space.format(**names))
     group = space.group.format(**names)
-    return Space(
-        f"{group}:{space.units.format(**names)}", getattr(config_of(config, group), space.number), space.rotary
-    )
+    name = f"{group}:{space.units.format(**names)}"
+    return Space(name, getattr(config_of(config, group), space.number), space.rotary)
 
 
 def config_of(config: Any, path: str) -> Any:
@@ -215,7 +235,7 @@ def in_towers(table: LayerTable, config: Any) -> LayerTable:
         if isinstance(value, str):
             return value.replace("{tower}", tower)
         if isinstance(value, Heads):
-            return value._replace(group=place(value.group, tower))
+            return value._replace(group=place(value.group, tower), units=place(value.units, tower))
         return tuple(place(each, tower) for each in value) if type(value) is tuple else value
 
     rows = [
@@ -229,7 +249,7 @@ def in_towers(table: LayerTable, config: Any) -> LayerTable:
 
 
 def describe(table: LayerTable, config: Any, stages: Iterable[Stage]) -> tuple[Stage, ...]:
-    """The stages of a model with what its family's table says of their layers: `fixed`, `tied` and `heads`."""
+    """The stages of a model with what its family's table says of their layers: `fixed`, `vocabulary`, `heads`."""
     return tuple(
         dataclasses.replace(stage, heads=_heads_of(table, config, stage)) for stage in fix_outputs(table, stages)
     )
@@ -268,22 +288,28 @@ def _local_paths(stage: Stage) -> dict[str, str]:
 def fix_outputs(table: LayerTable, stages: Iterable[Stage]) -> tuple[Stage, ...]:
     """The stages of a model, each with its `fixed`: the layers whose outputs the table calls fixed.
 
-    A tied leaf is fixed in the stage that uses it in the layer's place, not in the one that owns it; that stage's
-    `tied` says for which layer.
+    A tied leaf is fixed in the stage that uses it in the layer's place, not in the one that owns it. A layer that may
+    be tied is the head of a vocabulary: the stage's `vocabulary` says which leaf it uses for it.
     """
     fixed = [(row.path + leaf.ours, row.tied) for row, leaf in leaves(table) if row.fixed]
     owned: set[str] = set()
     found = []
     for stage in stages:
         local_of = _local_paths(stage)
-        tied = [(pattern, local_of[path]) for pattern, path in fixed if path in local_of and path in owned]
+        vocabulary = [
+            (pattern, local_of[used])
+            for pattern, tied in fixed
+            if tied
+            for used in (pattern, tied)
+            if used in local_of and (used == pattern or used in owned)
+        ]
         names = [
             local
             for pattern, tied in fixed
             for path, local in local_of.items()
             if matches(pattern, path) is not None or (path == tied and path in owned)
         ]
-        found.append(dataclasses.replace(stage, fixed=tuple(dict.fromkeys(names)), tied=tuple(tied)))
+        found.append(dataclasses.replace(stage, fixed=tuple(dict.fromkeys(names)), vocabulary=tuple(vocabulary)))
         owned |= local_of.keys()
     return tuple(found)
 

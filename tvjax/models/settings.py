@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 Settings = Mapping[str, Any]
-
-_MAY_BE_0 = ("eos_token_id", "decoder_start_token_id", "projection_dim", "max_window_layers")
+_MAY_BE_0 = (
+    *("eos_token_id", "pad_token_id", "decoder_start_token_id", "projection_dim", "max_window_layers"),
+    *("type_vocab_size", "relative_attention_num_buckets"),
+)
 
 
 def architecture(settings: Settings, defaults: Mapping[str, str]) -> str:
@@ -75,12 +77,12 @@ def part(settings: Settings, key: str) -> Settings:
 
 def _kinds(config_class: type) -> dict[str, tuple[type, bool]]:
     """The type of each field that is a number, a text or a truth value, and whether it may be None."""
-    found = {}
-    for name, hint in typing.get_type_hints(config_class).items():
-        options = typing.get_args(hint) or (hint,)
+    found, hints = {}, typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        options = typing.get_args(hints[field.name]) or (hints[field.name],)
         plain = [option for option in options if option in (int, float, bool, str)]
         if plain:
-            found[name] = plain[0], type(None) in options
+            found[field.name] = plain[0], type(None) in options
     return found
 
 

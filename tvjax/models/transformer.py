@@ -133,12 +133,23 @@ class Attention(nnx.Module):
         self.out = linear(width, width, dtype, rngs, std)
 
     def __call__(
-        self, x: Float[Array, "batch tokens width"], mask: Bool[Array, "#batch 1 #tokens tokens"] | None = None
+        self,
+        x: Float[Array, "batch tokens width"],
+        mask: Bool[Array, "#batch 1 #tokens tokens"] | None = None,
+        bias: Float[Array, "heads tokens tokens"] | None = None,
     ) -> Float[Array, "batch tokens width"]:
-        """Mixes the tokens; `mask` is True where a query (second last axis) may see a key."""
+        """Mixes the tokens.
+
+        Args:
+          x: the tokens.
+          mask: True where a query (second last axis) may see a key.
+          bias: added to the scores.
+        """
         split = (*x.shape[:-1], self.heads, x.shape[-1] // self.heads)
         query, key, value = (layer(x).reshape(split) for layer in (self.query, self.key, self.value))
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) * split[-1] ** -0.5
+        if bias is not None:
+            scores = scores + bias.astype(scores.dtype)
         if mask is not None:
             scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores).astype(value.dtype)
@@ -192,24 +203,33 @@ def causal_mask(padding: Bool[Array, "batch tokens"]) -> Bool[Array, "batch 1 to
 
 
 class PatchEmbeddings(nnx.Module):
-    """A class token and the image's patches, with learned positions."""
+    """The image's patches, with learned positions; before them a class token, where there is one."""
 
     def __init__(
-        self, width: int, image_size: int, patch_size: int, use_bias: bool, dtype: jnp.dtype, *, rngs: nnx.Rngs
+        self,
+        width: int,
+        image_size: int,
+        patch_size: int,
+        use_bias: bool,
+        dtype: jnp.dtype,
+        class_token: bool = True,
+        *,
+        rngs: nnx.Rngs,
     ):
         normal = nnx.initializers.normal(0.02)
         grid = image_size // patch_size
-        self.class_token = nnx.Param(nnx.initializers.normal(width**-0.5)(rngs.params(), (width,), jnp.float32))
+        if class_token:
+            self.class_token = nnx.Param(nnx.initializers.normal(width**-0.5)(rngs.params(), (width,), jnp.float32))
         self.patch = nnx.Conv(
             3, width, (patch_size, patch_size), strides=(patch_size, patch_size), padding="VALID",
             use_bias=use_bias, dtype=dtype, kernel_init=normal, rngs=rngs,
         )  # fmt: skip
-        self.positions = nnx.Param(normal(rngs.params(), (1 + grid**2, width), jnp.float32))
+        self.positions = nnx.Param(normal(rngs.params(), (class_token + grid**2, width), jnp.float32))
         self.image_size = image_size
         self.dtype = dtype
 
     def __call__(self, pixels: Float[Array, "batch height width 3"]) -> Float[Array, "batch tokens features"]:
-        """The class token and the patches in row order."""
+        """The class token, and the patches in row order."""
         expected = (self.image_size, self.image_size, 3)
         if pixels.ndim != 4 or pixels.shape[1:] != expected:
             raise ValueError(
@@ -218,8 +238,10 @@ class PatchEmbeddings(nnx.Module):
             )
         patches = self.patch(pixels)
         batch, _, _, width = patches.shape
-        class_token = jnp.broadcast_to(self.class_token[...].astype(self.dtype), (batch, 1, width))
-        tokens = jnp.concatenate([class_token, patches.reshape(batch, -1, width)], axis=1)
+        tokens = patches.reshape(batch, -1, width)
+        if hasattr(self, "class_token"):
+            class_token = jnp.broadcast_to(self.class_token[...].astype(self.dtype), (batch, 1, width))
+            tokens = jnp.concatenate([class_token, tokens], axis=1)
         return tokens + self.positions[...].astype(self.dtype)
 
 

@@ -4,7 +4,8 @@ from tvjax.transport.base import State, Transport, chain, identity, scale_by
 from tvjax.transport.bico import bico
 from tvjax.transport.fit import fit, transport_stages
 from tvjax.transport.gradfix import gradfix
-from tvjax.transport.leaf_report import LeafReport, leaf_report, summary
+from tvjax.transport.leaf_report import LeafReport, leaf_forms, leaf_report, summary
+from tvjax.transport.likeness import Likeness, likeness
 from tvjax.transport.orthogonal_shift import orthogonal_shift
 from tvjax.transport.permutation import transfusion
 from tvjax.transport.registry import make_transport, methods, register
@@ -13,6 +14,7 @@ from tvjax.transport.theseus import theseus
 
 __all__ = [
     "LeafReport",
+    "Likeness",
     "Options",
     "State",
     "Transport",
@@ -21,7 +23,9 @@ __all__ = [
     "fit",
     "gradfix",
     "identity",
+    "leaf_forms",
     "leaf_report",
+    "likeness",
     "make_transport",
     "methods",
     "orthogonal_shift",

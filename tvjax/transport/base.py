@@ -8,6 +8,9 @@ A transport is fitted once on a pair of models and applied to as many task vecto
 
 The state is a pytree: maps and masks are its leaves, and the rule of each parameter (which source leaf, seen how,
 through which maps) is static. So ``jit(rebase.apply)`` works, and so do `vmap` over task vectors and `grad`.
+
+Leaves of low rank (`tvjax.LowRank`) stay so through links that only multiply their two sides, and become arrays in the
+others; `tvjax.transport.leaf_forms` says where.
 """
 
 from __future__ import annotations
@@ -20,14 +23,15 @@ from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from tvjax import tree
 from tvjax.capture.views import View
+from tvjax.factors import float32, scaled
 from tvjax.finite import check_finite
 
 PyTree = Any
-Flat = dict[str, jax.Array]
+Flat = dict[str, Any]  # of arrays, and leaves of low rank
 OptionsT = TypeVar("OptionsT", bound=tuple)
 
 
@@ -236,7 +240,8 @@ class Transport(NamedTuple):
 
         Args:
           state: what `fit` returned for this transport.
-          tau: task vector of the source model, or of a subtree of it; None leaves are not covered.
+          tau: task vector of the source model, or of a subtree of it; None leaves are not covered. Its leaves may be of
+            low rank.
 
         Returns:
           Float32 task vector over the target leaves whose source leaf `tau` covers: in the structure of the target's
@@ -249,7 +254,7 @@ class Transport(NamedTuple):
         names = tuple(part.link for part in state.parts)
         if names != tuple(link.name for link in self.links):
             raise ValueError(f"this state was fitted for {'+'.join(names)}, not for {self.name}")
-        flat = {path: jnp.asarray(leaf, jnp.float32) for path, leaf in tree.flatten(tau).items()}
+        flat: Flat = {path: float32(leaf) for path, leaf in tree.flatten(tau).items()}
         expected = {rule.source: rule.source_shape for rule in state.parts[0].rules if rule.source}
         check_leaves(flat, expected, also=state.sources)
         check_finite(tau, "the task vector")
@@ -293,7 +298,7 @@ def scale_by(factor: float | jax.Array) -> Transport:
     """Multiplies the task vector by a number."""
 
     def transform(part: LinkState, flat: Flat) -> Flat:
-        return {path: leaf * jnp.asarray(factor, jnp.float32) for path, leaf in flat.items()}
+        return {path: scaled(leaf, factor) for path, leaf in flat.items()}
 
     fit = partial(_nothing_to_fit, "scale_by", "scaled")
     return Transport((Link("scale_by", "any", Needs(source=False), fit, transform),))
@@ -360,8 +365,8 @@ def check_leaves(tau: PyTree, shapes: Mapping[str, tuple[int, ...]], also: Seque
     """
     problems = []
     for path, leaf in tree.flatten(tau).items():
-        if path in shapes and shapes[path] != tuple(jnp.shape(leaf)):
-            problems.append(f"{path}: shape {tuple(jnp.shape(leaf))}, the source has {shapes[path]}")
+        if path in shapes and shapes[path] != tuple(np.shape(leaf)):
+            problems.append(f"{path}: shape {tuple(np.shape(leaf))}, the source has {shapes[path]}")
         elif path not in shapes and path not in also:
             problems.append(f"{path}: no such leaf in the source model")
     if problems:

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 
 from tvjax import tree
 from tvjax.align import tokens as token_alignment
+from tvjax.factors import float32
 from tvjax.finite import check_finite
-from tvjax.renamed import renamed_arguments
+from tvjax.renamed import renamed_arguments, warn
 from tvjax.stages import Batch, Model
 from tvjax.transport.base import Flat, LinkState, State, Transport, check_leaves
 from tvjax.transport.checks import check_batches, check_common_leaves, check_models, check_stages, views_of
@@ -53,7 +54,8 @@ def fit(
     task: str = "",
     progress: Progress | None = None,
     cache: StateCache | None = None,
-) -> State:
+    stream: Sequence[PyTree] | None = None,
+) -> State | Any:
     """Fits a transport on a pair of models.
 
     Args:
@@ -74,79 +76,60 @@ def fit(
       progress: called with (stages done, stages in all, name of the stage).
       cache: keeps what is fitted, stage by stage, and gives it back to a later run
         (`tvjax.checkpoints.TransportStore`).
+      stream: task vectors of the source to move while it is fitted: the maps of a stage are applied to them and
+        dropped, so that those of two stages are never held.
 
     Returns:
-      The state, a pytree.
+      The state, a pytree; where there is a stream, the transported task vectors in its place, the same as
+      ``[transport.apply(state, tau) for tau in stream]``.
 
     Raises:
       ValueError: models that cannot be matched, missing labels or loss, no rows, parameters, inputs or gradients of the
-        loss that are not finite; the message names what and where.
+        loss that are not finite, or a task vector that is not one of the source; the message names what and where.
     """
+    if stream is not None:
+        _check_stream(source, stream)
+    fitting = Fitting(
+        transport, source, target, batches, depth, tokens, check_gradients, offload, task, progress, cache
+    )
+    if stream is not None:
+        return _streamed(fitting, stream)
     parts: tuple[LinkState, ...] | None = None
-    stream = Fitting(transport, source, target, batches, depth, tokens, check_gradients, offload, task, progress, cache)
-    for _, found in stream:
+    for _, found in fitting:
         parts = found if parts is None else tuple(a.merge(b) for a, b in zip(parts, found, strict=True))
     assert parts is not None
-    return stream.state(parts, stream.notes(parts))
+    return fitting.state(parts, fitting.notes(parts))
 
 
-@renamed_arguments(check="check_gradients", host="offload")
 def transport_stages(
-    transport: Transport,
-    source: Model,
-    target: Model,
-    batches: Batches | Mapping[str, Batches],
-    taus: Sequence[PyTree],
-    *,
-    depth: str | Sequence[int] | Mapping[str, str | Sequence[int]] = "uniform",
-    tokens: token_alignment.Mode = "interpolate",
-    check_gradients: bool = False,
-    offload: bool = False,
-    task: str = "",
-    progress: Progress | None = None,
-) -> list[PyTree]:
-    """Fits a transport and applies it to task vectors stage by stage, dropping the maps of a stage once it is done.
+    transport: Transport, source: Model, target: Model, batches: Any, taus: Sequence[PyTree], **options: Any
+) -> Any:
+    """The old name of ``fit(..., stream=taus)``."""
+    warn("transport_stages(..., taus)", "fit(..., stream=taus)")
+    return fit(transport, source, target, batches, stream=taus, **options)
 
-    The same as ``[transport.apply(fit(...), tau) for tau in taus]`` without ever holding the maps of two stages.
 
-    Args:
-      transport: what to fit.
-      source: the model that task vectors come from.
-      target: the model that they go to.
-      batches: as in `fit`.
-      taus: task vectors of the source.
-      depth: as in `fit`.
-      tokens: as in `fit`.
-      check_gradients: as in `fit`.
-      offload: as in `fit`.
-      task: as in `fit`.
-      progress: as in `fit`.
-
-    Returns:
-      The transported task vectors.
-
-    Raises:
-      ValueError: as `fit` does, and for a task vector that is not one of the source or not finite, before anything is
-        computed.
-    """
+def _check_stream(source: Model, taus: Sequence[PyTree]) -> None:
+    """Raises a ValueError for a task vector that is not one of the source, or not finite."""
     shapes = {path: tuple(jnp.shape(leaf)) for path, leaf in tree.flatten(source.params).items()}
     for number, tau in enumerate(taus):
         check_leaves(tau, shapes)
         check_finite(tau, f"task vector {number}")
-    stream = Fitting(transport, source, target, batches, depth, tokens, check_gradients, offload, task, progress)
-    flats = [{path: jnp.asarray(leaf, jnp.float32) for path, leaf in tree.flatten(tau).items()} for tau in taus]
+
+
+def _streamed(fitting: Fitting, taus: Sequence[PyTree]) -> list[PyTree]:
+    """Task vectors moved stage by stage, the maps of a stage dropped once they are applied."""
+    flats: list[Flat] = [{path: float32(leaf) for path, leaf in tree.flatten(tau).items()} for tau in taus]
     moved: list[Flat] = [{} for _ in taus]
-    for pair, found in stream:
+    for pair, found in fitting:
         sources = {leaf.source for leaf in pair.leaves}
-        state = stream.state(found, ())
+        state = fitting.state(found, ())
         for result, flat in zip(moved, flats, strict=True):
-            piece = transport.apply(state, tree.nest({path: leaf for path, leaf in flat.items() if path in sources}))
-            result.update(tree.flatten(piece))
-    paths = list(tree.flatten(target.params))
+            part = tree.nest({path: leaf for path, leaf in flat.items() if path in sources})
+            result.update(tree.flatten(fitting.transport.apply(state, part)))
+    paths, structure = list(tree.flatten(fitting.target.params)), jax.tree.structure(fitting.target.params)
     return [
-        jax.tree.unflatten(jax.tree.structure(target.params), [flat[path] for path in paths])
-        if set(flat) == set(paths)
-        else tree.nest(flat)
+        jax.tree.unflatten(structure, [flat[path] for path in paths]) if set(flat) == set(paths) else tree.nest(flat)
         for flat in moved
     ]
 

@@ -154,7 +154,7 @@ def _transform(masking: Masking, part: LinkState, flat: Flat) -> Flat:
             moved[path] = leaf
         else:
             voters = part.measures[path]["voters"]
-            moved[path] = mask(masking, leaf, part.arrays[path].astype(jnp.float32), voters)
+            moved[path] = mask(masking, jnp.asarray(leaf), part.arrays[path].astype(jnp.float32), voters)
     return moved
 
 

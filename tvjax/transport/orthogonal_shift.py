@@ -64,7 +64,7 @@ def _transform(beta: float, part: LinkState, flat: Flat) -> Flat:
     for rule in part.rules:
         if rule.source not in flat:
             continue
-        tau, shift = flat[rule.source], part.arrays[rule.target]
+        tau, shift = jnp.asarray(flat[rule.source]), part.arrays[rule.target]
         size = jnp.sum(shift**2)
         moved[rule.target] = tau - beta * (jnp.sum(tau * shift) / jnp.where(size > 0, size, 1)) * shift
     return moved

@@ -106,17 +106,17 @@ class Pair:
     def leaves(self) -> tuple[Leaf, ...]:
         """The floating leaves that the target stage owns, with their partners.
 
-        The partner of a leaf has its local path, or is what the source's stage uses in its place (`Stage.tied`).
+        The partner of a leaf has its local path, or is what the source's stage uses for it (`Stage.vocabulary`).
         """
         model, stage = self.target.model, self.target.model.stages[self.target_index]
         theirs = owner_paths(self.source.model.stages[self.source_index], self.source.model.params)
-        tied = dict(self.source.model.stages[self.source_index].tied)
+        used = dict(self.source.model.stages[self.source_index].vocabulary)
         owned = owner_of_leaves(model)
         found = []
         for local, path in owner_paths(stage, model.params).items():
             mine = self.target_leaves[local]
             if owned[path] == stage.name and jnp.issubdtype(jnp.result_type(mine), jnp.floating):
-                partner = local if local in theirs else tied.get(path, "")
+                partner = local if local in theirs else used.get(path, "")
                 shape = tuple(jnp.shape(self.source_leaves[partner])) if partner else ()
                 found.append(Leaf(local, path, theirs.get(partner), tuple(jnp.shape(mine)), shape, partner))
         return tuple(found)

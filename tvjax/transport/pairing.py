@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.extend.core import Var
 
 from tvjax import tree
 from tvjax.align import depth as layers
-from tvjax.align.rows import alignment, arranged, on_tokens, padding_mask
+from tvjax.align.rows import RowAxes, alignment, arranged, on_tokens, padding_mask
+from tvjax.capture import jaxprs
 from tvjax.capture.axes import of_argument
 from tvjax.stages import Model, Stage, layer_groups
 from tvjax.walk import Walk
+
+
+class Hidden(NamedTuple):
+    """What a stage leaves in the residual stream.
+
+    Attributes:
+      rows: ``[n, d]``.
+      axes: what its row axes are.
+      mask: ``[examples, tokens]``, True at real tokens; None where all are.
+    """
+
+    rows: Array
+    axes: RowAxes
+    mask: Array | None
 
 
 def pair_stages(source: Model, target: Model, depth: Any, walks: tuple[Walk, Walk] | None, tokens: str) -> list[int]:
@@ -47,32 +65,66 @@ def pair_stages(source: Model, target: Model, depth: Any, walks: tuple[Walk, Wal
     return partners
 
 
+def hidden(walk: Walk, index: int, batch: int) -> Hidden:
+    """What a stage of a walk writes into the carry: the first floating leaf that it does not hand on as it was.
+
+    Raises:
+      ValueError: for a stage that writes none.
+    """
+    stage, before = walk.model.stages[index], walk.carries(index)[batch]
+    after = tree.flatten(walk.carries(index + 1)[batch])
+    path = _written(stage.function, *(_abstract(x) for x in (walk.params(index), before)))
+    if path is None:
+        raise ValueError(f"stage {stage.name!r} returns no activations to compare: its carry is {sorted(after)}")
+    rows_of = [factor for axis in of_argument(path, after[path])[:-1] for factor in axis]
+    axes = arranged([f.size for f in rows_of], [f.label for f in rows_of])
+    return Hidden(after[path].reshape(-1, after[path].shape[-1]), axes, padding_mask(stage, before, axes))
+
+
+def aligned(sides: tuple[Hidden, Hidden], stages: tuple[Stage, Stage], tokens: Any) -> tuple[Array, Array, Array]:
+    """The activations of both sides on the same rows, and the weights of the rows."""
+    operators = alignment(sides[0].axes, sides[1].axes, stages, tokens)
+    rows = [on_tokens(x.rows, x.axes, operator, x.mask) for x, operator in zip(sides, operators, strict=True)]
+    return rows[0][0], rows[1][0], rows[0][1] * rows[1][1]
+
+
 def _cka_pairing(
     walks: tuple[Walk, Walk], theirs: Sequence[Stage], mine: Sequence[Stage], tokens: Any
 ) -> tuple[int, ...]:
     """The monotone pairing that maximises linear CKA of what the layers return, on the first batch."""
-    features, masks, axes = [], [], []
-    for walk, stages in zip(walks, (theirs, mine), strict=True):
-        carries = [walk.carries(walk.model.stages.index(stage) + 1)[0] for stage in stages]
-        path = _residual_stream(walk.carries(walk.model.stages.index(stages[0]))[0], carries[0])
-        features.append([tree.flatten(carry)[path] for carry in carries])
-        rows_of = [factor for axis in of_argument(path, features[-1][0])[:-1] for factor in axis]
-        axes.append(arranged([f.size for f in rows_of], [f.label for f in rows_of]))
-        masks.append(padding_mask(stages[0], carries[0], axes[-1]))
-    operators = alignment(axes[0], axes[1], (theirs[0], mine[0]), tokens)
-    rows, weights = [], []
-    for side, own, operator, mask in zip(features, axes, operators, masks, strict=True):
-        aligned = [on_tokens(hidden.reshape(-1, hidden.shape[-1]), own, operator, mask) for hidden in side]
-        rows.append([x for x, _ in aligned])
-        weights.append(aligned[0][1])
-    real = np.asarray(weights[0] * weights[1]) > 0
-    similarity = jax.device_get([[layers.linear_cka(x[real], y[real]) for y in rows[1]] for x in rows[0]])
-    return layers.monotone_pairing(np.array(similarity))
+    sides = [
+        [hidden(walk, walk.model.stages.index(stage), 0) for stage in stages]
+        for walk, stages in zip(walks, (theirs, mine), strict=True)
+    ]
+
+    def likeness(x: Hidden, y: Hidden, stages: tuple[Stage, Stage]) -> Array:
+        a, b, weights = aligned((x, y), stages, tokens)
+        real = np.asarray(weights) > 0
+        return layers.linear_cka(a[real], b[real])
+
+    found = [
+        [likeness(x, y, (one, other)) for y, other in zip(sides[1], mine, strict=True)]
+        for x, one in zip(sides[0], theirs, strict=True)
+    ]
+    return layers.monotone_pairing(np.array(jax.device_get(found)))
 
 
-def _residual_stream(before: Any, after: Any) -> str:
-    """The path of what a layer changes: where a decoder reads an encoder, the carry holds both."""
-    given = tree.flatten(before)
-    floating = [path for path, x in tree.flatten(after).items() if jnp.issubdtype(x.dtype, jnp.floating)]
-    same = [path for path in floating if path in given and np.array_equal(given[path], tree.get(after, path))]
-    return next((path for path in floating if path not in same), floating[0])
+def _abstract(pytree: Any) -> Any:
+    """Shapes and dtypes, hashable."""
+    leaves, structure = jax.tree.flatten(jax.tree.map(tree.leaf_type, pytree))
+    return structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+
+
+@cache
+def _written(function: Any, params: Any, carry: Any) -> str | None:
+    """Path of the first floating leaf of what a stage returns that is not one of those that it takes."""
+    arguments = [
+        structure.unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in leaves]) for structure, leaves in (params, carry)
+    ]
+    region, returned = jaxprs.trace(function, *arguments)
+    taken = set(region.variables)
+    for path, atom in zip(tree.flatten(returned), region.results, strict=True):
+        floating = jnp.issubdtype(atom.aval.dtype, jnp.floating) and atom.aval.ndim > 1
+        if floating and isinstance(atom, Var) and atom not in taken:
+            return path
+    return None

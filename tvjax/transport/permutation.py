@@ -8,16 +8,8 @@ from typing import TYPE_CHECKING
 from jaxtyping import Array
 
 from tvjax import tree
-from tvjax.align.permutations import (
-    Match,
-    Progress,
-    Symmetry,
-    axes,
-    match_weights,
-    permutation_names,
-    permute,
-    sign_name,
-)
+from tvjax.align.permutations import Symmetry, axes, permutation_names, permute, sign_name
+from tvjax.align.weight_matching import Match, Progress, match_weights
 from tvjax.transport.base import Flat, Link, LinkState, Needs, Rule, Transport
 
 if TYPE_CHECKING:
@@ -28,10 +20,10 @@ def transfusion(symmetry: Symmetry, *, key: Array, progress: Progress | None = N
     """Permutes a task vector as the weights of the source must be permuted to lie nearest the target's.
 
     ``P`` maximises ``<P(theta_A), theta_B>`` over the permutations under which the source computes what it did
-    (`tvjax.align.permutations.match_weights`); ``tau`` becomes ``P(tau)``. No data are needed; the models must have one
-    shape, and layers are paired as they stand. Where every norm that reads a residual stream is an RMS norm, its units
-    may change their signs as well; grouped queries move with their key head, and no unit that positions rotate leaves
-    its place in a head.
+    (`tvjax.align.weight_matching.match_weights`); ``tau`` becomes ``P(tau)``. No data are needed; the models must have
+    one shape, and layers are paired as they stand. Where every norm that reads a residual stream is an RMS norm, its
+    units may change their signs as well; grouped queries move with their key head, and no unit that positions rotate
+    leaves its place in a head.
 
     Args:
       symmetry: the table of the models' family (`tvjax.models.symmetry.symmetry_of_config`), or of your own model; it

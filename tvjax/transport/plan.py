@@ -171,7 +171,9 @@ class _OncePerKind:
 
     def _kind(self, name: str) -> Any:
         pair = list(zip(self.pairs[name], self.models, strict=True))
-        functions = tuple((stage.function, stage.streams, stage.fixed, stage.heads, stage.tied) for stage, _ in pair)
+        functions = tuple(
+            (stage.function, stage.streams, stage.fixed, stage.heads, stage.vocabulary) for stage, _ in pair
+        )
         leaves = [tree.flatten(local_params(stage, model.params)) for stage, model in pair]
         shapes = tuple((side, path, jnp.shape(x)) for side in (0, 1) for path, x in leaves[side].items())
         owned = tuple(local for local, path in self._paths(name)[1].items() if self.owner[path] == name)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from tvjax import tree
 from tvjax.align import moments as mm
 from tvjax.align import procrustes, tokens
 from tvjax.align.heads import MATCHINGS, STRUCTURES
@@ -34,7 +35,9 @@ from tvjax.align.rows import RowAxes, alignment, arranged, check_streams, on_tok
 from tvjax.capture import Captured, Site, SiteTable
 from tvjax.capture.axes import PART
 from tvjax.capture.views import apply_view, restore_view
-from tvjax.transport.base import Flat, LeafUse, Link, LinkState, MapInfo, Needs, Transport, register_state
+from tvjax.factors import LowRank, is_low_rank, scaled
+from tvjax.transport.base import Flat, LeafUse, Link, LinkState, MapInfo, Needs, Rule, Transport, register_state
+from tvjax.transport.factored import rotate_factors
 from tvjax.transport.head_maps import HeadMap, check_heads, solve_heads
 from tvjax.transport.rules import Map, MapTable, SitePair, maps_and_rules
 from tvjax.transport.statistics import MomentAccumulator, Options, matmul, per_layer
@@ -125,7 +128,8 @@ def _observe(options: Options, pair: Pair, table: MapTable) -> dict[str, MomentA
     for rows, found in observed.items():
         if found.table is not None:
             a, b = pair.source_leaves[found.table[0]], pair.target_leaves[found.table[1]]
-            statistics[rows].add(jnp.asarray(a), jnp.asarray(b), jnp.ones(a.shape[0], jnp.float32))
+            common = min(a.shape[0], b.shape[0])
+            statistics[rows].add(jnp.asarray(a[:common]), jnp.asarray(b[:common]), jnp.ones(common, jnp.float32))
     names = [_names(list(observed.values()), model) for model in (0, 1)]
     for batch in range(pair.batches):
         seen = (
@@ -252,7 +256,7 @@ def _rows_of(
 
 def _transform(options: Options, part: LinkState, flat: Flat) -> Flat:
     moved: Flat = {}
-    covered = all(rule.source in flat for rule in part.rules if rule.source)
+    covered = all(isinstance(flat.get(rule.source), jax.Array) for rule in part.rules if rule.source)
     for rule in part.rules:
         if rule.source not in flat:
             if rule.target and not rule.source and covered:
@@ -262,15 +266,27 @@ def _transform(options: Options, part: LinkState, flat: Flat) -> Flat:
         if rule.action == "passed through":
             moved[rule.target] = leaf
         elif rule.action == "rotated":
-            pieces = [_rotate(piece, part.arrays, leaf, rule.shape, options) for piece in rule.pieces]
-            result = sum(pieces[1:], pieces[0])
+            result = _rotated(rule, part.arrays, leaf, options)
             if options.rescale:
-                norm = jnp.linalg.norm(result)
-                result = result * (jnp.linalg.norm(leaf) / jnp.where(norm > 0, norm, 1))
+                norm = tree.norm(result)
+                result = scaled(result, tree.norm(leaf) / jnp.where(norm > 0, norm, 1))
             moved[rule.target] = result
         else:
-            moved[rule.target] = jnp.zeros(rule.shape, jnp.float32)
+            low = is_low_rank(leaf) and len(rule.shape) > 1
+            moved[rule.target] = LowRank.zeros(rule.shape) if low else jnp.zeros(rule.shape, jnp.float32)
     return moved
+
+
+def _rotated(
+    rule: Rule, maps: dict[str, OrthogonalMap], leaf: jax.Array | LowRank, options: Options
+) -> jax.Array | LowRank:
+    """A leaf moved by its maps; one of low rank stays so where it is a matrix."""
+    if isinstance(leaf, LowRank):
+        found = rotate_factors(rule.pieces, maps, leaf, rule.shape)
+        if found is not None:
+            return found
+    pieces = [_rotate(piece, maps, jnp.asarray(leaf), rule.shape, options) for piece in rule.pieces]
+    return sum(pieces[1:], pieces[0])
 
 
 def _rotate(

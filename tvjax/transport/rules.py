@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 SitePair = tuple[Site, Site]
 HeadAxes = tuple[HeadAxis, HeadAxis]
 
+_COMMON = 0.95  # of the larger of two vocabularies that differ by padding alone, the least that both have
+
 
 class Map(NamedTuple):
     """One map to estimate, from what pairs of sites (source, target) see on one side.
@@ -135,8 +137,7 @@ def _rule(leaf: Leaf, inputs: str, outputs: str, options: Options, pair: Pair, t
             )
         fixed = options.keep_fixed and _is_fixed(pair, site_b)
         if fixed and site_a.d_out != site_b.d_out:
-            why = f"{site_a.d_out} outputs of their own meaning in the source, {site_b.d_out} in the target"
-            return rule._replace(action="zeroed by rule", why=why)
+            return _between_vocabularies(rule, leaf, group, inputs, pair, table)
         outer = None if fixed else table.request(outputs, _producers(group, pair), heads[1])
         inner = None
         if site_b.kind in ("dense", "conv"):
@@ -147,6 +148,29 @@ def _rule(leaf: Leaf, inputs: str, outputs: str, options: Options, pair: Pair, t
         pieces.append(LeafUse(site_b.kind, site_a.view, site_b.view, inner, outer, groups, site_b.taps))
     why = "its outputs have a meaning of their own" if pieces[0].outer is None else ""
     return rule._replace(pieces=tuple(pieces), why=why)
+
+
+def _between_vocabularies(
+    rule: Rule, leaf: Leaf, group: tuple[SitePair, ...], inputs: str, pair: Pair, table: MapTable
+) -> Rule:
+    """The rule of a layer with outputs of their own meaning, of which the two models have other numbers."""
+    site_a, site_b = group[0]
+    sizes = site_a.d_out, site_b.d_out
+    head_of_words = leaf.local in dict(pair.stages[1].vocabulary).values()
+    if not head_of_words or not _padded(*sizes) or site_b.kind != "dense" or any(site_b.levels):
+        why = f"{sizes[0]} outputs of their own meaning in the source, {sizes[1]} in the target"
+        return rule._replace(action="zeroed by rule", why=why)
+    common = min(sizes)
+    views = [(*site.view, ("slice", (0, 0), (site.d_in, common), (1, 1))) for site in (site_a, site_b)]
+    piece = LeafUse("dense", views[0], views[1], table.request(inputs, group), None)
+    return rule._replace(
+        pieces=(piece,), why=f"its outputs have a meaning of their own, {common} of them in both models"
+    )
+
+
+def _padded(size_a: int, size_b: int) -> bool:
+    """Whether the sizes of two vocabularies are near enough that they differ by rows of padding, which come last."""
+    return min(size_a, size_b) >= _COMMON * max(size_a, size_b)
 
 
 def _embedding_rule(
@@ -160,10 +184,15 @@ def _embedding_rule(
     )
     patch = _patch(pair)
     if options.transport_embeddings and patch is None and len(leaf.shape) == len(leaf.source_shape) == 2:
-        if leaf.shape[0] != leaf.source_shape[0]:
+        if not _padded(leaf.shape[0], leaf.source_shape[0]):
             return zeroed._replace(why=f"{leaf.source_shape[0]} rows in the source, {leaf.shape[0]} in the target")
         outer = table.request_table(leaf.source_local, leaf.local)
-        return rule._replace(pieces=(LeafUse("positions", (), (), None, outer),), why="embedding")
+        common = min(leaf.shape[0], leaf.source_shape[0])
+        first, second = (
+            () if shape[0] == common else (("slice", (0, 0), (common, shape[1]), (1, 1)),)
+            for shape in (leaf.source_shape, leaf.shape)
+        )
+        return rule._replace(pieces=(LeafUse("dense", first, second, None, outer),), why="embedding")
     if not options.transport_embeddings or patch is None or leaf.shape[-1] != patch[1].d_out:
         return zeroed
     outer = table.request(outputs, (patch,))
@@ -233,8 +262,10 @@ def _layers(site_a: Site, site_b: Site, leaf: Leaf, pair: Pair) -> Site:
 def _heads(leaf: Leaf, sites: list[SitePair], options: Options, pair: Pair) -> tuple[HeadAxes | None, HeadAxes | None]:
     """The heads by which the inputs and the outputs of a leaf are mapped, None where one map is over all of them.
 
+    A norm over all heads together has one map: it is no matrix whose sides could be shared out.
+
     Raises:
-      ValueError: heads that do not divide the units of a layer.
+      ValueError: heads that do not divide the units of a layer, or are rotated in part.
     """
     layers = [
         dict(stage.heads).get(path, (None, None))
@@ -244,7 +275,8 @@ def _heads(leaf: Leaf, sites: list[SitePair], options: Options, pair: Pair) -> t
     sides: list[HeadAxes | None] = []
     for side in (0, 1):
         a, b = (layer[side] for layer in layers)
-        if a is None or b is None or a.shared != b.shared or site_a.groups or site_b.groups:
+        alike = a is not None and b is not None and a.shared == b.shared and not site_a.groups and not site_b.groups
+        if a is None or b is None or not alike or (site_b.kind == "scale" and not a.shared):
             sides.append(None)
             continue
         sizes = [(site.d_in, site.d_out)[side] for site in (site_a, site_b)]
@@ -253,6 +285,12 @@ def _heads(leaf: Leaf, sites: list[SitePair], options: Options, pair: Pair) -> t
                 raise ValueError(
                     f"{leaf.target}: {size} units in the {model} are declared to be {axis.number} heads, which do not "
                     "divide them: correct the heads of its stage"
+                )
+            size //= 1 if a.shared else axis.number
+            if options.heads == "rotary" and axis.frequencies and 2 * len(axis.frequencies) != size:
+                raise ValueError(
+                    f"{leaf.target}: heads of {size} units in the {model}, of which positions rotate "
+                    f"{2 * len(axis.frequencies)}: heads='rotary' is for whole heads; use heads='blocks'"
                 )
         own_maps = options.heads != "free" or (a.shared and a.number != b.number)
         sides.append((a, b) if own_maps else None)

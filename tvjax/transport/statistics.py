@@ -44,8 +44,9 @@ class Options(NamedTuple):
       transport_embeddings: also move class token, positions and patch kernel, by the map of the patches' outputs, and
         the tables of tokens and positions of a model of texts, by the map between the two models' tables, whose rows
         correspond (also where a table is the head's kernel too); otherwise they are zero, as published.
-      keep_fixed: outputs that a stage calls fixed (classes, vocabulary) are not rotated; where the two models have
-        other numbers of them, the leaf is zero.
+      keep_fixed: outputs that a stage calls fixed (classes, vocabulary) are not rotated. Where the two models have
+        other numbers of them, the leaf is zero, unless they are words and less than a twentieth of them is of one model
+        alone: such vocabularies differ by padding, which comes last.
       rescale: give each moved leaf the norm of the source leaf.
       heads: the maps of the outputs of queries, keys and values and of the inputs of the attention's output projection,
         where both models say which their heads are (`tvjax.stages.HeadAxis`): ``"free"``: one map over all heads, as

@@ -28,10 +28,10 @@ from tvjax.stages import Model, PyTree, Stage, Stream, tower
 class TokenEmbeddings(nnx.Module):
     """Token embeddings with learned positions."""
 
-    def __init__(self, config: CLIPTextConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
-        normal, width = nnx.initializers.normal(0.02), config.hidden_size
-        self.tokens = nnx.Param(normal(rngs.params(), (config.vocab_size, width), jnp.float32))
-        self.positions = nnx.Param(normal(rngs.params(), (config.max_position_embeddings, width), jnp.float32))
+    def __init__(self, vocabulary: int, longest: int, width: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+        normal = nnx.initializers.normal(0.02)
+        self.tokens = nnx.Param(normal(rngs.params(), (vocabulary, width), jnp.float32))
+        self.positions = nnx.Param(normal(rngs.params(), (longest, width), jnp.float32))
         self.dtype = dtype
 
     def __call__(self, tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens width"]:
@@ -77,7 +77,7 @@ class TextEmbeddings(nnx.Module):
     """First text stage: ``tokens`` to ``hidden``, and ``end``, the position at which the text's embedding is read."""
 
     def __init__(self, config: CLIPTextConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
-        self.embeddings = TokenEmbeddings(config, dtype, rngs=rngs)
+        self.embeddings = _token_embeddings(config, dtype, rngs)
         self.eos_token_id = config.eos_token_id
 
     def __call__(self, carry: dict[str, Array]) -> dict[str, Array]:
@@ -139,7 +139,7 @@ class TextTower(nnx.Module):
     """Tokens to text embeddings."""
 
     def __init__(self, config: CLIPTextConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
-        self.embeddings = TokenEmbeddings(config, dtype, rngs=rngs)
+        self.embeddings = _token_embeddings(config, dtype, rngs)
         self.blocks = _blocks(config, dtype, rngs)
         self.final_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, rngs=rngs)
         self.projection = _projection(config, dtype, rngs)
@@ -312,6 +312,10 @@ def _paths(tower: str, *children: str) -> tuple[tuple[str, str], ...]:
 def _blocks(config: CLIPVisionConfig | CLIPTextConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.List:
     depth = config.num_hidden_layers
     return nnx.List([Block(config.block, dtype, depth, rngs=rngs) for _ in range(depth)])
+
+
+def _token_embeddings(config: CLIPTextConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> TokenEmbeddings:
+    return TokenEmbeddings(config.vocab_size, config.max_position_embeddings, config.hidden_size, dtype, rngs=rngs)
 
 
 def _projection(config: CLIPVisionConfig | CLIPTextConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear | None:
