@@ -44,19 +44,8 @@ from tvjax import tree
 from tvjax.arithmetic import apply
 from tvjax.checkpoints.atomic import replacing
 from tvjax.compose import Coefficients, Trained, best_start, few_shot, init, learn, train, tune
-from tvjax.demo.setup import (
-    QUICK,
-    SOURCE,
-    TARGETS,
-    Embedded,
-    Photographs,
-    Settings,
-    draw_examples,
-    load,
-    named_key,
-    photographs,
-    style_of,
-)
+from tvjax.demo.base import Embedded, Sets, draw_examples, named_key
+from tvjax.demo.setup import QUICK, SOURCE, TARGETS, Settings, load, photographs, style_of
 from tvjax.evaluate.accuracy import predict
 from tvjax.report.measurements import Measurement, in_order, paired_difference
 from tvjax.stages import Batch, Model, PyTree
@@ -114,7 +103,7 @@ class Cell(NamedTuple):
 class Bench:
     """One target and one task: photographs, models, and the measuring of candidates."""
 
-    def __init__(self, source: Embedded, target: Embedded, task: str, images: Photographs, settings: Settings):
+    def __init__(self, source: Embedded, target: Embedded, task: str, images: Sets, settings: Settings):
         self.source, self.target, self.task, self.images, self.settings = source, target, task, images, settings
         both = (images.validation, images.test)
         self.seen = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(batch.inputs for batch in both))

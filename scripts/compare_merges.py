@@ -34,7 +34,8 @@ from tvjax.checkpoints.atomic import replacing
 from tvjax.compose import ada_merging, weighted_sum
 from tvjax.data.batches import take
 from tvjax.data.embedded import TASKS
-from tvjax.demo.setup import QUICK, SOURCE, TARGETS, Embedded, Photographs, draw_examples, load, photographs, style_of
+from tvjax.demo.base import Embedded, Sets, draw_examples
+from tvjax.demo.setup import QUICK, SOURCE, TARGETS, load, photographs, style_of
 from tvjax.evaluate.protocols import Benchmark, addition
 from tvjax.report.measurements import paired_difference
 from tvjax.stages import PyTree
@@ -66,11 +67,11 @@ BASELINE = "task arithmetic"
 BEFORE_TRANSPORT = ("task arithmetic", "TIES", "TSV-M", "Iso-C")
 
 
-def as_task(model: Embedded, images: Photographs) -> Benchmark:
+def as_task(model: Embedded, images: Sets) -> Benchmark:
     return Benchmark(model.model, images.validation, images.test)
 
 
-def with_data(source: Embedded, images: dict[str, Photographs]) -> Callable[[str, Sequence[str]], Merge]:
+def with_data(source: Embedded, images: dict[str, Sets]) -> Callable[[str, Sequence[str]], Merge]:
     """The merges that look at photographs of the tasks, by name and tasks."""
     grams, fishers = {}, {}
     for task, tau in source.taus.items():
@@ -96,7 +97,7 @@ def with_data(source: Embedded, images: dict[str, Photographs]) -> Callable[[str
     return get
 
 
-def merges(source: Embedded, images: dict[str, Photographs]) -> list[dict[str, Any]]:
+def merges(source: Embedded, images: dict[str, Sets]) -> list[dict[str, Any]]:
     """Every merge of all task vectors and of every two."""
     from_data = with_data(source, images)
     records = []
@@ -119,7 +120,7 @@ def merges(source: Embedded, images: dict[str, Photographs]) -> list[dict[str, A
 
 
 def orders(
-    source: Embedded, targets: dict[str, Embedded], images: dict[str, Photographs], labels: int
+    source: Embedded, targets: dict[str, Embedded], images: dict[str, Sets], labels: int
 ) -> list[dict[str, Any]]:
     """Two task vectors on every target, merged before and after."""
     settings = dataclasses.replace(QUICK, labels_per_class=labels)

@@ -19,7 +19,8 @@ import numpy as np
 import tvjax
 from tvjax.align.depth import pair_layers
 from tvjax.arithmetic import apply
-from tvjax.demo.setup import QUICK, SOURCE, TARGETS, draw_examples, load, photographs, style_of
+from tvjax.demo.base import draw_examples
+from tvjax.demo.setup import QUICK, SOURCE, TARGETS, load, photographs, style_of
 from tvjax.evaluate.accuracy import accuracy
 from tvjax.evaluate.scale import choose_scale
 from tvjax.report.measurements import paired_difference

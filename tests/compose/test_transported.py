@@ -5,7 +5,8 @@ import dataclasses
 import jax
 
 from tvjax.compose import combine, few_shot, init, learn
-from tvjax.demo.setup import QUICK, SOURCE, draw_examples, load, photographs, style_of
+from tvjax.demo.base import draw_examples
+from tvjax.demo.setup import QUICK, SOURCE, load, photographs, style_of
 from tvjax.evaluate import accuracy
 from tvjax.transport import bico, chain, fit, gradfix
 

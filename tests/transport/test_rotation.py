@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from tvjax import Batch, Model, Stage, bico, fit, leaf_report, single_stage, theseus, tree
-from tvjax.demo.setup import QUICK, draw_examples, load, photographs, style_of
+from tvjax.demo.base import draw_examples
+from tvjax.demo.setup import QUICK, load, photographs, style_of
 from tvjax.models.clip import CLIPConfig, CLIPTextConfig, clip
 from tvjax.stages import reindex
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from tvjax.arithmetic import analogy, scale
-from tvjax.demo.setup import BASE, Embedded, Photographs, Settings, combined, photographs, style_of
+from tvjax.demo.base import Embedded, Sets
+from tvjax.demo.setup import BASE, Settings, combined, photographs, style_of
 from tvjax.evaluate import protocols
 from tvjax.evaluate.protocols import Benchmark, Edit
 
 
-def addition(source: Embedded, images: dict[str, Photographs], settings: Settings) -> list[Edit]:
+def addition(source: Embedded, images: dict[str, Sets], settings: Settings) -> list[Edit]:
     """Each of the first two tasks alone, and both added, on both."""
     names = settings.tasks[:2]
     tasks = {name: _task(source, images[name]) for name in names}
@@ -20,7 +21,7 @@ def addition(source: Embedded, images: dict[str, Photographs], settings: Setting
     return [*edits, *protocols.addition(tasks, own, settings.unit_scales)]
 
 
-def negation(source: Embedded, images: dict[str, Photographs], settings: Settings) -> list[Edit]:
+def negation(source: Embedded, images: dict[str, Sets], settings: Settings) -> list[Edit]:
     """The first task negated: forgotten, while the control, the style of the pre-training, is kept."""
     name = settings.tasks[0]
     task, control = (_task(source, images[style]) for style in (name, BASE))
@@ -29,7 +30,7 @@ def negation(source: Embedded, images: dict[str, Photographs], settings: Setting
 
 
 def analogies(source: Embedded, settings: Settings) -> list[Edit]:
-    """Photographs of two styles at once, never trained on: plain is to the second task as the first task is to both.
+    """Sets of two styles at once, never trained on: plain is to the second task as the first task is to both.
 
     The model is fine-tuned on plain photographs from the start, so their task vector is zero.
     """
@@ -41,7 +42,7 @@ def analogies(source: Embedded, settings: Settings) -> list[Edit]:
     return protocols.analogy(name, _task(source, images), edits, settings.unit_scales)
 
 
-def _task(source: Embedded, images: Photographs) -> Benchmark:
+def _task(source: Embedded, images: Sets) -> Benchmark:
     return Benchmark(source.model, images.validation, images.test)
 
 

@@ -1,4 +1,4 @@
-"""The whole experiment of the demo, and the files that it writes."""
+"""The experiment of the demo, and the files that it writes."""
 
 from __future__ import annotations
 
@@ -9,26 +9,29 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from tvjax.checkpoints.atomic import replacing
+from tvjax.demo import base
 from tvjax.demo.arithmetic import addition, analogies, negation
 from tvjax.demo.setup import BASE, SOURCE, TARGETS, TITLES, Settings, load, photographs, style_of
-from tvjax.demo.transports import EQUAL_SHAPES, METHODS, Bench, Result
+from tvjax.demo.transports import EQUAL_SHAPES, Bench, Result, methods
 from tvjax.evaluate.protocols import Edit
 from tvjax.report.measurements import Comparison, Measurement, compare, in_order
 from tvjax.report.plots import Curve, plot_methods, plot_scales
+from tvjax.stages import Batch
 from tvjax.transport import State, summary
 
 PACKAGES = ("tvjax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers")
 REPORTED = ("theseus", "bico+gradfix")  # the transports whose report by leaf is written, of the first task and draw
 ABOUT = {
-    "labels_per_class": "labelled training photographs of each class that the method read; scales and few-shot "
-    "hyperparameters were chosen on the same labelled validation photographs for every method",
+    "labels_per_class": "labelled training examples of each class that the method read; scales and few-shot "
+    "hyperparameters were chosen on the same labelled validation examples for every method",
     "draw": "of the calibration examples; what they do not change (zero-shot, naive addition, orthogonal shift, own "
     "fine-tuning) was measured once and stands once for each draw, so that records pair",
     "alpha": "scale of the edit; 0 for zero-shot, 1 for fine-tuning",
@@ -37,6 +40,7 @@ ABOUT = {
     "draws of a task averaged first, for tasks like these",
 }
 
+_SETS = ("calibration", "validation", "test")
 Progress = Callable[[int, int, str], None]
 
 
@@ -45,27 +49,31 @@ class Findings(NamedTuple):
 
     Attributes:
       settings: of the demo.
+      titles: of the targets.
+      kind: of the examples, in the plural.
+      counts: how many there are, by task and set.
       measurements: the records.
       comparisons: every method against zero-shot and, at equal shapes, naive addition.
       curves: validation accuracy by scale.
       edits: the arithmetic.
       reports: reports by leaf, by title.
-      photographs: how many there are of each task, by set.
       seconds: it took.
     """
 
-    settings: Settings
+    settings: base.Settings
+    titles: dict[str, str]
+    kind: str
+    counts: dict[str, dict[str, int]]
     measurements: list[Measurement]
     comparisons: list[Comparison]
     curves: list[Curve]
     edits: list[Edit]
     reports: dict[str, str]
-    photographs: dict[str, int]
     seconds: float
 
 
 def run(settings: Settings, progress: Progress | None = None) -> Findings:
-    """Measures everything; nothing is written.
+    """Measures everything on the digits; nothing is written.
 
     Args:
       settings: what to measure.
@@ -77,41 +85,57 @@ def run(settings: Settings, progress: Progress | None = None) -> Findings:
     if len(settings.tasks) < 2 or settings.draws < 1:
         raise ValueError(f"found {len(settings.tasks)} tasks and {settings.draws} draws, expected two and one at least")
     began = time.perf_counter()
-    steps = ["load", *(f"{SOURCE} to {name}, {task}" for name in TARGETS for task in settings.tasks), "arithmetic"]
-
-    def done(step: str) -> None:
-        if progress is not None:
-            progress(steps.index(step) + 1, len(steps), step)
-
     models = {name: load(name, settings.tasks) for name in (SOURCE, *TARGETS)}
     source = models[SOURCE]
     images = {name: photographs(name, style_of(name), settings) for name in (BASE, *settings.tasks)}
-    done("load")
+    benches = {
+        (name, task): Bench(source, models[name], task, images[task], settings)
+        for name in TARGETS
+        for task in settings.tasks
+    }
+    found = measured(benches, TITLES, "photographs", progress, further=1)
+    edits = [*addition(source, images, settings), *negation(source, images, settings), *analogies(source, settings)]
+    if progress is not None:
+        progress(len(benches) + 1, len(benches) + 1, "arithmetic")
+    return found._replace(edits=edits, seconds=time.perf_counter() - began)
+
+
+def measured(
+    benches: Mapping[tuple[str, str], Bench],
+    titles: dict[str, str],
+    kind: str,
+    progress: Progress | None = None,
+    further: int = 0,
+) -> Findings:
+    """Measures every method on every target and task.
+
+    Args:
+      benches: by target and task, all of the same settings.
+      titles: of the targets.
+      kind: of the examples, in the plural.
+      progress: called with (steps done, steps in all, what was done).
+      further: steps that are still to come.
+    """
+    began = time.perf_counter()
     measurements: list[Measurement] = []
     curves: list[Curve] = []
     reports: dict[str, str] = {}
-    for name in TARGETS:
-        for task in settings.tasks:
-            bench = Bench(source, models[name], task, images[task], settings)
-            fixed = bench.without_examples()
-            for draw in range(settings.draws):
-                drawn, states = bench.with_examples(draw)
-                results = sorted([*fixed, *drawn], key=lambda result: METHODS.index(result.method))
-                measurements += [_measurement(task, name, draw, result) for result in results]
-                curves += [_curve(task, name, draw, result, settings) for result in results if result.curve]
-                if draw == 0 and task == settings.tasks[0]:
-                    reports |= _reports(f"{SOURCE} to {name}, {task}", states)
-            done(f"{SOURCE} to {name}, {task}")
-    edits = [*addition(source, images, settings), *negation(source, images, settings), *analogies(source, settings)]
-    done("arithmetic")
-    some = images[settings.tasks[0]]
-    counts = {
-        "calibration": settings.labels_per_class * len(set(some.pool.labels.tolist())),
-        "validation": len(some.validation.labels),
-        "test": len(some.test.labels),
-    }
+    for step, ((name, task), bench) in enumerate(benches.items(), start=1):
+        settings, order = bench.settings, methods(bench.settings)
+        fixed = bench.without_examples()
+        for draw in range(settings.draws):
+            drawn, states = bench.with_examples(draw)
+            results = sorted([*fixed, *drawn], key=lambda result: order.index(result.method))
+            measurements += [_measurement(task, name, draw, result) for result in results]
+            curves += [_curve(task, name, draw, result, settings) for result in results if result.curve]
+            if draw == 0 and task == settings.tasks[0]:
+                reports |= _reports(f"{titles[name]}, {task}", states)
+        if progress is not None:
+            progress(step, len(benches) + further, f"{titles[name]}, {task}")
+    counts = {task: _counts(bench) for (_, task), bench in benches.items()}
     seconds = time.perf_counter() - began
-    return Findings(settings, measurements, comparisons(measurements), curves, edits, reports, counts, seconds)
+    compared = comparisons(measurements)
+    return Findings(settings, titles, kind, counts, measurements, compared, curves, [], reports, seconds)
 
 
 def comparisons(measurements: list[Measurement]) -> list[Comparison]:
@@ -135,8 +159,8 @@ def write(findings: Findings, folder: str | os.PathLike[str]) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     files = {name: folder / name for name in ("results.json", "accuracy.png", "scales.png", "leaf_report.txt")}
     _write_text(files["results.json"], json.dumps(results(findings), indent=1) + "\n")
-    plot_methods(findings.measurements, files["accuracy.png"], TITLES)
-    plot_scales(findings.curves, files["scales.png"], TITLES)
+    plot_methods(findings.measurements, files["accuracy.png"], findings.titles)
+    plot_scales(findings.curves, files["scales.png"], findings.titles)
     reports = (f"{title}\n\n{text}\n" for title, text in findings.reports.items())
     _write_text(files["leaf_report.txt"], "\n".join(reports))
     return list(files.values())
@@ -144,11 +168,13 @@ def write(findings: Findings, folder: str | os.PathLike[str]) -> list[Path]:
 
 def footnotes(findings: Findings) -> list[str]:
     """What the tables are of, in a few lines."""
-    counts, settings = findings.photographs, findings.settings
+    settings, kind = findings.settings, findings.kind
+    sets = {name: sorted({of_task[name] for of_task in findings.counts.values()}) for name in _SETS}
+    counts = {name: " to ".join(map(str, sorted({found[0], found[-1]}))) for name, found in sets.items()}
     lines = [
-        f"Accuracy in per cent on {counts['test']} test photographs a task; scales and few-shot hyperparameters chosen "
-        f"on the same {counts['validation']} labelled validation photographs for every method.",
-        f"Fitted on {counts['calibration']} photographs, {settings.labels_per_class} a class (Theseus: no labels); "
+        f"Accuracy in per cent on {counts['test']} test {kind} a task; scales and few-shot hyperparameters chosen "
+        f"on the same {counts['validation']} labelled validation {kind} for every method.",
+        f"Fitted on {counts['calibration']} {kind}, {settings.labels_per_class} a class (Theseus: no labels); "
         f"{settings.draws} draw(s). ± is the standard deviation over draws, in a difference half its 95 % interval.",
     ]
     if settings.draws * len(settings.tasks) < 6:
@@ -163,7 +189,7 @@ def results(findings: Findings) -> dict[str, object]:
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
         "records": [measurement._asdict() for measurement in findings.measurements],
-        "settings": {**dataclasses.asdict(findings.settings), "photographs": findings.photographs},
+        "settings": {**dataclasses.asdict(findings.settings), findings.kind: findings.counts},
         "versions": {**versions, "python": platform.python_version(), "backend": jax.default_backend()},
         "seconds": round(findings.seconds, 2),
         "peak_memory_gib": round(_peak_memory_gib(), 3),
@@ -187,9 +213,19 @@ def _measurement(task: str, target: str, draw: int, result: Result) -> Measureme
     return Measurement(task, target, result.method, result.labels_per_class, draw, result.alpha, result.accuracy)
 
 
-def _curve(task: str, target: str, draw: int, result: Result, settings: Settings) -> Curve:
+def _curve(task: str, target: str, draw: int, result: Result, settings: base.Settings) -> Curve:
     grid = settings.unit_scales if result.method in EQUAL_SHAPES else settings.rotation_scales
     return Curve(task, target, result.method, draw, grid, result.curve)
+
+
+def _counts(bench: Bench) -> dict[str, int]:
+    pool, validation, test, _ = bench.examples
+    calibration = bench.settings.labels_per_class * len(np.unique(pool.labels))
+    return dict(zip(_SETS, (calibration, _count(validation), _count(test)), strict=True))
+
+
+def _count(batches: Batch | Sequence[Batch]) -> int:
+    return sum(len(batch.labels) for batch in ([batches] if isinstance(batches, Batch) else batches))
 
 
 def _reports(title: str, states: dict[str, State]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Every method on one task and one target: edits, scales chosen on validation images, accuracies on test images."""
+"""Every method on one task and one target: edits, scales chosen on validation data, accuracies on test data."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from tvjax.arithmetic import apply
-from tvjax.data.digits import CLASS_NAMES
-from tvjax.demo.setup import Embedded, Photographs, Settings, draw_examples, named_key
+from tvjax.demo.base import Embedded, Sets, Settings, draw_examples, named_key
 from tvjax.evaluate.accuracy import accuracy
 from tvjax.evaluate.fine_tune import fine_tune
 from tvjax.evaluate.scale import choose_scale
@@ -18,20 +17,18 @@ from tvjax.stages import Batch, Model, PyTree
 from tvjax.transport import State, Transport, bico, chain, fit, gradfix, orthogonal_shift, theseus
 from tvjax.transport.base import LinkState
 
-# In the order of the tables.
-METHODS = (
-    "zero_shot",
-    "naive",
-    "orthogonal_shift",
-    "gradfix",
-    "theseus",
-    "bico",
-    "theseus+gradfix",
-    "bico+gradfix",
-    "few_shot",
-    "fine_tuned",
-)
 EQUAL_SHAPES = ("naive", "orthogonal_shift", "gradfix")  # these need a target of the source's shape
+
+
+def methods(settings: Settings) -> tuple[str, ...]:
+    """The methods in the order of the tables.
+
+    >>> methods(Settings(("topics",), variants=(("blocks", {"heads": "blocks"}),)))[:7]
+    ('zero_shot', 'naive', 'orthogonal_shift', 'gradfix', 'theseus', 'theseus_blocks', 'bico')
+    """
+    named = {kind: [kind, *(f"{kind}_{name}" for name, _ in settings.variants)] for kind in ("theseus", "bico")}
+    chains = ("theseus+gradfix", "bico+gradfix")
+    return ("zero_shot", *EQUAL_SHAPES, *named["theseus"], *named["bico"], *chains, "few_shot", "fine_tuned")
 
 
 class Result(NamedTuple):
@@ -41,8 +38,8 @@ class Result(NamedTuple):
       method: its name.
       labels_per_class: labelled training examples of each class that it read.
       alpha: scale of its edit.
-      accuracy: fraction of the test images.
-      curve: accuracy on the validation images at every scale of its grid; empty where there is no grid.
+      accuracy: fraction of the test examples.
+      curve: accuracy on the validation examples at every scale of its grid; empty where there is no grid.
     """
 
     method: str
@@ -59,14 +56,14 @@ class Bench(NamedTuple):
       source: the model that the task vector comes from.
       target: the model that it goes to.
       task: name of the task.
-      images: of the task.
+      examples: of the task.
       settings: of the demo.
     """
 
     source: Embedded
     target: Embedded
     task: str
-    images: Photographs
+    examples: Sets
     settings: Settings
 
     @property
@@ -78,10 +75,11 @@ class Bench(NamedTuple):
     def without_examples(self) -> list[Result]:
         """The methods that look at no calibration example."""
         model, own = self.target.model, self.target.taus[self.task]
-        trained = len(self.images.pool.labels) // len(CLASS_NAMES)
         results = [
             Result("zero_shot", 0, 0.0, self._test(model)),
-            Result("fine_tuned", trained, 1.0, self._test(model.replace(params=apply(model.params, own)))),
+            Result(
+                "fine_tuned", self.examples.trained, 1.0, self._test(model.replace(params=apply(model.params, own)))
+            ),
         ]
         if self.same_shape:
             tau, shift = self.source.taus[self.task], orthogonal_shift()
@@ -93,7 +91,7 @@ class Bench(NamedTuple):
     def with_examples(self, draw: int) -> tuple[list[Result], dict[str, State]]:
         """The methods that are fitted on a draw of calibration examples, and the states of the transports."""
         settings, model = self.settings, self.target.model
-        examples = draw_examples(self.images.pool, self.task, draw, settings)
+        examples = draw_examples(self.examples.pool, self.task, draw, settings)
         fitted = self._fit(examples)
         results = []
         for method, (transport, state) in fitted.items():
@@ -108,7 +106,7 @@ class Bench(NamedTuple):
             key=named_key(settings.seed + draw, f"few-shot {self.task}"),
             learning_rates=settings.learning_rates,
             trainable=settings.trainable,
-            validation=self.images.validation,
+            validation=self.examples.validation,
             checkpoints=settings.few_shot_checkpoints,
         )
         tuned_accuracy = self._test(model.replace(params=tuned.params))
@@ -128,17 +126,28 @@ class Bench(NamedTuple):
         fitted = {
             "theseus": (theseus(), unlabelled),
             "bico": (bico(), state(rotation)),
+            **self._variants(examples),
             "theseus+gradfix": (chain(theseus(), gradfix()), state(*unlabelled.parts, mask)),
             "bico+gradfix": (chain(bico(), gradfix()), labelled),
         }
         return {"gradfix": (gradfix(), state(mask)), **fitted} if self.same_shape else fitted
 
+    def _variants(self, examples: Batch) -> dict[str, tuple[Transport, State]]:
+        """Theseus and BiCo with each of the further options."""
+        models = self.source.model, self.target.model
+        fitted = {}
+        for name, options in self.settings.variants:
+            for kind, transport in (("theseus", theseus(**options)), ("bico", bico(**options))):
+                task = self.task if transport.needs_gradients else ""
+                fitted[f"{kind}_{name}"] = transport, fit(transport, *models, [examples], task=task)
+        return fitted
+
     def _scaled(self, method: str, labels: int, tau: PyTree, grid: tuple[float, ...]) -> Result:
-        """The edit at the scale that is best on the validation images."""
+        """The edit at the scale that is best on the validation examples."""
         model = self.target.model
-        chosen = choose_scale(model, tau, grid, self.images.validation)
+        chosen = choose_scale(model, tau, grid, self.examples.validation)
         edited = model.replace(params=apply(model.params, tau, chosen.scale))
         return Result(method, labels, chosen.scale, self._test(edited), tuple(chosen.curve.tolist()))
 
     def _test(self, model: Model) -> float:
-        return accuracy(model, self.images.test).fraction
+        return accuracy(model, self.examples.test).fraction

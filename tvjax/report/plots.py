@@ -85,7 +85,7 @@ def plot_methods(
             axis.axvline(mean, color=DARK, linestyle=style, linewidth=1.2, zorder=3)
         axis.set_title(title, fontsize=STYLE["title"])
         axis.set_xlim(0, 100)
-        axis.set_xlabel("accuracy on test images, %", fontsize=STYLE["size"])
+        axis.set_xlabel("accuracy on test examples, %", fontsize=STYLE["size"])
         _tidy(axis, "x")
     axes[0].set_yticks(range(len(methods)), [_label(name) for name in methods])
     axes[0].invert_yaxis()
@@ -126,7 +126,7 @@ def plot_scales(curves: Sequence[Curve], file: str | os.PathLike[str], titles: d
         axis.set_title(title, fontsize=STYLE["title"])
         axis.set_xlabel(r"scale $\alpha$", fontsize=STYLE["size"])
         _tidy(axis, "both")
-    axes[0].set_ylabel("accuracy on validation images, %", fontsize=STYLE["size"])
+    axes[0].set_ylabel("accuracy on validation examples, %", fontsize=STYLE["size"])
     handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(
         handles.values(),
