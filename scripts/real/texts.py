@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
 from real.packages import fetch
 
 # Lexicographer files by number, in the words of WordNet's own page on them (lexnames(5WN)).

