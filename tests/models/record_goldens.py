@@ -65,7 +65,21 @@ def decoder(family: str, **changes: Any) -> torch.nn.Module:
     return getattr(transformers, f"{family}ForCausalLM")(config)
 
 
+def encoder(family: str, kind: str = "Model", **changes: Any) -> torch.nn.Module:
+    shape = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4, vocab_size=30)
+    config = getattr(transformers, f"{family}Config")(**shape | dict(max_position_embeddings=11) | changes)
+    return getattr(transformers, f"{family}{kind}")(config)
+
+
+CLASSIFIER = "ForSequenceClassification"
 CASES = {
+    "bert": lambda: encoder("Bert", pad_token_id=0, layer_norm_eps=1e-3),
+    "bert_classifier": lambda: encoder("Bert", CLASSIFIER, num_labels=3, hidden_act="gelu_new"),
+    "mpnet": lambda: encoder("MPNet", max_position_embeddings=30, layer_norm_eps=1e-5),
+    "mpnet_classifier": lambda: encoder("MPNet", CLASSIFIER, num_labels=3),
+    "roberta": lambda: encoder("Roberta", type_vocab_size=1),
+    "roberta_classifier": lambda: encoder("Roberta", CLASSIFIER, hidden_act="relu", num_labels=4),
+    "xlm_roberta_for_masked_language": lambda: encoder("XLMRoberta", "ForMaskedLM"),
     "clip_quick_gelu": lambda: clip(
         dict(image_size=17, patch_size=5, hidden_act="quick_gelu"), dict(eos_token_id=2, hidden_act="quick_gelu")
     ),
@@ -96,7 +110,9 @@ CASES = {
 }
 
 IMAGES = ("clip", "vit")
-SEEDS = {case: seed for seed, case in enumerate(sorted(CASES, key=lambda case: (not case.startswith(IMAGES), case)))}
+ENCODERS = ("bert", "mpnet", "roberta", "xlm_roberta")
+ORDER = sorted(CASES, key=lambda case: (case.startswith(ENCODERS), not case.startswith(IMAGES), case))
+SEEDS = {case: seed for seed, case in enumerate(ORDER)}  # those of earlier goldens stay
 
 
 def build(case: str) -> torch.nn.Module:
@@ -106,7 +122,7 @@ def build(case: str) -> torch.nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name != "logit_scale":
-                offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+                offset = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
                 parameter.copy_(offset + 0.3 * torch.randn(parameter.shape, generator=generator))
     return model
 
@@ -124,9 +140,11 @@ def inputs(model: torch.nn.Module, seed: int = 0) -> dict[str, np.ndarray]:
         positions = np.arange(9)
         tokens[:, 0] = 27
         tokens[positions == lengths[:, None] - 1] = 28
-        tokens[positions >= lengths[:, None]] = 28 if text.pad_token_id == 28 else 0
+        tokens[positions >= lengths[:, None]] = text.pad_token_id if text.pad_token_id in (1, 28) else 0
         found["tokens"] = tokens.astype(np.int32)
         found["mask"] = positions < lengths[:, None]
+        if getattr(text, "type_vocab_size", 0) > 1:
+            found["types"] = np.where(positions >= lengths[:, None] // 2, 1, 0).astype(np.int32)
     return found
 
 
@@ -138,7 +156,11 @@ def activations(model: torch.nn.Module, given: dict[str, np.ndarray]) -> dict[st
     if "tokens" in given:
         arguments["input_ids"] = torch.from_numpy(given["tokens"]).long()
         arguments["attention_mask"] = torch.from_numpy(given["mask"]).long()
+    if "types" in given:
+        arguments["token_type_ids"] = torch.from_numpy(given["types"]).long()
     with torch.no_grad():
+        if model.config.model_type in ("bert", "roberta", "xlm-roberta", "mpnet"):
+            return _of_encoder(model, arguments)
         if isinstance(model, transformers.CLIPModel):
             outputs = model(**arguments, output_hidden_states=True)
             towers = {"vision": outputs.vision_model_output, "text": outputs.text_model_output}
@@ -164,6 +186,19 @@ def activations(model: torch.nn.Module, given: dict[str, np.ndarray]) -> dict[st
             found = {renamed[key]: value for key, value in outputs.items() if key in renamed}
     for name, tower in towers.items():
         found |= {f"{name}_hidden/{i}": hidden for i, hidden in enumerate(tower.hidden_states)}
+    return {key: value.numpy() for key, value in found.items()}
+
+
+def _of_encoder(model: torch.nn.Module, arguments: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """Hidden states and logits, or the normalised mean of the tokens, which sentence-transformers makes."""
+    whole = model(**arguments, output_hidden_states=True)
+    found = {f"text_hidden/{i}": hidden for i, hidden in enumerate(whole.hidden_states)}
+    if type(model).__name__.endswith(CLASSIFIER):
+        found["logits"] = whole.logits
+    else:
+        real = arguments["attention_mask"][..., None].float()
+        pooled = (whole.hidden_states[-1] * real).sum(1) / real.sum(1)
+        found["text"] = torch.nn.functional.normalize(pooled, dim=-1)
     return {key: value.numpy() for key, value in found.items()}
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 from tvjax import tree
 from tvjax.checkpoints.huggingface import from_pretrained, save_pretrained
 from tvjax.checkpoints.safetensors import open_tensors
+from tvjax.models.bert import Bert, BertConfig, MPNetConfig, RobertaConfig
 from tvjax.models.clip import CLIP, CLIPConfig
 from tvjax.models.families import family_of_config
 from tvjax.models.llama import Llama, LlamaConfig
@@ -32,9 +33,10 @@ def golden(request):
 
 
 one_of_each = pytest.mark.parametrize(
-    "golden", ["clip_quick_gelu", "vit_without_qkv_bias", "qwen2", "qwen3"], indirect=True
+    "golden", ["clip_quick_gelu", "vit_without_qkv_bias", "qwen2", "qwen3", "bert_classifier", "mpnet"], indirect=True
 )
 MODULES = {CLIPConfig: CLIP, ViTConfig: ViT, LlamaConfig: Llama}
+MODULES |= dict.fromkeys((BertConfig, RobertaConfig, MPNetConfig), Bert)
 
 
 def module_of(pretrained, dtype=jnp.float32):

@@ -23,6 +23,7 @@ from tvjax.checkpoints.atomic import replacing
 from tvjax.checkpoints.json_files import read_json
 from tvjax.checkpoints.memory import Scratch, contiguous, to_jax
 from tvjax.checkpoints.safetensors import Tensors, open_tensors, tensor_bytes
+from tvjax.checkpoints.sentence_files import MODULES, copy_sentence_files, sentence_settings
 from tvjax.models.differences import function_values, to_text
 from tvjax.models.families import GENERIC, Family, family_of_settings, shapes_of
 from tvjax.models.generic import shapes_of_tensors
@@ -80,9 +81,14 @@ class Checkpoint:
         return read_json(self.folder / "config.json")
 
     @functools.cached_property
+    def described(self) -> Settings:
+        """The settings, and what the files of sentence-transformers beside them say."""
+        return {**self.settings, **sentence_settings(self.folder)}
+
+    @functools.cached_property
     def family(self) -> Family:
         """The family of the model."""
-        settings = self.settings
+        settings = self.described
         with self._naming_config():
             check_not_quantised(settings)
             family = family_of_settings(settings)
@@ -97,7 +103,7 @@ class Checkpoint:
         """The config of the model; no weight is read."""
         family = self.family
         with self._naming_config():
-            config = family.config.from_dict(self.settings)
+            config = family.config.from_dict(self.settings if family is GENERIC else self.described)
         if family is GENERIC:  # its config does not say the shapes
             return dataclasses.replace(config, shapes=shapes_of_tensors(self.tensors.headers))
         return config
@@ -259,6 +265,10 @@ def fetch(source: str | os.PathLike[str], revision: str | None = None) -> tuple[
         raise ValueError(
             f"{os.fspath(source)!r} is no folder, and no hub id that can be downloaded: {reason}"
         ) from error
+    if (Path(snapshot) / MODULES).is_file():
+        huggingface_hub.snapshot_download(
+            os.fspath(folder), revision=Path(snapshot).name, allow_patterns=["*/config.json"], ignore_patterns=["*/*/*"]
+        )
     return Path(snapshot), Path(snapshot).name
 
 
@@ -308,3 +318,5 @@ def copy_files(source: Path | None, target: Path) -> None:
         if copied and not (target / file.name).exists():
             with replacing(target / file.name) as temporary:
                 shutil.copyfile(file, temporary)
+    if source:
+        copy_sentence_files(source, target)

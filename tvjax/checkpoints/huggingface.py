@@ -41,8 +41,8 @@ from tvjax.checkpoints.safetensors import (
     write_tensors,
 )
 from tvjax.models.differences import function_values, to_text
-from tvjax.models.families import GENERIC, family_of_config, shapes_of
-from tvjax.models.key_table import Tensor, to_checkpoint
+from tvjax.models.families import family_of_config, shapes_of
+from tvjax.models.key_table import Tensor, copies_of_tied, to_checkpoint
 from tvjax.models.settings import Settings
 from tvjax.stages import Model, PyTree
 
@@ -170,13 +170,18 @@ def save_pretrained(
     folder = Path(folder)
     family = family_of_config(pretrained.config)
     check_params(pretrained.config, pretrained.params)
-    tensors = to_checkpoint(family.table, pretrained.params)
+    tensors, others = to_checkpoint(family.table, pretrained.params), {}
+    if pretrained.folder is not None and has_weights(pretrained.folder):
+        with open_checkpoint(pretrained.folder) as like:
+            if like.config == pretrained.config:  # keys, and what is no parameter, as they are there
+                leaves = tree.flatten(pretrained.params)
+                tensors = {s.key: s.to_theirs(np.asarray(leaves[path])) for path, s in like.sources.items()}
+                stale = copies_of_tied(family.table, like.sources)
+                others = {key: like.tensors.map(key) for key in like.others if key not in stale}
     headers = {key: tensor_header(key, tensor, dtype) for key, tensor in tensors.items()}
     settings = settings_with_dtype(pretrained.settings or pretrained.config.to_dict(), headers.values())
-    if family is GENERIC and pretrained.folder is not None and has_weights(pretrained.folder):
-        with open_checkpoint(pretrained.folder) as like:
-            tensors |= {key: like.tensors.map(key) for key in like.others}
-        headers |= {key: tensor_header(key, tensors[key], dtype) for key in tensors.keys() - headers.keys()}
+    headers |= {key: tensor_header(key, tensor, dtype) for key, tensor in others.items()}
+    tensors |= others
     file_of = plan_shards(headers, max_shard_size)
     if folder.is_dir() and any(folder.iterdir()):
         if len(set(file_of.values())) > 1:

@@ -1,4 +1,4 @@
-"""JSON objects on disk."""
+"""JSON on disk."""
 
 from __future__ import annotations
 
@@ -20,15 +20,31 @@ def read_json(path: Path, hint: str = "is it the folder of a Hugging Face model?
     Raises:
       ValueError: a file that is absent, malformed, or holds something else.
     """
+    content = _content(path, hint)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object: download it again")
+    return content
+
+
+def read_json_list(path: Path) -> list[Any]:
+    """The list in a file.
+
+    Raises:
+      ValueError: a file that is absent, malformed, or holds something else.
+    """
+    content = _content(path, "download it again")
+    if not isinstance(content, list):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a list: download it again")
+    return content
+
+
+def _content(path: Path, hint: str) -> Any:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"{path.parent} has no {path.name}: {hint}") from error
     except (ValueError, RecursionError) as error:  # malformed JSON or UTF-8
         raise ValueError(f"{path} is no JSON ({error}): download it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object: download it again")
-    return content
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

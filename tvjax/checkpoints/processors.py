@@ -16,7 +16,7 @@ from tvjax.checkpoints.json_files import read_json
 from tvjax.models.clip.config import LEGACY_END_TOKEN
 
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
-_TOKEN_FILES = ("tokenizer.json", "vocab.json")
+_TOKEN_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "sentencepiece.bpe.model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Processor:
       length: tokens that every text is padded or cut to.
       vocabulary: tokens that the model has embeddings for; None: not known, and not looked at.
       end_token: the id at which the model reads a text's embedding; None: not known, and not looked at.
+      padding: the id of the padding that the model's config names; None: not known, and not looked at.
     """
 
     image_processor: Any = None
@@ -36,6 +37,7 @@ class Processor:
     length: int = 77
     vocabulary: int | None = None
     end_token: int | None = None
+    padding: int | None = None
 
     def pixels(self, images: Sequence[Any]) -> Float[np.ndarray, "images height width 3"]:
         """Resized, cropped and normalised images, channels last.
@@ -74,12 +76,21 @@ class Processor:
         return {"tokens": ids, "mask": np.asarray(batch["attention_mask"], bool)}
 
     def check_tokenizer(self) -> None:
-        """Raises a ValueError without a tokenizer, or for one of more tokens than the model has embeddings for."""
+        """Raises a ValueError without a tokenizer, and for one that is another model's.
+
+        Such a one has more tokens than the model has embeddings for, or another token of padding.
+        """
         if self.tokenizer is None:
             raise ValueError(
                 "the folder has neither tokenizer.json nor vocab.json: copy the one of the original folder"
             )
         self._check_vocabulary(len(self.tokenizer))
+        own = self.tokenizer.pad_token_id
+        if None not in (self.padding, own) and own != self.padding:
+            raise ValueError(
+                f"the tokenizer pads with the token {own} ({self.tokenizer.pad_token!r}), and config.json names "
+                f"{self.padding} (pad_token_id): copy the tokenizer of the model's original folder"
+            )
 
     def _check_vocabulary(self, known: int) -> None:
         if self.vocabulary is not None and known > self.vocabulary:
@@ -127,7 +138,7 @@ def read_processor(folder: Path, text: Any = None) -> Processor:
       folder: of the files.
       text: config of the text tower or language model that the tokens are for; None where it is not known.
     """
-    for name in (*_IMAGE_FILES, *_TOKEN_FILES, "tokenizer_config.json"):
+    for name in (*_IMAGE_FILES, *_TOKEN_FILES[:2], "tokenizer_config.json"):
         if (folder / name).is_file() and not read_json(folder / name):
             raise ValueError(f"{folder / name} is empty: download it again")
     transformers = _import_transformers()
@@ -139,9 +150,8 @@ def read_processor(folder: Path, text: Any = None) -> Processor:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if text is None:
         return Processor(image_processor, tokenizer)
-    return Processor(
-        image_processor, tokenizer, text.max_position_embeddings, text.vocab_size, getattr(text, "eos_token_id", None)
-    )
+    special = (getattr(text, name, None) for name in ("eos_token_id", "pad_token_id"))
+    return Processor(image_processor, tokenizer, text.max_position_embeddings, text.vocab_size, *special)
 
 
 def _import_transformers() -> Any:

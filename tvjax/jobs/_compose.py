@@ -121,7 +121,7 @@ def compose(config: ComposeConfig, progress: Progress | None = None) -> Composed
         learning_rate=trained.learning_rate,
         epochs=trained.epochs,
         validation_accuracy=trained.score,
-        notes=tuple(inputs.notes_of(data.found, data.held_out)),
+        notes=(*inputs.notes_of(data.found, data.held_out), *asking(opened).notes(opened)),
     )
 
 
@@ -149,9 +149,7 @@ def _read(config: ComposeConfig, opened: Opened) -> _Data:
     found = inputs.read_examples(inputs.place_of(config.data, config.task, "train"), prompts, (opened,), needed)
     names = found.class_names or tuple(map(spelled, prompts.class_names or ()))
     if not names and way.needs_labels:
-        raise ValueError(
-            f"{config.objective} needs the names of the classes: give --classes, or images in one folder a class"
-        )
+        raise ValueError(f"{config.objective} needs the names of the classes: give --classes, or {way.labelling}")
     check_labels(opened, names, config.classes is not None)
     features = lambda images: opened.embed(images, config.batch_size)  # noqa: E731
     found = inputs.draw(found, config.per_class, config.select, config.seed, features)

@@ -104,7 +104,9 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evalua
                 progress(number + 1, len(names), name)
         if all(ways[name].labels(one) is not None for name, one in opened.items()):
             prompts = prompts._replace(templates=())
-    return _results(config, found, looked_at, prompts, seen, (grid, curve), inputs.notes_of(found, *loaders))
+        notes = inputs.notes_of(found, *loaders)
+        notes += [note for name, one in opened.items() for note in ways[name].notes(one)]
+    return _results(config, found, looked_at, prompts, seen, (grid, curve), notes)
 
 
 def read_scales(text: str) -> tuple[float, ...]:

@@ -72,7 +72,7 @@ def plan(config: PlanConfig, progress: Progress | None = None) -> Planned:
         disk["maps"] = fitted.memory["maps"]
     if config.save_task_vector is not None:
         disk["task vector"] = tree.nbytes(b.params)
-    notes = inputs.notes_of(found, ready.held_out)
+    notes = [*inputs.notes_of(found, ready.held_out), *ready.notes]
     if config.depth == "cka":
         notes.append("source layers are paired by cka when they have been run; shown is uniform")
     return _planned(fitted, held, [a.params, b.params], number, disk, notes)

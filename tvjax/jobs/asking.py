@@ -11,9 +11,11 @@ import numpy as np
 
 from tvjax import tree
 from tvjax.checkpoints.safetensors import numpy_dtype
+from tvjax.checkpoints.sentence_files import MODULES
 from tvjax.data.examples import Examples
 from tvjax.data.images import Images
 from tvjax.data.texts import Texts
+from tvjax.data.tokens import Encoder
 from tvjax.jobs.opened import Opened
 from tvjax.models.families import GENERIC
 from tvjax.models.generic import no_code
@@ -21,7 +23,7 @@ from tvjax.stages import Batch, Model, PyTree, tower
 from tvjax.tasks import Task, label_words, next_token, own_head, zero_shot
 from tvjax.tasks.language import NEXT_TOKEN
 from tvjax.tasks.losses import OWN_HEAD
-from tvjax.tasks.zero_shot import TEMPLATES, ZERO_SHOT
+from tvjax.tasks.zero_shot import TEMPLATES, TEXT_TEMPLATES, ZERO_SHOT
 
 
 class Prompts(NamedTuple):
@@ -44,11 +46,13 @@ class OwnHead:
     Attributes:
       kind: of the examples.
       needs_labels: whether examples without labels have no loss and no score.
+      labelling: how examples get labels.
       templates: the prompts where nobody gives any.
     """
 
     kind: type[Examples] = Images
     needs_labels = True
+    labelling = "put the images of each class into a folder of its name"
     templates: tuple[str, ...] = ()
 
     def config(self, opened: Opened) -> Any:
@@ -76,6 +80,10 @@ class OwnHead:
     def length(self, opened: Opened, asked: int) -> int:
         """Tokens that are kept of a text, where so many are asked for."""
         return asked
+
+    def notes(self, opened: Opened) -> tuple[str, ...]:
+        """What the user should know of how a model reads."""
+        return ()
 
     def task(self, opened: Opened, found: Examples | None, prompts: Prompts) -> Task:
         """The task of examples.
@@ -132,10 +140,14 @@ class ZeroShot(OwnHead):
 
     def shapes(self, opened: Opened, found: Examples | None, prompts: Prompts) -> Model:
         """The vision tower with a head of so many classes."""
-        width = self.config(opened).projection_dim
+        width = self.width(opened)
         classes = len(found.class_names) if found is not None and found.labels is not None else 10
         classifier, scale = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((width, classes), ()))
         return _shapes(self, opened).with_loss(ZERO_SHOT, {"classifier": classifier, "logit_scale": scale})
+
+    def width(self, opened: Opened) -> int:
+        """Of an embedding."""
+        return int(self.config(opened).projection_dim)
 
     def check(self, opened: Opened, found: Examples, prompts: Prompts) -> None:
         """A tokenizer that does not fit the model is refused."""
@@ -143,26 +155,124 @@ class ZeroShot(OwnHead):
             opened.processor.tokens(found.class_names)
 
 
-class Language(OwnHead):
-    """Texts, by a decoder: labelled ones by the words of their classes, others by the next token."""
+class OfTexts(OwnHead):
+    """What all ways of asking by texts have in common; each says the task of an encoder of texts to tokens."""
 
     kind = Texts
+    labelling = "name the column of the classes with label=COLUMN"
+
+    def length(self, opened: Opened, asked: int) -> int:
+        """At most what the model takes."""
+        return min(asked, opened.checkpoint.family.inputs(opened.config, 1)["tokens"].shape[1])
+
+    def task(self, opened: Opened, found: Examples | None, prompts: Prompts) -> Task:
+        """The task of texts, tokenised as the model does."""
+        return self.tokenised(opened.encoder(prompts.length), found, prompts)
+
+    def tokenised(self, encoder: Encoder, found: Examples | None, prompts: Prompts) -> Task:
+        """The task of texts."""
+        return own_head(encoder, () if found is None else found.class_names)
+
+    def batches(self, opened: Opened, found: Examples | None, prompts: Prompts, sizes: Sequence[int]) -> list[Batch]:
+        """Those of the examples; without any, texts of the greatest length."""
+        if found is not None:
+            made = self.task(opened, found, prompts).batches(found, sizes[0])
+            return [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch) for batch in made]
+        shapes = [(size, prompts.length) for size in sizes]
+        return [
+            self.shaped(jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, bool)) for shape in shapes
+        ]
+
+    def shaped(self, ids: jax.ShapeDtypeStruct, mask: jax.ShapeDtypeStruct) -> Batch:
+        """A batch of texts of these shapes, with classes."""
+        return Batch({"tokens": ids, "mask": mask}, jax.ShapeDtypeStruct(ids.shape[:1], jnp.int32))
+
+    def check(self, opened: Opened, found: Examples, prompts: Prompts) -> None:
+        """A model without a tokenizer, or with another's, is refused."""
+        opened.encoder(prompts.length)
+
+    def check_alike(self, models: Sequence[Opened], found: Examples, prompts: Prompts) -> None:
+        """All models cut the texts into the same pieces, whatever ids they give them."""
+        size = min(len(found), 64)
+        for other in models[1:]:
+            spans = [opened.encoder(prompts.length).of_spans for opened in (models[0], other)]
+            sides = [self.tokenised(one, found, prompts).batches(found, size) for one in spans]
+            for one, two in zip(*sides, strict=True):
+                if any(not np.array_equal(one.inputs[name], two.inputs[name]) for name in ("tokens", "mask")):
+                    raise ValueError(
+                        f"the tokenizers of {models[0].name!r} and {other.name!r} cut the texts of {found.name!r} into "
+                        "other tokens, which are not aligned yet: give models whose tokens stand for the same "
+                        "characters, as those of BERT and MPNet do"
+                    )
+
+
+class Sentences(OfTexts, ZeroShot):
+    """Texts, by a sentence encoder: the classes are the embeddings of their names, or of prompts with these."""
+
+    templates = TEXT_TEMPLATES
+
+    def config(self, opened: Opened) -> Any:
+        """The config of the whole."""
+        return opened.config
+
+    def tower(self, model: Model) -> Model:
+        """The whole."""
+        return model
+
+    def can_score(self, opened: Opened) -> bool:
+        """Whether there are texts to read class names with: always."""
+        return True
+
+    def notes(self, opened: Opened) -> tuple[str, ...]:
+        """How texts become embeddings, where the folder does not say it."""
+        if opened.config.pooling is not None:
+            return ()
+        return (
+            f"{opened.name!r} has no {MODULES} that says how tokens become one embedding: taken is the normalised mean "
+            "of the tokens",
+        )
+
+    def tokenised(self, encoder: Encoder, found: Examples | None, prompts: Prompts) -> Task:
+        """Zero-shot classification."""
+        return zero_shot(encoder, () if found is None else found.class_names, prompts.templates)
+
+    def width(self, opened: Opened) -> int:
+        """That of the residual stream."""
+        return int(opened.config.hidden_size)
+
+    def check(self, opened: Opened, found: Examples, prompts: Prompts) -> None:
+        """Class names that are no tokens, or the same tokens, are refused."""
+        tokenizer = opened.encoder(prompts.length).tokenizer
+        seen: dict[tuple[int, ...], str] = {}
+        for name in dict.fromkeys(found.class_names):
+            row = tuple(tokenizer([name], add_special_tokens=False)["input_ids"][0])
+            if not row:
+                raise ValueError(
+                    f"the tokenizer of {opened.name!r} has no token for the class name {name!r}: rename it"
+                )
+            if row in seen:
+                raise ValueError(
+                    f"the class names {seen[row]!r} and {name!r} are the same tokens for {opened.name!r}, so that none "
+                    "could be told from the other: rename one"
+                )
+            seen[row] = name
+
+
+class Language(OfTexts):
+    """Texts, by a decoder: labelled ones by the words of their classes, others by the next token."""
+
     needs_labels = False
 
     def labels(self, opened: Opened) -> None:
         """None: the words are those of the examples."""
 
-    def length(self, opened: Opened, asked: int) -> int:
-        """At most what the model has positions for."""
-        return min(asked, opened.config.max_position_embeddings)
-
-    def task(self, opened: Opened, found: Examples | None, prompts: Prompts) -> Task:
+    def tokenised(self, encoder: Encoder, found: Examples | None, prompts: Prompts) -> Task:
         """The words of the classes where there are labels, else the next token.
 
         A word, and the answer to a prompt of a template, are set off by a space.
         """
         assert isinstance(found, Texts)
-        encoder, template = opened.encoder(prompts.length), _template(found, prompts.templates)
+        template = _template(found, prompts.templates)
         space = "" if template[-1:].isspace() else " "
         if found.labels is not None:
             return label_words(encoder, [space + word for word in found.class_names], template)
@@ -173,36 +283,22 @@ class Language(OwnHead):
         model = _shapes(self, opened)
         return model.with_loss(NEXT_TOKEN) if found is None else self.task(opened, found, prompts).model(model)
 
-    def batches(self, opened: Opened, found: Examples | None, prompts: Prompts, sizes: Sequence[int]) -> list[Batch]:
-        """Those of the examples; without any, texts of the greatest length."""
-        if found is not None:
-            made = self.task(opened, found, prompts).batches(found, sizes[0])
-            return [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch) for batch in made]
-        shapes = [(size, prompts.length) for size in sizes]
-        sides = [(jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, bool)) for shape in shapes]
-        return [
-            Batch({"tokens": ids, "mask": mask, "wanted": ids}, {"tokens": ids, "mask": mask}) for ids, mask in sides
-        ]
+    def shaped(self, ids: jax.ShapeDtypeStruct, mask: jax.ShapeDtypeStruct) -> Batch:
+        """A batch of texts of these shapes, with the tokens that follow."""
+        return Batch({"tokens": ids, "mask": mask, "wanted": ids}, {"tokens": ids, "mask": mask})
 
     def check(self, opened: Opened, found: Examples, prompts: Prompts) -> None:
         """A model without a tokenizer, and words that are not told apart, are refused."""
         self.task(opened, found, prompts).model(Model({}, ()))
 
-    def check_alike(self, models: Sequence[Opened], found: Examples, prompts: Prompts) -> None:
-        """Texts have the same tokens in all models."""
-        size = min(len(found), 64)
-        for other in models[1:]:
-            sides = [self.task(one, found, prompts).batches(found, size) for one in (models[0], other)]
-            for one, two in zip(*sides, strict=True):
-                if any(not np.array_equal(one.inputs[name], two.inputs[name]) for name in ("tokens", "mask")):
-                    raise ValueError(
-                        f"the tokenizers of {models[0].name!r} and {other.name!r} give other tokens for the texts of "
-                        f"{found.name!r}, and the tokens of different tokenizers are not aligned yet: both models must "
-                        "share one"
-                    )
 
-
-_ASKING = {"own_head": OwnHead(), "zero_shot": ZeroShot(), "language": Language()}
+_ASKING = {
+    "own_head": OwnHead(),
+    "own_head_of_texts": OfTexts(),
+    "zero_shot": ZeroShot(),
+    "sentences": Sentences(),
+    "language": Language(),
+}
 
 
 def asking(opened: Opened) -> OwnHead:
@@ -214,10 +310,11 @@ def asking(opened: Opened) -> OwnHead:
     family = opened.checkpoint.family
     if family is GENERIC:
         raise ValueError(f"{opened.name!r}: {no_code(opened.checkpoint.settings.get('model_type'))}")
-    if family.asked not in _ASKING:
+    asked = family.asked if isinstance(family.asked, str) else family.asked(opened.config)
+    if asked not in _ASKING:
         name = type(opened.config).__name__
-        raise ValueError(f"{opened.name!r} is a {name}, whose family is asked {family.asked!r}, none of {[*_ASKING]}")
-    found = _ASKING[family.asked]
+        raise ValueError(f"{opened.name!r} is a {name}, whose family is asked {asked!r}, none of {[*_ASKING]}")
+    found = _ASKING[asked]
     found.config(opened)
     return found
 

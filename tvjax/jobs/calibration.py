@@ -70,7 +70,7 @@ def prepare(config: TransportConfig | PlanConfig, models: Models) -> Prepared:
         found = _calibration(config, moving, labelled if moving.needs_gradients else prompts, target)
         for model in (source, target) if moving.needs_gradients else ():
             check_labels(model, found.class_names, config.classes is not None)
-            if isinstance(config, TransportConfig):  # a plan of images needs no tokenizer
+            if isinstance(config, TransportConfig) or way.kind is Texts:  # a plan of images needs no tokenizer
                 way.check(model, found, prompts)
         way.check_alike((source, target), found, prompts)
     if config.validation is not None:
@@ -78,6 +78,7 @@ def prepare(config: TransportConfig | PlanConfig, models: Models) -> Prepared:
         check_labels(target, held_out.class_names, config.classes is not None)
         if isinstance(config, TransportConfig):
             way.check(target, held_out, prompts)
+    notes += tuple(dict.fromkeys(note for model in (source, target) for note in way.notes(model)))
     return Prepared(moving, way, part, depth, prompts, found, held_out, notes)
 
 
@@ -96,8 +97,8 @@ def _calibration(
     found = inputs.read_examples(place, prompts, (target,))
     if moving.needs_gradients and way.needs_labels and found.labels is None:
         raise ValueError(
-            f"{place!r} has no labels, and {moving.name} reads gradients of the zero-shot loss: put the images of each "
-            "class into a folder of its name, or take theseus, which needs no labels"
+            f"{place!r} has no labels, and {moving.name} reads gradients of the loss: {way.labelling}, or take "
+            "theseus, which needs no labels"
         )
     # A plan says how many, not which: a choice by embeddings would read the weights.
     select = "random" if isinstance(config, PlanConfig) else config.select

@@ -42,7 +42,9 @@ def read_prompts(config: Asked, models: Sequence[Opened]) -> Prompts:
     if known is not None and known.kind != ways[0].kind.kind:
         raise ValueError(_other_kind(f"the task {config.task!r}", known.kind, ways[0].kind, models))
     names = None if known is None else known.class_names or None
-    prompts = next((way.templates for way in ways if way.templates), ()) if known is None else known.templates
+    prompts = next((way.templates for way in ways if way.templates), ())
+    if known is not None and not (known.kind == "texts" and prompts):  # whose prompts ask language models
+        prompts = known.templates
     if config.classes is not None:
         names = read_lines(config.classes, "class names")
     if config.templates is not None:
@@ -86,8 +88,8 @@ def read_examples(source: str, prompts: Prompts, models: Sequence[Opened], label
         raise ValueError(_other_kind(repr(source), found.kind, way.kind, models))
     if labelled_for and way.needs_labels and found.labels is None:
         raise ValueError(
-            f"{source!r} has no labels, and {labelled_for} needs labelled images: put those of each class into a "
-            "folder of its name, or give an archive or dataset with labels"
+            f"{source!r} has no labels, and {labelled_for} needs labelled {way.kind.kind}: {way.labelling}, or give an "
+            "archive or dataset with labels"
         )
     return found
 

@@ -46,11 +46,14 @@ def check_pair(moving: Transport, source: Opened, target: Opened) -> None:
       target: the model to move into.
     """
     ours, theirs = (asking(model).config(model) for model in (target, source))
-    if type(ours) is not type(theirs):
+    if source.checkpoint.family.build is not target.checkpoint.family.build:  # MPNet is a BERT, and no CLIP is a ViT
         raise ValueError(
             f"{source.name!r} is a {type(source.config).__name__} and {target.name!r} a "
             f"{type(target.config).__name__}: give a source and a target of one family"
         )
+    if asking(source) is not asking(target):
+        heads = [f"{m.name!r} {'has no head' if asking(m).labels(m) is None else 'has one'}" for m in (source, target)]
+        raise ValueError(f"one model has a head of its own: {heads[0]}, {heads[1]}; give two with a head, or none")
     for model in (source, target) if moving.needs_gradients else ():
         if not asking(model).can_score(model):
             raise ValueError(

@@ -11,11 +11,14 @@ import numpy as np
 from tvjax.checkpoints.folder import Checkpoint, open_checkpoint
 from tvjax.checkpoints.huggingface import Pretrained, from_pretrained
 from tvjax.checkpoints.processors import Processor
+from tvjax.data.examples import Examples
 from tvjax.data.images import Images
 from tvjax.data.loader import image_batches
 from tvjax.data.tokens import Encoder
+from tvjax.models.bert.config import BertConfig
 from tvjax.models.clip.config import CLIPConfig
 from tvjax.models.clip.modeling import vision_model
+from tvjax.tasks.classification import text_batches
 from tvjax.tasks.zero_shot import unit_embeddings
 
 
@@ -65,19 +68,22 @@ class Opened:
         """Drops the weights, which are read again where they are asked for again."""
         self.__dict__.pop("pretrained", None)
 
-    def embed(self, images: Images, batch_size: int) -> np.ndarray:
-        """Unit embeddings of images by the vision tower of a CLIP.
+    def embed(self, examples: Examples, batch_size: int) -> np.ndarray:
+        """Unit embeddings of images by the vision tower of a CLIP, or of texts by a sentence encoder.
 
         Raises:
           ValueError: for another model, before its weights are read.
         """
-        if not isinstance(self.config, CLIPConfig):
+        if isinstance(self.config, BertConfig) and self.config.num_labels is None:
+            encoder = self.encoder(self.config.length)
+            return unit_embeddings(self.pretrained.model, text_batches("embedding", examples, encoder, batch_size))
+        if not isinstance(self.config, CLIPConfig) or not isinstance(examples, Images):
             raise ValueError(
-                f"{self.name!r} is a {type(self.config).__name__}, which gives no embeddings to choose examples by: "
-                "take --select random"
+                f"{self.name!r} is a {type(self.config).__name__}, which gives no embeddings to choose {examples.kind} "
+                "by: take --select random"
             )
         model, pixels = self.pretrained.model, self.processor.pixels
-        return unit_embeddings(vision_model(model), image_batches(images, pixels, batch_size))
+        return unit_embeddings(vision_model(model), image_batches(examples, pixels, batch_size))
 
 
 class Models(contextlib.ExitStack):

@@ -16,9 +16,9 @@ from tvjax.models.transformer import ACTIVATIONS
 
 _IN_THE_SHAPES = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "patch_size", "qkv_bias", "projection_dim"),
-    *("vocab_size", "max_position_embeddings", "num_labels"),
+    *("vocab_size", "type_vocab_size", "max_position_embeddings", "relative_attention_num_buckets", "num_labels"),
 )
-_OF_NO_EFFECT = ("logit_scale_init_value", "model_type")
+_OF_NO_EFFECT = ("logit_scale_init_value", "model_type", "max_seq_length")
 
 Values = Mapping[str, Any]
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from tvjax.models import generic
+from tvjax.models.bert import config as bert_config
+from tvjax.models.bert import modeling as bert_modeling
 from tvjax.models.clip import config as clip_config
 from tvjax.models.clip import modeling as clip_modeling
 from tvjax.models.clip import table as clip_table
@@ -32,7 +34,7 @@ class Family(NamedTuple):
       inputs: ``(config, examples) -> inputs``, the shapes of what the model takes, so many examples of each kind.
       part: the part that a task vector covers where nobody says it, "" for all.
       asked: how jobs ask its models (`tvjax.jobs.asking`): by their ``own_head``, by a ``zero_shot`` head, or in
-        ``language``; "" where there is no modelling code.
+        ``language``; or a function of the config to one of these; "" where there is no modelling code.
     """
 
     config: type[Any]
@@ -41,7 +43,7 @@ class Family(NamedTuple):
     table: LayerTable
     inputs: Callable[[Any, int], PyTree]
     part: str = ""
-    asked: str = ""
+    asked: str | Callable[[Any], str] = ""
 
 
 CLIP = Family(
@@ -70,10 +72,24 @@ LLAMA = Family(
     llama_modeling.inputs,
     asked="language",
 )
+BERT, ROBERTA, MPNET = (
+    Family(
+        config,
+        bert_modeling.init,
+        bert_modeling.bert,
+        bert_modeling.TABLES[config],
+        bert_modeling.inputs,
+        asked=lambda config: "sentences" if config.num_labels is None else "own_head_of_texts",
+    )
+    for config in (bert_config.BertConfig, bert_config.RobertaConfig, bert_config.MPNetConfig)
+)
 GENERIC = Family(generic.GenericConfig, generic.init, generic.build, generic.TABLE, generic.inputs)
 FAMILIES = {
     **dict.fromkeys(("clip", "clip_vision_model", "clip_text_model"), CLIP),
     "vit": VIT,
+    "bert": BERT,
+    **dict.fromkeys(("roberta", "xlm-roberta"), ROBERTA),
+    "mpnet": MPNET,
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LLAMA),
 }
 
@@ -104,7 +120,7 @@ def family_of_config(config: Any) -> Family:
     """
     known = (*FAMILIES.values(), GENERIC)
     for family in known:
-        if isinstance(config, family.config):
+        if type(config) is family.config:  # configs may derive from one another
             return family
     names = sorted({family.config.__name__ for family in known})
     raise ValueError(f"no family has configs of type {type(config).__name__}: expected one of {names}")

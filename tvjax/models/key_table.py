@@ -53,7 +53,8 @@ def find_sources(
     surplus = []
     unused = [*table.unused, *copies_of_tied(table, shapes)]
     for key in tensors:
-        spellings = (key, *(wrapper + key for wrapper in table.wrappers))
+        spelled = _spelled(table, key)
+        spellings = (spelled, *(wrapper + spelled for wrapper in table.wrappers))
         name = next((spelling for spelling in spellings if spelling in names), None)
         if name is None or name in found:
             if not any(matches(pattern, spelling) is not None for pattern in unused for spelling in spellings):
@@ -87,6 +88,14 @@ def find_sources(
             + ". Use the config.json and the weights of one model, saved in float32, float16 or bfloat16"
         )
     return {path: Source(found[name], leaf.to_ours, leaf.to_theirs) for path, (name, leaf) in expected.items()}
+
+
+def _spelled(table: LayerTable, key: str) -> str:
+    """A key of a checkpoint as the table spells its end."""
+    for theirs, ours in table.spellings:
+        if key.endswith(theirs):
+            return key.removesuffix(theirs) + ours
+    return key
 
 
 def to_checkpoint(table: LayerTable, params: PyTree) -> dict[str, np.ndarray]:

@@ -121,6 +121,7 @@ class LayerTable(NamedTuple):
       wrapper_of: by class of transformers, the beginning that its modules' names leave out.
       renamed: names of modules in recent transformers (with ``{i}``), which its checkpoints do not have, and the keys
         that stand for them there.
+      spellings: ends of keys that some checkpoints have, and those that the table has in their place.
     """
 
     rows: tuple[Row, ...]
@@ -129,6 +130,7 @@ class LayerTable(NamedTuple):
     wrappers: tuple[str, ...] = ()
     wrapper_of: Mapping[str, str] = MappingProxyType({})
     renamed: tuple[tuple[str, str], ...] = ()
+    spellings: tuple[tuple[str, str], ...] = ()
 
 
 class Space(NamedTuple):
@@ -184,7 +186,8 @@ def _space(space: str | Heads, config: Any, names: Mapping[str, str]) -> Space:
     if isinstance(space, str):
         return Space(space.format(**names))
     group = space.group.format(**names)
-    return Space(f"{group}:{space.units}", getattr(config_of(config, group), space.number), space.rotary)
+    name = f"{group}:{space.units.format(**names)}"
+    return Space(name, getattr(config_of(config, group), space.number), space.rotary)
 
 
 def config_of(config: Any, path: str) -> Any:
@@ -207,7 +210,7 @@ def in_towers(table: LayerTable, config: Any) -> LayerTable:
         if isinstance(value, str):
             return value.replace("{tower}", tower)
         if isinstance(value, Heads):
-            return value._replace(group=place(value.group, tower))
+            return value._replace(group=place(value.group, tower), units=place(value.units, tower))
         return tuple(place(each, tower) for each in value) if type(value) is tuple else value
 
     rows = [

@@ -9,6 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 Settings = Mapping[str, Any]
+_MAY_BE_0 = (
+    *("eos_token_id", "pad_token_id", "projection_dim", "max_window_layers", "type_vocab_size"),
+    "relative_attention_num_buckets",
+)
 
 
 def architecture(settings: Settings, defaults: Mapping[str, str]) -> str:
@@ -85,7 +89,7 @@ def _kinds(config_class: type) -> dict[str, tuple[type, bool]]:
 def _check_range(name: str, value: int | float) -> None:
     """Numbers that no model has are refused here: sizes would be multiplied, and blocks counted, before any weight."""
     greatest = 10_000 if name == "num_hidden_layers" else 2**24
-    least = 0 if isinstance(value, float) or name in ("eos_token_id", "projection_dim", "max_window_layers") else 1
+    least = 0 if isinstance(value, float) or name in _MAY_BE_0 else 1
     if not name.endswith("init_value") and not least <= value <= greatest:
         raise ValueError(f"{name} is {value!r}, expected a number from {least} to {greatest}")
 

@@ -119,12 +119,23 @@ class Attention(nnx.Module):
         self.out = linear(width, width, dtype, rngs, std)
 
     def __call__(
-        self, x: Float[Array, "batch tokens width"], mask: Bool[Array, "#batch 1 #tokens tokens"] | None = None
+        self,
+        x: Float[Array, "batch tokens width"],
+        mask: Bool[Array, "#batch 1 #tokens tokens"] | None = None,
+        bias: Float[Array, "heads tokens tokens"] | None = None,
     ) -> Float[Array, "batch tokens width"]:
-        """Mixes the tokens; `mask` is True where a query (second last axis) may see a key."""
+        """Mixes the tokens.
+
+        Args:
+          x: the tokens.
+          mask: True where a query (second last axis) may see a key.
+          bias: added to the scores.
+        """
         split = (*x.shape[:-1], self.heads, x.shape[-1] // self.heads)
         query, key, value = (layer(x).reshape(split) for layer in (self.query, self.key, self.value))
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) * split[-1] ** -0.5
+        if bias is not None:
+            scores = scores + bias.astype(scores.dtype)
         if mask is not None:
             scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores).astype(value.dtype)

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from string import Formatter
 from typing import Any
 
+import numpy as np
+
 from tvjax.data.examples import Examples
 from tvjax.data.images import Images
 from tvjax.data.loader import Loader, Processed, image_batches
 from tvjax.data.texts import Texts
-from tvjax.data.tokens import Encoder
+from tvjax.data.tokens import Encoder, Tokens
 from tvjax.stages import Batch
 from tvjax.tasks.base import Task, check_examples
 from tvjax.tasks.losses import OWN_HEAD
@@ -42,7 +44,7 @@ def own_head(process: Any, class_names: Sequence[str] = ()) -> Task:
 def text_batches(
     task: str, examples: Examples, encoder: Encoder, size: int, class_names: Sequence[str] = (), template: str = ""
 ) -> Loader:
-    """Batches of texts, ``{"tokens", "mask"}``, with their classes.
+    """Batches of texts, ``{"tokens", "mask"}`` and of pairs ``"types"``, with their classes.
 
     Args:
       task: for messages.
@@ -68,9 +70,15 @@ def text_batches(
             tokens = encoder([filled(template, one) for one in found])
         else:
             tokens = encoder(*([one[column] for one in found] for column in columns))
-        return Processed(Batch({"tokens": tokens.ids, "mask": tokens.mask}, labels), int(tokens.cut.sum()))
+        return Processed(Batch(inputs_of(tokens), labels), int(tokens.cut.sum()))
 
     return Loader(examples, process, size)
+
+
+def inputs_of(tokens: Tokens) -> dict[str, np.ndarray]:
+    """The tokens of texts as a model takes them."""
+    types = {} if tokens.types is None else {"types": tokens.types}
+    return {"tokens": tokens.ids, "mask": tokens.mask, **types}
 
 
 def filled(template: str, example: dict[str, str]) -> str:

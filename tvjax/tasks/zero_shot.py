@@ -14,16 +14,18 @@ from tvjax import tree
 from tvjax.data.examples import Examples
 from tvjax.data.images import Images
 from tvjax.data.loader import Loader, image_batches
-from tvjax.data.tokens import Encoder, Tokens
+from tvjax.data.tokens import Encoder
 from tvjax.finite import check_finite
 from tvjax.stages import Batch, Model, PyTree, tower
 from tvjax.tasks.base import Task, check_examples
-from tvjax.tasks.classification import text_batches
+from tvjax.tasks.classification import inputs_of, text_batches
 from tvjax.tasks.losses import ClassLoss, cannot_score
 
 Tokenize = Callable[[Sequence[str]], PyTree]
 
 TEMPLATES = ("a photo of a {}.",)
+TEXT_TEMPLATES = ("{}",)
+SCALE = 20.0  # of sentence encoders: by what the losses of sentence-transformers, that train them, multiply
 _TEXTS = 1024  # embedded at once
 _SAME = 1e-5  # by how much an entry of two unit columns may differ by rounding
 
@@ -207,8 +209,9 @@ def zero_shot_model(model: Model, tokenize: Tokenize, class_names: Sequence[str]
 def zero_shot(
     process: Any,
     class_names: Sequence[str],
-    templates: Sequence[str] = TEMPLATES,
+    templates: Sequence[str] | None = None,
     text: tuple[Model, Tokenize] | None = None,
+    scale: float | None = None,
 ) -> Task:
     """Classification by the names of the classes, without a head of the model's own.
 
@@ -218,12 +221,14 @@ def zero_shot(
     Args:
       process: a `tvjax.checkpoints.Processor` for images, an `Encoder` for texts.
       class_names: one name a class.
-      templates: prompts with ``{}`` in place of the name.
+      templates: prompts with ``{}`` in place of the name; None: a photo of it, or of texts the name itself.
       text: the dual encoder whose text tower reads the names, and its tokenizer (`Processor.tokens`), for a vision
         tower that has none beside it; None: the model's own.
+      scale: factor of the cosines. The loss, and so its gradient, depends on it, and the predicted class does not.
+        None: the model's own, or `SCALE` of a sentence encoder.
 
     Raises:
-      ValueError: when the model is made, as `classifier` does.
+      ValueError: when the model is made, as `classifier` does; for a scale that is no positive number.
 
     >>> from tvjax.checkpoints import from_pretrained, load_processor
     >>> from tvjax.data import digits, open_examples
@@ -235,15 +240,17 @@ def zero_shot(
     True
     """
     name = ZERO_SHOT.task
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale is {scale}, expected a positive number")
 
     def of_texts(model: Model) -> Model:
-        head = classifier(model, lambda texts: _inputs(process(texts)), class_names, templates)
-        return with_head(model, head, _logit_scale(model))
+        head = classifier(model, lambda texts: inputs_of(process(texts)), class_names, templates or TEXT_TEMPLATES)
+        return with_head(model, head, _logit_scale(model, scale))
 
     def of_images(model: Model) -> Model:
         reader, tokenize = text or (model, process.tokens)
-        head = classifier(reader, tokenize, class_names, templates)
-        return with_head(tower(model, "vision"), head, _logit_scale(reader))
+        head = classifier(reader, tokenize, class_names, templates or TEMPLATES)
+        return with_head(tower(model, "vision"), head, _logit_scale(reader, scale))
 
     def images(examples: Examples, size: int) -> Loader:
         check_examples(name, examples, Images, class_names)
@@ -254,11 +261,8 @@ def zero_shot(
     return Task(name, of_images, images)
 
 
-def _inputs(tokens: Tokens) -> PyTree:
-    return {"tokens": tokens.ids, "mask": tokens.mask}
-
-
-def _logit_scale(model: Model) -> Float[Array, ""]:
-    """The model's own; without one the usual factor of a sentence encoder, 20."""
-    own = model.params.get("logit_scale", math.log(20.0)) if isinstance(model.params, dict) else math.log(20.0)
-    return jnp.asarray(own, jnp.float32)
+def _logit_scale(model: Model, scale: float | None = None) -> Float[Array, ""]:
+    """The logarithm of a factor of cosines; None: the model's own, or that of a sentence encoder."""
+    if scale is None and isinstance(model.params, dict) and "logit_scale" in model.params:
+        return jnp.asarray(model.params["logit_scale"], jnp.float32)
+    return jnp.asarray(math.log(SCALE if scale is None else scale), jnp.float32)
