@@ -253,12 +253,9 @@ def _at(bench: Bench, moved: PyTree, chosen: ChosenScale) -> Found:
     return Found(bench.target, params, chosen.accuracy, {"scale": chosen.scale, "curve": chosen.curve.tolist()})
 
 
-def _transported(
-    transport: Callable[[], tv.Transport],
-    pairs: Callable[[Bench], list[tuple[Batch, Batch]]] = lambda bench: bench.pairs,
-) -> Method:
+def _transported(transport: Callable[[], tv.Transport], shuffled: bool = False) -> Method:
     def method(bench: Bench) -> Found:
-        moved = bench.moved(transport(), pairs(bench))
+        moved = bench.moved(transport(), bench.shuffled if shuffled else bench.pairs)
         return _at(bench, moved, choose_scale(bench.target.model, moved, SCALES, bench.validation))
 
     return method
@@ -309,7 +306,7 @@ METHODS: dict[str, Method] = {
     "BiCo": _transported(tv.bico),
     "BiCo, centred": lambda bench: _at(bench, bench.bico, bench.bico_chosen),
     "BiCo, centred, then GradFix": _transported(lambda: tv.chain(tv.bico(center=True), tv.gradfix())),
-    "BiCo, centred, texts shuffled": _transported(partial(tv.bico, center=True), lambda bench: bench.shuffled),
+    "BiCo, centred, texts shuffled": _transported(partial(tv.bico, center=True), shuffled=True),
     "few-shot": lambda bench: _few_shot(bench, bench.target.model),
     "BiCo, centred, then few-shot": lambda bench: _few_shot(bench, bench.start),
     "BiCo, centred, coefficients and few-shot": _with_coefficients,
