@@ -80,7 +80,18 @@ def unpacked(digits: str, count: int) -> np.ndarray:
 
 def settings() -> dict[str, Any]:
     """What every cell of a results file has in common."""
-    names = ("SCALES", "RATES", "CHECKPOINTS", "FEW", "MANY", "TEACHER", "TRAINED", "SHARE", "CALIBRATION")
+    names = (
+        "SCALES",
+        "RATES",
+        "RATES_MANY",
+        "CHECKPOINTS",
+        "FEW",
+        "MANY",
+        "TEACHER",
+        "TRAINED",
+        "SHARE",
+        "CALIBRATION",
+    )
     tasks = {
         name: {"tokens": setting.length, "texts": setting.counts._asdict()}
         for name, setting in experiment.SETTINGS.items()

@@ -36,9 +36,9 @@ from tvjax.tasks.zero_shot import ZERO_SHOT
 
 TRAINED = ("blocks/*",)
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
-RATES = (5e-5, 2e-4, 8e-4)  # of the leaves, wherever leaves are trained
+RATES, RATES_MANY = (5e-5, 2e-4, 8e-4), (2e-4, 8e-4)  # of the leaves, with few labels and with many
 SHARE = 1e-3  # where coefficients are trained too, theirs are a thousand times greater
-CHECKPOINTS = 4  # numbers of steps to choose from, up to all
+CHECKPOINTS = 3  # numbers of steps to choose from, up to all
 CALIBRATION, EVALUATION = 48, 200  # texts at once, at most
 
 
@@ -49,7 +49,7 @@ class Steps(NamedTuple):
     size: int
 
 
-FEW, MANY, TEACHER = Steps(40, 16), Steps(120, 32), Steps(60, 32)
+FEW, MANY, TEACHER = Steps(30, 16), Steps(90, 32), Steps(60, 32)
 
 
 class Setting(NamedTuple):
@@ -198,14 +198,16 @@ class Bench:
         """The task vector as a transport that is fitted on these batches moves it."""
         return transport.apply(tv.fit(transport, self.source.model, self.target.model, pairs), self.tau)
 
-    def tuned(self, own: Reader, start: Model, examples: Batch, steps: Steps) -> FineTuned:
+    def tuned(
+        self, own: Reader, start: Model, examples: Batch, steps: Steps, rates: Sequence[float] = RATES
+    ) -> FineTuned:
         """A model of one of the two, trained on examples; rate and number of steps chosen by validation."""
         return fine_tune(
             start,
             examples,
             steps=steps.steps,
             key=self.key,
-            learning_rates=RATES,
+            learning_rates=rates,
             batch_size=steps.size,
             trainable=TRAINED,
             validation=own.batches(self.parts.validation, EVALUATION),
@@ -215,13 +217,13 @@ class Bench:
     def with_many_labels(self, own: Reader) -> FineTuned:
         """A model of one of the two, fine-tuned with the labels of the source."""
         path = self.kept / f"{own.name}-{self.draw}.safetensors"
-        told = {"rates": str(RATES), "steps": str(MANY), "texts": hashlib.sha256(self.parts.source).hexdigest()}
+        told = {"rates": str(RATES_MANY), "steps": str(MANY), "texts": hashlib.sha256(self.parts.source).hexdigest()}
         if path.exists():
             params, found = tv.load_task_vector(path)
             if told.items() <= found.items():
                 chosen = json.loads(found["chosen"])
                 return FineTuned(tree.replace(own.model.params, tree.flatten(params)), **chosen, losses=np.zeros(0))
-        tuned = self.tuned(own, own.model, own.batch(self.parts.source), MANY)
+        tuned = self.tuned(own, own.model, own.batch(self.parts.source), MANY, RATES_MANY)
         chosen = {"learning_rate": tuned.learning_rate, "steps": tuned.steps, "accuracy": tuned.accuracy}
         path.parent.mkdir(parents=True, exist_ok=True)
         tv.save_task_vector(path, tuned.params, {**told, "chosen": json.dumps(chosen)})
