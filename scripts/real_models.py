@@ -155,17 +155,22 @@ def table(rows: list[dict[str, Any]]) -> str:
     heads = [f"{pair.replace('-', ' to ')}, {task}" for pair, task in columns]
     lines = ["| | " + " | ".join(f"{head} | minus few-shot" for head in heads) + " |"]
     lines.append("|---|" + "---:|---:|" * len(columns))
+    most = {
+        column: max(len(row["draws"]) for row in rows if (row["pair"], row["task"]) == column) for column in columns
+    }
     for method in (method for method in experiment.METHODS if any(row["method"] == method for row in rows)):
         shown = []
         for column in columns:
             row = found.get((*column, method))
-            shown += ["-", ""] if row is None else [f"{100 * row['accuracy']:.1f}", _gap(row.get("minus few-shot"))]
+            shown += ["-", ""] if row is None else [_accuracy(row, most[column]), _gap(row.get("minus few-shot"))]
         lines.append(f"| {method} | " + " | ".join(shown) + " |")
-    draws = ", ".join(
-        f"{head}: {len(max((r['draws'] for r in rows if (r['pair'], r['task']) == column), key=len))}"
-        for head, column in zip(heads, columns, strict=True)
-    )
-    return "\n".join([*lines, "", f"Draws: {draws}; a method with fewer has them in the results file."])
+    return "\n".join(lines)
+
+
+def _accuracy(row: dict[str, Any], most: int) -> str:
+    draws = len(row["draws"])
+    few = f" ({draws} draw{'s' if draws > 1 else ''})" if draws < most else ""
+    return f"{100 * row['accuracy']:.1f}{few}"
 
 
 def _gap(minus: dict[str, Any] | None) -> str:

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from real import packages, texts, weights
+from tvjax import tree
+from tvjax.checkpoints import from_pretrained, load_tree
+from tvjax.checkpoints.extraction import extract
 
 Node = namedtuple("Node", "op_type input output")
 PREFIX = "model."
@@ -153,3 +156,16 @@ def test_the_real_texts_have_their_classes(name, classes, least):
     task = texts.text_task(name)
     assert len(task.class_names) == classes == len(np.unique(task.labels))
     assert len(task.texts) == len(set(task.texts)) > least
+
+
+@pytest.mark.real
+def test_the_foreign_task_vector_is_what_it_was(tmp_path):
+    base, other = (weights.model_folder(name) for name in ("L6", "sre"))
+    found = extract(base, other, tmp_path / "tau.safetensors")
+    vector, parameters = (
+        tree.flatten(params) for params in (load_tree(tmp_path / "tau.safetensors")[0], from_pretrained(base).params)
+    )
+    norm = np.sqrt(sum(float(np.sum(np.square(leaf, dtype=np.float64))) for leaf in parameters.values()))
+    assert found.leaves == len(parameters) == 101 and all(np.any(leaf) for leaf in vector.values())
+    assert found.norm / norm == pytest.approx(0.01007, rel=1e-3)
+    assert {path for path in found.left if path.startswith("pooler")} == {"pooler.dense.bias", "pooler.dense.weight"}
