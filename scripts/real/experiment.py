@@ -36,7 +36,7 @@ from tvjax.tasks.zero_shot import ZERO_SHOT
 
 TRAINED = ("blocks/*",)
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
-RATES, RATES_MANY = (5e-5, 2e-4, 8e-4), (2e-4, 8e-4)  # of the leaves, with few labels and with many
+RATES, RATES_MANY = (3e-5, 1e-4, 3e-4), (2e-4, 8e-4)  # of the leaves, with few labels and with many
 SHARE = 1e-3  # where coefficients are trained too, theirs are a thousand times greater
 CHECKPOINTS = 3  # numbers of steps to choose from, up to all
 CALIBRATION, EVALUATION = 48, 200  # texts at once, at most
@@ -49,7 +49,7 @@ class Steps(NamedTuple):
     size: int
 
 
-FEW, MANY, TEACHER = Steps(30, 16), Steps(90, 32), Steps(60, 32)
+FEW, MANY, TEACHER = Steps(60, 16), Steps(90, 32), Steps(60, 32)
 
 
 class Setting(NamedTuple):
