@@ -55,11 +55,11 @@ def gpt2():  # Conv1D: matrices are stored [in, out]; masks are stored too
     return {"model_type": "gpt2", "activation_function": "gelu_new"}, shapes, {"h.0.attn.bias": mask}
 
 
-def bert():
+def electra():
     shapes = {"bert.embeddings.word_embeddings.weight": (12, WIDTH)} | norm("bert.embeddings.LayerNorm")
     shapes |= linear("bert.encoder.layer.0.attention.self.query", WIDTH, 8) | linear("bert.pooler.dense", WIDTH, 8)
     ids = np.arange(6)[None]
-    return {"model_type": "bert", "hidden_act": "gelu"}, shapes, {"bert.embeddings.position_ids": ids}
+    return {"model_type": "electra", "hidden_act": "gelu"}, shapes, {"bert.embeddings.position_ids": ids}
 
 
 def mixtral():  # experts one by one, and stacked
@@ -91,7 +91,7 @@ def whisper():
     return {"model_type": "whisper", "activation_function": "gelu"}, shapes, {}
 
 
-MODELS = {make.__name__: make for make in (olmo, t5, gpt2, bert, mixtral, dinov2, siglip, whisper)}
+MODELS = {make.__name__: make for make in (olmo, t5, gpt2, electra, mixtral, dinov2, siglip, whisper)}
 
 
 def values(shapes, seed, around=None):
@@ -198,7 +198,7 @@ def test_weights_of_16_bits_are_rounded_once(tmp_path):
 
 
 def test_what_takes_no_part_is_reported(tmp_path, capsys):
-    settings, shapes, others = bert()
+    settings, shapes, others = electra()
     theta_0, theta_ft = values(shapes, 0), values(shapes, 1)
     tokens = "bert.embeddings.word_embeddings.weight"
     theta_ft[tokens] = np.zeros((13, WIDTH), np.float32)
@@ -324,13 +324,13 @@ def test_inspect_shows_keys_and_norms(tmp_path, capsys):
     ],
 )
 def test_what_runs_a_model_says_what_works_without(tmp_path, capsys, words):
-    base = write(tmp_path / "base", {"model_type": "bert"}, {"w.weight": np.ones((2, 2), np.float32)})
+    base = write(tmp_path / "base", {"model_type": "electra"}, {"w.weight": np.ones((2, 2), np.float32)})
     streaming.extract(base, base, tmp_path / "tau.safetensors")
     words = [word.format(base=base, tau=tmp_path / "tau.safetensors") for word in words]
     output = [] if words[0] in ("evaluate", "plan") else ["--output", str(tmp_path / "out")]
     assert run([*words, *output]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "no modelling code for model_type 'bert'" in line and "extract, apply, merge, inspect and convert" in line
+    assert "no modelling code for model_type 'electra'" in line and "extract, apply, merge, inspect and convert" in line
 
 
 def test_what_is_no_model_of_floats(tmp_path):

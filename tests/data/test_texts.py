@@ -195,6 +195,50 @@ def test_a_tokenizer_of_transformers_keeps_its_closing_token_where_it_cuts():
     assert Encoder(fast, shortest=2)(["a"], ["b"]).ids.tolist() == [[2, 1, 3, 1]]
 
 
+def words(vocabulary, letters=False, **roles):
+    tokenizers = pytest.importorskip("tokenizers")
+    from transformers import PreTrainedTokenizerFast
+
+    ids = {word: number for number, word in enumerate(vocabulary)}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="?"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    if letters:
+        inner.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    first, last = roles["cls_token"], roles["sep_token"]
+    ends = [(one, ids[one]) for one in (first, last)]
+    pair = f"{first} $A {last} $B:1 {last}:1"
+    inner.post_processor = tokenizers.processors.TemplateProcessing(f"{first} $A {last}", pair, ends)
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=inner, model_input_names=names, unk_token="?", **roles)
+
+
+def test_tokenizers_that_cut_texts_alike_have_equal_spans_whatever_their_ids():
+    one = Encoder(words(("?", "[C]", "[S]", "a", "bc"), cls_token="[C]", sep_token="[S]"), length=6, shortest=2)
+    other = Encoder(words(("<s>", "</s>", "bc", "?"), cls_token="<s>", sep_token="</s>"), length=6, shortest=2)
+    letters = Encoder(words(("?", "<s>", "</s>"), letters=True, cls_token="<s>", sep_token="</s>"), shortest=2)
+    texts = ["a bc", "bc  a a bc a a a"]
+    assert not np.array_equal(one(texts).ids, other(texts).ids)
+    spans = one.of_spans(texts)
+    np.testing.assert_array_equal(spans.ids, other.of_spans(texts).ids)
+    np.testing.assert_array_equal(spans.mask, one(texts).mask)
+    np.testing.assert_array_equal(spans.cut, [False, True])
+    assert len(set(spans.ids[0].tolist())) == 5  # "[C]", "a", "bc", "[S]" and the padding
+    assert not np.array_equal(letters.of_spans(texts).ids[:, :6], spans.ids)
+    plain = Encoder(letters_of_a_callable)
+    assert plain.of_spans is plain
+
+
+def letters_of_a_callable(texts):
+    return {"input_ids": [[1] for _ in texts], "attention_mask": [[1] for _ in texts]}
+
+
+def test_the_texts_of_a_pair_have_types():
+    encoder = Encoder(words(("?", "[C]", "[S]", "a"), cls_token="[C]", sep_token="[S]"), shortest=8)
+    assert encoder(["a"]).types is None
+    pair = encoder(["a a"], ["a"])
+    assert pair.types.tolist() == [[0, 0, 0, 0, 1, 1, 0, 0]] and pair.mask.sum() == 6
+
+
 def test_images_and_texts_are_two_kinds_of_one_thing():
     images = Images("same", range(2), lambda key: np.full((2, 2), key, np.uint8), np.array([0, 1]), ("a_b", "c"))
     texts = Texts("same", range(2), lambda key: (str(key),), np.array([0, 1]), ("a_b", "c"), columns=("text",))

@@ -14,23 +14,7 @@ from tvjax.checkpoints import Pretrained, from_pretrained, save_pretrained
 from tvjax.cli.main import run
 from tvjax.models.bert import BertConfig, MPNetConfig, RobertaConfig, bert, init
 
-PIECES = (
-    "good",
-    "bad",
-    "the",
-    "film",
-    "was",
-    "dull",
-    "fine",
-    "so",
-    "plot",
-    "cast",
-    "##ly",
-    "really",
-    "about",
-    ".",
-    "##s",
-)
+PIECES = "good bad the film was dull fine so plot cast ##ly ##s ##ive . negat posit".split()
 REVIEWS = [("the film was fine", "good"), ("so dull", "bad"), ("the casts so finely", "good"), ("dull plots", "bad")]
 SPECIAL = {
     "bert": ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
@@ -52,6 +36,7 @@ def write_tokenizer(folder, kind, pieces=PIECES):
     tokenizer.post_processor = processors.TemplateProcessing(f"{first} $A {last}", pair, ends)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "cls_token": first, "sep_token": last, "pad_token": pad}
+    settings["model_input_names"] = ["input_ids", "attention_mask", *(["token_type_ids"] if kind == "bert" else [])]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"unk_token": "[UNK]"}))
 
 
@@ -126,6 +111,7 @@ def texts(tmp_path_factory):
         "plain": [{"text": text} for text, _ in REVIEWS],
         "long": [{"text": " ".join([text] * 9), "label": label} for text, label in REVIEWS],
         "pairs": [{"one": text, "other": "so fine", "label": label} for text, label in REVIEWS],
+        "valued": [{"sentence": text, "label": int(label == "good")} for text, label in REVIEWS],
         "twice": [{"text": "so dull", "label": "Bad film"}, {"text": "so fine", "label": "bad  film"}],
         "nameless": [{"text": "so dull", "label": "\u200b"}, {"text": "so fine", "label": "good"}],
     }
@@ -196,6 +182,30 @@ def test_texts_that_are_too_long_are_cut_and_counted(encoders, texts):
     assert any("4 of 4 texts are longer than the model takes, and were cut" in note for note in found.notes)
 
 
+def test_gradfix_masks_a_sentence_encoder_of_the_same_shape(encoders, texts, tmp_path):
+    given = {"source": encoders["source"], "finetuned": encoders["finetuned"], "target": encoders["same"]}
+    given |= {"method": "gradfix", "data": texts["labelled"], "output": tmp_path / "edited"}
+    jobs.transport(jobs.TransportConfig(**given))
+    before, after = flat(encoders["same"]), flat(tmp_path / "edited")
+    assert all(not np.array_equal(leaf, after[path]) for path, leaf in before.items() if path.endswith("up/kernel"))
+
+
+def test_prompts_of_a_task_that_ask_language_models_are_no_prompts_of_class_names(encoders, texts):
+    data = texts["valued"] + "?text=sentence&label=label"
+    names = [encoders["source"], encoders["mpnet"]]
+    found = jobs.evaluate(jobs.EvaluateConfig(models=names, data=data, task="sst2"))
+    assert found.classes == ("negative", "positive") and found.templates == ("{}",)
+    assert [row["total"] for row in found.models] == [4, 4]
+
+
+def test_a_model_without_code_says_why(encoders, texts, tmp_path, capsys):
+    folder = tmp_path / "model"
+    write_model(folder)
+    write_modules(folder, "max")
+    assert run(["evaluate", str(folder), "--data", texts["labelled"]]) == 2
+    assert "no modelling code for this model_type 'bert' (pooling 'max' is not supported" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("data", ["labelled", "pairs"])
 def test_sequence_classifiers_answer_by_their_own_head(encoders, texts, tmp_path, data):
     where = texts[data] + ("?text=one,other&label=label" if data == "pairs" else "")
@@ -234,16 +244,16 @@ def test_composition_learns_by_class_names(encoders, texts, tmp_path):
 @pytest.mark.parametrize(
     ("target", "data", "message"),
     [
-        ("small", "labelled", "small': the tokenizer knows 20 tokens, but the model has embeddings for 10"),
+        ("small", "labelled", "small': the tokenizer knows 21 tokens, but the model has embeddings for 10"),
         (
             "foreign",
             "labelled",
             r"foreign': the tokenizer pads with the token 0 \('\[PAD\]'\), and config.json names 1",
         ),
         ("wider", "twice", "the class names '.*' and '.*' are the same tokens"),
-        ("wider", "nameless", "is no token for"),
+        ("wider", "nameless", r"the class name '.*' is no token for"),
         ("wider", "plain", "has no labels, and bico reads gradients of the loss: name the column of the classes"),
-        ("wider classifier", "labelled", "head/"),
+        ("wider classifier", "labelled", "one model has a head of its own: .*source' has no head, .*fier' has one"),
     ],
 )
 @pytest.mark.parametrize("command", ["transport", "plan"])

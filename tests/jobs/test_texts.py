@@ -20,15 +20,15 @@ WORDS = ("<unk>", "?", "good", "bad", "the", "film", "was", "is", "it", "dull", 
 REVIEWS = [("the film was fine", "good"), ("so dull", "bad"), ("the cast is so fine", "good"), ("dull plot", "bad")]
 
 
-def write_tokenizer(folder, words=WORDS):
+def write_tokenizer(folder, words=WORDS, letters=False):
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated") if letters else pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def write_llama(folder, width, depth, heads, seed, change=0.0, words=WORDS, vocabulary=16):
+def write_llama(folder, width, depth, heads, seed, change=0.0, words=WORDS, vocabulary=16, letters=False):
     """A random Llama; `change` is added at random to all of it."""
     config = LlamaConfig(vocabulary, width, 2 * width, depth, heads, 2, head_dim=4, max_position_embeddings=32)
     rng = np.random.default_rng(seed)
@@ -37,7 +37,7 @@ def write_llama(folder, width, depth, heads, seed, change=0.0, words=WORDS, voca
     params = jax.tree.map(lambda x: x + jnp.asarray(change * rng.normal(size=x.shape), jnp.float32), params)
     save_pretrained(Pretrained(llama(config, params), config), folder)
     if words:
-        write_tokenizer(folder, words)
+        write_tokenizer(folder, words, letters)
     return str(folder)
 
 
@@ -52,7 +52,8 @@ def llamas(tmp_path_factory):
         "padded": write_llama(folder / "padded", 12, 3, 4, 2, vocabulary=24),
         "mute": write_llama(folder / "mute", 12, 3, 4, 2, words=()),
         "small": write_llama(folder / "small", 12, 3, 4, 2, vocabulary=10),
-        "foreign": write_llama(folder / "foreign", 12, 3, 4, 2, words=WORDS[:4] + WORDS[:3:-1]),
+        "reordered": write_llama(folder / "reordered", 12, 3, 4, 2, words=WORDS[:4] + WORDS[:3:-1]),
+        "foreign": write_llama(folder / "foreign", 12, 3, 4, 2, letters=True),
         "clip": str(model_folder("A")),
     }
 
@@ -82,6 +83,7 @@ def flat(folder):
     [
         ("theseus", "wider", "plain"),
         ("theseus", "padded", "labelled"),
+        ("bico", "reordered", "labelled"),  # the same pieces of the texts under other ids
         ("bico", "wider", "labelled"),
         ("bico+gradfix", "wider", "answered"),
         ("bico+gradfix", "wider", "labelled"),
@@ -189,7 +191,7 @@ def test_a_plan_without_texts_reckons_with_the_length(llamas):
         ("wider", "digits:thick/test", [], "is of images, and this command takes texts for .*a LlamaConfig"),
         ("mute", "{plain}", [], "mute': the folder has neither tokenizer.json nor vocab.json"),
         ("small", "{plain}", [], "small': the tokenizer knows 15 tokens, but the model has embeddings for 10"),
-        ("foreign", "{plain}", [], "give other tokens for the texts of .* not aligned yet: both models must share one"),
+        ("foreign", "{plain}", [], "cut the texts of .* into other tokens, which are not aligned yet"),
         ("clip", "{plain}", [], "give a source and a target of one family"),
         ("wider", "{labelled}", ["--classes", "{classes}"], "the label '(good|bad)' is none of the classes fine, film"),
         ("wider", "{labelled}", ["--task", "eurosat"], "the task 'eurosat' is of images, and this command takes texts"),
@@ -218,7 +220,7 @@ def test_what_cannot_be_is_one_line_before_any_weight_is_read(
         (["source"], "digits:thick/test", "is of images, and this command takes texts for .*a LlamaConfig"),
         (["source", "clip"], "{labelled}", "takes texts and .* images: give models of one kind of examples"),
         (["mute"], "{plain}", "mute': the folder has neither tokenizer.json nor vocab.json"),
-        (["source", "foreign"], "{plain}", "both models must share one"),
+        (["source", "foreign"], "{plain}", "cut the texts of .* into other tokens, which are not aligned yet"),
     ],
 )
 def test_evaluation_of_what_cannot_be_is_one_line(llamas, texts, capsys, monkeypatch, models, data, message):
@@ -229,5 +231,5 @@ def test_evaluation_of_what_cannot_be_is_one_line(llamas, texts, capsys, monkeyp
 
 
 def test_other_tokenizers_are_no_matter_where_the_answers_are_classes(llamas, texts):
-    found = jobs.evaluate(jobs.EvaluateConfig(models=[llamas["wider"], llamas["foreign"]], data=texts["labelled"]))
+    found = jobs.evaluate(jobs.EvaluateConfig(models=[llamas["wider"], llamas["reordered"]], data=texts["labelled"]))
     assert [row["total"] for row in found.models] == [4, 4] and len(found.pairs) == 1

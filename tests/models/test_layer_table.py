@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from tvjax import tree
+from tvjax.models.bert import BertConfig, MPNetConfig, RobertaConfig
 from tvjax.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from tvjax.models.families import family_of_config
 from tvjax.models.layer_table import Space, fix_outputs, in_towers, spaces_of
@@ -20,6 +21,9 @@ CONFIGS = {
     "llama": LlamaConfig(16, 8, 12, 2, 4, 2, head_dim=6, attention_bias=True, mlp_bias=True, qk_norm=True),
     "tied llama": LlamaConfig(16, 8, 12, 2, 4, 4, head_dim=6, tie_word_embeddings=True),
     "vit": ViTConfig(8, 16, 2, 2, image_size=8, patch_size=4),
+    "bert": BertConfig(16, 8, 12, 2, 2, max_position_embeddings=6),
+    "roberta classifier": RobertaConfig(16, 8, 12, 2, 2, max_position_embeddings=6, num_labels=3),
+    "mpnet": MPNetConfig(16, 8, 12, 2, 2, max_position_embeddings=6),
 }
 
 
@@ -80,6 +84,8 @@ def test_the_rows_of_towers_are_those_that_the_model_has():
         ("vit", {"head": ("head/kernel", "head/bias")}),
         ("llama", {"head": ("head/kernel",)}),
         ("tied llama", {"head": ("tokens",)}),
+        ("bert", {}),
+        ("roberta classifier", {"head": ("out/kernel", "out/bias")}),
     ],
 )
 def test_outputs_that_have_a_meaning_are_fixed_where_they_are_computed(name, fixed):

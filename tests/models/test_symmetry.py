@@ -11,7 +11,7 @@ from tvjax import tree
 from tvjax.align.permutations import axes, groups, invert, match_weights, permute, random_permutations
 from tvjax.checkpoints import from_pretrained
 from tvjax.data.embedded import MODELS, model_folder
-from tvjax.models import clip, llama, vit
+from tvjax.models import bert, clip, llama, vit
 from tvjax.models.families import FAMILIES, family_of_config
 from tvjax.models.symmetry import symmetry_of_config
 
@@ -29,6 +29,14 @@ LLAMAS = {
     "llama": llama.LlamaConfig(20, 16, 24, 2, 4, 4, head_dim=6, attention_bias=True),
     "llama with grouped queries": llama.LlamaConfig(20, 16, 24, 2, 8, 4, head_dim=6, qk_norm=True),
     "tied llama": llama.LlamaConfig(20, 16, 24, 2, 4, 2, head_dim=4, tie_word_embeddings=True, mlp_bias=True),
+}
+
+
+BERTS = {
+    "bert classifier": bert.BertConfig(20, 16, 24, 2, 4, max_position_embeddings=9, num_labels=3),
+    "bert": bert.BertConfig(20, 16, 24, 2, 4, max_position_embeddings=9),
+    "mpnet": bert.MPNetConfig(20, 16, 24, 2, 4, max_position_embeddings=9),
+    "mpnet classifier": bert.MPNetConfig(20, 16, 24, 2, 4, max_position_embeddings=9, num_labels=3),
 }
 
 
@@ -182,6 +190,33 @@ def test_a_permuted_llama_computes_the_same_and_is_matched_back(name):
         matched = match_weights(symmetry, params, moved, key=jax.random.key(7))
         for group, order in true.items():
             np.testing.assert_array_equal(matched.permutations[group], order, err_msg=group)
+
+
+@pytest.mark.parametrize("name", BERTS)
+def test_a_permuted_bert_computes_the_same_and_is_matched_back(name):
+    config = BERTS[name]
+    symmetry, params = symmetry_of_config(config), make_params(config, 0)
+    inputs = {"tokens": jnp.asarray(np.random.default_rng(0).integers(2, 20, (4, 7)), jnp.int32)}
+
+    def compared(params):  # embeddings with embeddings of the same model
+        outputs = bert.bert(config, params)(inputs)
+        return outputs["logits"] if "logits" in outputs else outputs["text"] @ outputs["text"].T
+
+    for seed in range(2):
+        true = random_permutations(symmetry, params, jax.random.key(seed))
+        assert any(
+            np.any(np.asarray(order) != np.arange(len(order))) for name, order in true.items() if "heads" in name
+        )
+        moved = permute(symmetry, true, params)
+        np.testing.assert_allclose(compared(moved), compared(params), rtol=1e-4, atol=1e-4)
+        matched = match_weights(symmetry, params, moved, key=jax.random.key(7))
+        for group, order in true.items():
+            np.testing.assert_array_equal(matched.permutations[group], order, err_msg=group)
+
+
+def test_blocks_that_share_a_position_bias_exchange_their_heads_together():
+    assert symmetry_of_config(BERTS["mpnet"]).heads == {"heads": 4}
+    assert symmetry_of_config(BERTS["bert"]).heads == {"blocks/{i}/heads": 4}
 
 
 def test_what_positions_rotate_stays_in_its_order():

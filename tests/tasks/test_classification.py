@@ -55,6 +55,18 @@ def test_texts_by_the_names_of_their_classes(sentences):
     np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-6)
 
 
+def test_the_factor_of_the_cosines_changes_the_loss_and_no_answer(sentences):
+    batches = list(tasks.zero_shot(ENCODER, ["cat", "dog"]).batches(about(), 4))
+    found = {}
+    for scale in (1.0, 50.0):
+        model = tasks.zero_shot(ENCODER, ["cat", "dog"], scale=scale).model(sentences)
+        np.testing.assert_allclose(np.exp(model.loss_params["logit_scale"]), scale, rtol=1e-6)
+        found[scale] = tasks.score(model, batches)
+    assert found[1.0].right == found[50.0].right and found[1.0].loss > found[50.0].loss
+    with pytest.raises(ValueError, match="scale is -1, expected a positive number"):
+        tasks.zero_shot(ENCODER, ["cat", "dog"], scale=-1)
+
+
 def test_a_dual_encoder_as_a_task_is_the_tower_with_its_head():
     folder = model_folder("A")
     clip, processor = from_pretrained(folder), load_processor(folder)

@@ -61,7 +61,10 @@ class Checkpoint:
       folder: the local folder.
       name: the folder or hub id that was asked for.
       revision: the commit of the hub repository.
+      no_code: once `family` was asked for, why a model of a known family has no modelling code; "" where it has.
     """
+
+    no_code = ""
 
     def __init__(self, source: str | os.PathLike[str], revision: str | None = None):
         """Finds the folder; of a hub id it is downloaded."""
@@ -94,7 +97,8 @@ class Checkpoint:
             family = family_of_settings(settings)
             try:
                 family.config.from_dict(settings)
-            except NoCode:  # arithmetic needs no modelling code
+            except NoCode as error:  # arithmetic needs no modelling code
+                self.no_code = str(error)
                 return GENERIC
             return family
 

@@ -61,6 +61,8 @@ class Pretrained:
       revision: the commit of the hub repository.
       folder: the local folder that it was read from; None for a model that was made here.
       settings: the content of that folder's ``config.json``.
+      keys: the key of each parameter in its files, by path, where it is not the usual one.
+      others: keys of its files that are no parameters, and stay as they are.
 
     >>> import jax
     >>> from tvjax.models.vit import config, modeling
@@ -76,6 +78,8 @@ class Pretrained:
     revision: str = ""
     folder: Path | None = None
     settings: Settings | None = None
+    keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    others: tuple[str, ...] = ()
 
     @property
     def params(self) -> PyTree:
@@ -134,6 +138,9 @@ def from_pretrained(source: Name, revision: str | None = None, dtype: DTypeLike 
     """
     with open_checkpoint(source, revision) as opened:
         model = opened.family.build(opened.config, opened.params(), dtype)
+        stale = copies_of_tied(opened.family.table, opened.sources)
+        keys = {path: source.key for path, source in opened.sources.items()}
+        others = tuple(key for key in opened.others if key not in stale)
     return Pretrained(
         model,
         opened.config,
@@ -141,6 +148,8 @@ def from_pretrained(source: Name, revision: str | None = None, dtype: DTypeLike 
         opened.revision,
         opened.folder,
         opened.settings,
+        keys,
+        others,
     )
 
 
@@ -170,14 +179,16 @@ def save_pretrained(
     folder = Path(folder)
     family = family_of_config(pretrained.config)
     check_params(pretrained.config, pretrained.params)
-    tensors, others = to_checkpoint(family.table, pretrained.params), {}
-    if pretrained.folder is not None and has_weights(pretrained.folder):
+    tensors = dict(
+        (pretrained.keys.get(path, key), tensor)
+        for path, (key, tensor) in zip(
+            tree.flatten(pretrained.params), to_checkpoint(family.table, pretrained.params).items(), strict=True
+        )
+    )
+    others = {}
+    if pretrained.others and pretrained.folder is not None and has_weights(pretrained.folder):
         with open_checkpoint(pretrained.folder) as like:
-            if like.config == pretrained.config:  # keys, and what is no parameter, as they are there
-                leaves = tree.flatten(pretrained.params)
-                tensors = {s.key: s.to_theirs(np.asarray(leaves[path])) for path, s in like.sources.items()}
-                stale = copies_of_tied(family.table, like.sources)
-                others = {key: like.tensors.map(key) for key in like.others if key not in stale}
+            others = {key: like.tensors.map(key) for key in pretrained.others if key in like.tensors.headers}
     headers = {key: tensor_header(key, tensor, dtype) for key, tensor in tensors.items()}
     settings = settings_with_dtype(pretrained.settings or pretrained.config.to_dict(), headers.values())
     headers |= {key: tensor_header(key, tensor, dtype) for key, tensor in others.items()}

@@ -29,6 +29,7 @@ from tvjax.checkpoints.huggingface import (
 )
 from tvjax.checkpoints.json_files import read_json, write_json
 from tvjax.checkpoints.safetensors import tensor_header
+from tvjax.checkpoints.sentence_files import sentence_settings
 from tvjax.finite import check_finite
 from tvjax.models.families import family_of_config, family_of_settings
 from tvjax.models.generic import GenericConfig
@@ -109,7 +110,7 @@ def load_orbax(
         settings = read_json(folder / "config.json", "is it a folder of save_orbax? Else give the config")
         where = folder / PARAMS
         try:
-            config = family_of_settings(settings).config.from_dict(settings)
+            config = family_of_settings(settings).config.from_dict({**settings, **sentence_settings(folder)})
         except ValueError as error:
             raise ValueError(f"{folder / 'config.json'}: {error}") from error
     where, subtree = _item(where, subtree)

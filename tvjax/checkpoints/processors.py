@@ -16,7 +16,7 @@ from tvjax.checkpoints.json_files import read_json
 from tvjax.models.clip.config import LEGACY_END_TOKEN
 
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
-_TOKEN_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "sentencepiece.bpe.model")
+_TOKEN_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -247,9 +247,7 @@ class Sentences(OfTexts, ZeroShot):
         for name in dict.fromkeys(found.class_names):
             row = tuple(tokenizer([name], add_special_tokens=False)["input_ids"][0])
             if not row:
-                raise ValueError(
-                    f"the tokenizer of {opened.name!r} has no token for the class name {name!r}: rename it"
-                )
+                raise ValueError(f"the class name {name!r} is no token for {opened.name!r}: rename the class")
             if row in seen:
                 raise ValueError(
                     f"the class names {seen[row]!r} and {name!r} are the same tokens for {opened.name!r}, so that none "
@@ -309,7 +307,8 @@ def asking(opened: Opened) -> OwnHead:
     """
     family = opened.checkpoint.family
     if family is GENERIC:
-        raise ValueError(f"{opened.name!r}: {no_code(opened.checkpoint.settings.get('model_type'))}")
+        why = opened.checkpoint.no_code
+        raise ValueError(f"{opened.name!r}: {no_code(opened.checkpoint.settings.get('model_type'), why)}")
     asked = family.asked if isinstance(family.asked, str) else family.asked(opened.config)
     if asked not in _ASKING:
         name = type(opened.config).__name__

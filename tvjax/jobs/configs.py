@@ -12,7 +12,7 @@ LARGEST_SEED = 2**31 - 1
 LARGEST_COUNT = 2**20  # of what arrays are made for
 SOURCES = (
     "a folder with one folder a class, an archive FILE.npz, a dataset hf:NAME?split=SPLIT, or digits:STYLE/PART; "
-    "for language models FILE.jsonl, .csv, .tsv or .txt, hf:NAME?text=COLUMN; "
+    "for models of texts FILE.jsonl, .csv, .tsv or .txt, hf:NAME?text=COLUMN; "
     "?part=0:0.8 takes a share of them"
 )
 TRANSPORTS = ("naive", "orthogonal_shift", "gradfix", "theseus", "bico")  # and those of one's own, by register
@@ -57,8 +57,8 @@ class Examples(Config):
     classes: Annotated[File | None, FILE] = None
     """Class names, one a line, in the labels' order; default: of the task, head or images."""
     templates: Annotated[File | None, FILE] = None
-    """Prompts with {} for the name, one a line; of texts one, with {} or {column} for the text. Default: of the task,
-    or 'a photo of a {}.' for images."""
+    """Prompts with {} for the name, one a line; for a language model one, with {} or {column} for the text. Default: of
+    the task, or 'a photo of a {}.' for images; a sentence encoder reads the names alone."""
     length: Annotated[int, Field(ge=1, le=LARGEST_COUNT)] = 512
     """Tokens that are kept of a text."""
 
@@ -129,8 +129,8 @@ class EvaluateConfig(Examples):
     """What `tvjax.jobs.evaluate` measures: models on the same examples."""
 
     models: Annotated[Several[str], Typed("MODEL...", argument=True), Field(min_length=1)]
-    """Folders or hub ids: CLIPs and ViTs, or language models. A vision tower alone goes with the text tower of the
-    first full CLIP."""
+    """Folders or hub ids: CLIPs and ViTs, or models of texts: language models, sentence encoders, sequence classifiers.
+    A vision tower alone goes with the text tower of the first full CLIP."""
     reference: Annotated[str | None, MODEL] = None
     """A fine-tuned model: accuracies are given as shares of its own too."""
     task_vector: Annotated[File | None, FILE] = None

@@ -92,10 +92,11 @@ def build(config: GenericConfig, params: PyTree, dtype: DTypeLike | None = None)
     return single_stage(run, params)
 
 
-def no_code(model_type: Any) -> str:
-    """What to say of a model that is to be run, but cannot be."""
+def no_code(model_type: Any, why: str = "") -> str:
+    """What to say of a model that is to be run, but cannot be, and why its config is refused by a known family."""
+    kind = f"this model_type {model_type!r} ({why})" if why else f"model_type {model_type!r}"
     return (
-        f"there is no modelling code for model_type {model_type!r}, which this needs: only {COMMANDS}, and what they "
+        f"there is no modelling code for {kind}, which this needs: only {COMMANDS}, and what they "
         "call, work on any model"
     )
 

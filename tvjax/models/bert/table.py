@@ -29,7 +29,7 @@ def _table(
       attention: the keys of query, key, value and output in a block.
       norm1: the key of the norm after the attention.
       head: the keys of the classifier's two layers.
-      shared_heads: whether the blocks share a position bias.
+      shared_heads: whether the blocks share a position bias; then there are no token types.
     """
     k, e = f"{wrapper}encoder.layer.{{i}}", f"{wrapper}embeddings"
     query, key, value, out = attention
@@ -58,7 +58,7 @@ def _table(
     )
     # fmt: on
     return LayerTable(
-        rows=tuple(row for row in rows if shared_heads or row.path != "relative_bias"),
+        rows=tuple(row for row in rows if row.path != ("embeddings/types" if shared_heads else "relative_bias")),
         unused=(
             *(f"{wrapper}pooler.dense.weight", f"{wrapper}pooler.dense.bias"),
             *(f"{wrapper}embeddings.position_ids", f"{wrapper}embeddings.token_type_ids"),  # buffers of older versions
