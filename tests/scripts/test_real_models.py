@@ -1,0 +1,110 @@
+"""The experiment on real models: its records, its comparisons, and its protocol on two tiny encoders."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import real_models
+from real import experiment, texts
+from real_models import Cell
+from tvjax.models.bert import BertConfig, bert, init
+from tvjax.tasks.zero_shot import with_head
+
+RIGHT = {"zero-shot": [1, 0, 0, 0], "few-shot": [1, 1, 0, 0], "BiCo": [1, 1, 1, 0]}
+
+
+def record(right):
+    bits = np.array(right, bool)
+    return {"accuracy": float(bits.mean()), "test_texts": bits.size, "right": real_models.packed(bits)}
+
+
+@pytest.fixture
+def records():
+    return {
+        Cell("L3-L6", "nouns", draw, method): record(right)
+        for draw in (0, 1)
+        for method, right in RIGHT.items()
+        if (draw, method) != (1, "BiCo")  # a grid that is not complete
+    }
+
+
+def test_bits_come_back():
+    bits = np.random.default_rng(0).random(1012) < 0.5
+    np.testing.assert_array_equal(real_models.unpacked(real_models.packed(bits), bits.size), bits)
+
+
+def test_differences_are_paired_by_draw_and_by_text(records):
+    rows = {row["method"]: row for row in real_models.comparisons(records)}
+    few = rows["few-shot"]["minus zero-shot"]
+    assert rows["few-shot"]["draws"] == [0, 1] and few["draws"] == [0, 1]
+    assert few["over_draws"]["mean"] == few["over_texts"]["mean"] == 0.25
+    assert few["over_draws"]["half_width"] == 0 and few["over_texts"]["half_width"] > 0
+    assert few["over_texts"]["pairs"] == 4
+
+
+def test_a_grid_that_is_not_complete_says_so(records):
+    rows = real_models.comparisons(records)
+    (bico,) = (row for row in rows if row["method"] == "BiCo")
+    assert bico["draws"] == [0] == bico["minus few-shot"]["draws"]
+    assert bico["minus few-shot"]["over_draws"]["half_width"] is None
+    lines = real_models.table(rows).splitlines()
+    assert "| BiCo | 75.0 (1 draw) | +25.0 (-, 79.6) |" in lines and "| few-shot | 50.0 |  |" in lines
+
+
+def test_a_run_goes_on_with_what_is_missing(tmp_path, records):
+    path = tmp_path / "results.json"
+    real_models.write(path, records)
+    assert real_models.read(path) == records
+    content = json.loads(path.read_text())
+    content["settings"]["rates"] = [1.0]
+    path.write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match="made with other settings"):
+        real_models.read(path)
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """A random pair of encoders, two layers onto three, on texts of 4 tokens in two classes."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(2, dtype=np.int32), 20)
+    tokens = np.where(labels[:, None], 3, 7) + rng.integers(0, 4, (40, 4))
+    readers = []
+
+    def inputs(chosen):
+        return {"tokens": jax.numpy.asarray(tokens[chosen]), "mask": np.ones((len(chosen), 4), bool)}
+
+    for name, width, depth in (("small", 8, 2), ("large", 12, 3)):
+        config = BertConfig(16, width, 2 * width, depth, 2, max_position_embeddings=8)
+        model = bert(config, init(config, jax.random.key(depth)))
+        head = np.linalg.qr(rng.normal(size=(width, 2)))[0].astype(np.float32)
+        readers.append(experiment.Reader(name, with_head(model, head, 1.0), inputs, labels))
+    for name in ("FEW", "MANY", "TEACHER"):
+        monkeypatch.setattr(experiment, name, experiment.Steps(3, 4))
+    counts = texts.Counts(test=4, source=6, few=2, validation=3, unlabelled=6)
+    return experiment.Bench(*readers, texts.split(labels, counts, 0), 0, tmp_path / "tuned")
+
+
+def test_methods_choose_by_validation_and_count_test_texts(bench):
+    for method in ("zero-shot", "BiCo, centred", "distillation"):
+        found = experiment.run(bench, method)
+        assert found.right.shape == (8,)
+        assert (found.validation is None) == (method == "zero-shot")
+        curve = found.setting.get("curve")
+        assert curve is None or (len(curve) == len(experiment.SCALES) and max(curve) == found.validation)
+
+
+def test_what_was_tuned_with_many_labels_is_read_again(bench, monkeypatch):
+    first = bench.with_many_labels(bench.source)
+    monkeypatch.setattr(experiment, "fine_tune", None)  # nothing is trained
+    again = bench.with_many_labels(bench.source)
+    jax.tree.map(np.testing.assert_array_equal, first.params, again.params)
+    assert again[1:4] == first[1:4]
+
+
+def test_batches_have_one_size(bench):
+    own = dataclasses.replace(bench.target, inputs=lambda chosen: chosen)
+    assert [len(batch.labels) for batch in own.batches(np.arange(22), 8)] == [2] * 11
+    assert [len(batch.labels) for batch in own.batches(np.arange(24), 8)] == [8] * 3
