@@ -24,6 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from tokenizers import Tokenizer
+
 from build_language_texts import (
     HALVES,
     PACKAGES,
@@ -36,8 +38,6 @@ from build_language_texts import (
     write,
     write_tokenizer,
 )
-from tokenizers import Tokenizer
-
 from tvjax import tree
 from tvjax.arithmetic import task_vector
 from tvjax.checkpoints import Pretrained, fingerprint, from_pretrained, save_pretrained, save_tree

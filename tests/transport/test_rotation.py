@@ -12,6 +12,7 @@ from tvjax.demo.base import draw_examples
 from tvjax.demo.setup import QUICK, load, photographs, style_of
 from tvjax.models.clip import CLIPConfig, CLIPTextConfig, clip
 from tvjax.stages import reindex
+from tvjax.transport.statistics import Options, settings
 
 OUTPUTS = {"theseus": "y", "bico": "g"}
 TRANSPORTS = {"theseus": theseus, "bico": bico}
@@ -387,6 +388,24 @@ def test_float64_is_the_formula_and_asks_for_64_bits(tiny, method, options, rows
         maps = [tiny.polar(seen[0]["in"][s], seen[1]["in"][s], False, 1e-11) for s in ("x", OUTPUTS[method])]
         expected = maps[0].T @ np.asarray(tau["in"]["kernel"], np.float64) @ maps[1]
         np.testing.assert_allclose(moved["in"]["kernel"], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "expected"),
+    [
+        ("cpu", {}, "svd"),
+        ("gpu", {}, "polar"),
+        ("tpu", {}, "polar"),
+        ("gpu", {"method": "svd"}, "svd"),
+        ("gpu", {"rank": 4}, "svd"),
+        ("gpu", {"complete": "thin"}, "svd"),
+        ("gpu", {"rank": 4, "method": "randomised"}, "randomised"),
+    ],
+)
+def test_the_decomposition_is_chosen_by_the_device(monkeypatch, backend, options, expected):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert settings(Options(**options))["method"] == expected
+    theseus(**options)  # and is allowed
 
 
 def test_the_floor_of_whitening_is_an_option():

@@ -57,7 +57,7 @@ def rotation(name: str, inputs: str, outputs: str, options: Options) -> Transpor
     """
     if options.scale_rule not in ("diagonal", "output", "zero"):
         raise ValueError(f"scale_rule must be 'diagonal', 'output' or 'zero', found {options.scale_rule!r}")
-    procrustes.check_options(options.complete, options.method, options.rank)
+    procrustes.check_options(options.complete, options.method or "svd", options.rank)
     if options.rank_tolerance is not None and not 0 <= options.rank_tolerance < 1:
         raise ValueError(f"rank_tolerance must lie in [0, 1), found {options.rank_tolerance}")
     if not 0 <= options.whiten <= 0.5:
