@@ -40,7 +40,7 @@ from tvjax.transport.base import Flat, LeafUse, Link, LinkState, MapInfo, Needs,
 from tvjax.transport.factored import rotate_factors
 from tvjax.transport.head_maps import HeadMap, check_heads, solve_heads
 from tvjax.transport.rules import Map, MapTable, SitePair, maps_and_rules
-from tvjax.transport.statistics import MomentAccumulator, Options, matmul, per_layer
+from tvjax.transport.statistics import MomentAccumulator, Options, matmul, per_layer, settings
 
 if TYPE_CHECKING:
     from tvjax.transport.pair import Pair
@@ -57,7 +57,7 @@ def rotation(name: str, inputs: str, outputs: str, options: Options) -> Transpor
     """
     if options.scale_rule not in ("diagonal", "output", "zero"):
         raise ValueError(f"scale_rule must be 'diagonal', 'output' or 'zero', found {options.scale_rule!r}")
-    procrustes.check_options(options.complete, options.method or "svd", options.rank)
+    procrustes.check_options(options.complete, settings(options)["method"], options.rank)
     if options.rank_tolerance is not None and not 0 <= options.rank_tolerance < 1:
         raise ValueError(f"rank_tolerance must lie in [0, 1), found {options.rank_tolerance}")
     if not 0 <= options.whiten <= 0.5:

@@ -37,10 +37,10 @@ class Options(NamedTuple):
         (`tvjax.align.procrustes.default_rank_tolerance`). Between half of it and the whole a direction takes part in
         proportion, so that rounding cannot switch it on or off.
       rank: keep only the leading directions: a number (int) or a fraction (float).
-      method: decomposition: ``"svd"``, ``"polar"`` (by products alone) or ``"randomised"`` (needs `rank`). None: where
-        a whole map is wanted (``complete="zero"``, no rank), ``"polar"`` on an accelerator, where it takes a ninth to a
-        thirtieth of the time of an SVD and is as exact (H200, 768 to 4096 dimensions); ``"svd"`` on a CPU, where
-        products take twice its time, and wherever else.
+      method: decomposition: ``"svd"``, ``"polar"`` (by products alone) or ``"randomised"`` (needs `rank`).
+        ``"auto"``: where a whole map is wanted (``complete="zero"``, no rank), ``"polar"`` on an accelerator, where it
+        takes a ninth to a thirtieth of the time of an SVD and is as exact (H200, 768 to 4096 dimensions); ``"svd"`` on
+        a CPU, where products take twice its time, and wherever else.
       scale_rule: for normalisation scales: ``"diagonal"``: ``(R_in * R_out)^T s``; ``"output"``: ``s R_out``
         (published); ``"zero"``.
       transport_embeddings: also move class token, positions and patch kernel, by the map of the patches' outputs, and
@@ -67,7 +67,7 @@ class Options(NamedTuple):
     complete: procrustes.Completion = "zero"
     rank_tolerance: float | None = None
     rank: int | float | None = None
-    method: procrustes.Method | None = None
+    method: procrustes.Method | Literal["auto"] = "auto"
     scale_rule: Literal["diagonal", "output", "zero"] = "diagonal"
     transport_embeddings: bool = False
     keep_fixed: bool = True
@@ -272,7 +272,7 @@ def _polar_of_product(options: Options, p: jax.Array, core: jax.Array | None, q:
 def settings(options: Options) -> dict[str, Any]:
     """The options of `tvjax.align.procrustes.polar`."""
     method = options.method
-    if method is None:
+    if method == "auto":
         whole = options.complete == "zero" and options.rank is None
         method = "polar" if whole and jax.default_backend() != "cpu" else "svd"
     return {name: getattr(options, name) for name in ("complete", "rank_tolerance", "rank")} | {"method": method}
