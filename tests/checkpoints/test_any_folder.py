@@ -48,11 +48,11 @@ def longt5():
     return {"model_type": "longt5", "d_model": WIDTH}, shapes, {}
 
 
-def gpt2():  # Conv1D: matrices are stored [in, out]; masks are stored too
+def imagegpt():  # Conv1D: matrices are stored [in, out]; masks are stored too
     shapes = {"wte.weight": (12, WIDTH), "wpe.weight": (6, WIDTH)} | norm("ln_f")
     shapes |= {"h.0.attn.c_attn.weight": (WIDTH, 24), "h.0.attn.c_attn.bias": (24,)} | norm("h.0.ln_1")
     mask = np.tril(np.ones((6, 6), bool))[None, None]
-    return {"model_type": "gpt2", "activation_function": "gelu_new"}, shapes, {"h.0.attn.bias": mask}
+    return {"model_type": "imagegpt", "activation_function": "gelu_new"}, shapes, {"h.0.attn.bias": mask}
 
 
 def electra():
@@ -70,18 +70,18 @@ def mixtral():  # experts one by one, and stacked
     return {"model_type": "mixtral", "num_local_experts": 2}, shapes, {}
 
 
-def dinov2():
+def ijepa():
     shapes = {"embeddings.cls_token": (1, 1, WIDTH), "embeddings.position_embeddings": (1, 5, WIDTH)}
     shapes |= {"embeddings.patch_embeddings.projection.weight": (WIDTH, 3, 2, 2)} | norm("layernorm")
     shapes |= {"encoder.layer.0.layer_scale1.lambda1": (WIDTH,)} | linear("encoder.layer.0.mlp.fc1", WIDTH, 16)
-    return {"model_type": "dinov2", "layer_norm_eps": 1e-6}, shapes, {}
+    return {"model_type": "ijepa", "layer_norm_eps": 1e-6}, shapes, {}
 
 
-def siglip():
+def siglip2():
     shapes = {"logit_scale": (1,), "logit_bias": (1,), "vision_model.head.probe": (1, 1, WIDTH)}
     for tower in ("text_model", "vision_model"):
         shapes |= linear(f"{tower}.encoder.layers.0.self_attn.q_proj", WIDTH, 8)
-    return {"model_type": "siglip", "vision_config": {"hidden_act": "gelu"}}, shapes, {}
+    return {"model_type": "siglip2", "vision_config": {"hidden_act": "gelu"}}, shapes, {}
 
 
 def whisper():
@@ -91,7 +91,7 @@ def whisper():
     return {"model_type": "whisper", "activation_function": "gelu"}, shapes, {}
 
 
-MODELS = {make.__name__: make for make in (olmo, longt5, gpt2, electra, mixtral, dinov2, siglip, whisper)}
+MODELS = {make.__name__: make for make in (olmo, longt5, imagegpt, electra, mixtral, ijepa, siglip2, whisper)}
 
 
 def values(shapes, seed, around=None):
@@ -244,7 +244,7 @@ def test_a_tied_copy_that_one_file_lacks_changes_with_its_owner(tmp_path):
 
 
 def test_matrices_of_two_axes_are_merged_whichever_way_they_lie(tmp_path):
-    shapes = gpt2()[1]
+    shapes = imagegpt()[1]
     stored = [{key.replace(".", "/"): x for key, x in values(shapes, seed).items()} for seed in (1, 2)]
     turned = [{path: x.T for path, x in tau.items()} for tau in stored]
     here, there = merge.tsv_m(stored), merge.tsv_m(turned)
@@ -270,7 +270,7 @@ def test_a_merge_of_matrices_asks_how_stacked_experts_lie(tmp_path, capsys):
 
 @pytest.mark.parametrize("to", ["huggingface", "orbax"])
 def test_convert_there_and_back(tmp_path, to):
-    settings, shapes, others = gpt2()
+    settings, shapes, others = imagegpt()
     theta = values(shapes, 0)
     base = write(tmp_path / "base", settings, theta | others, 2)
     (base / "merges.txt").write_text("#version\n")
@@ -288,7 +288,7 @@ def test_convert_there_and_back(tmp_path, to):
 
 
 def test_parameters_in_memory_are_edited_and_saved(tmp_path):
-    settings, shapes, others = gpt2()
+    settings, shapes, others = imagegpt()
     others = others | {"scale": np.ones(1, np.float64)}
     base = from_pretrained(write(tmp_path / "base", settings, values(shapes, 0) | others))
     doubled = jax.tree.map(lambda leaf: 2 * leaf, base.params)
@@ -299,7 +299,7 @@ def test_parameters_in_memory_are_edited_and_saved(tmp_path):
     check_same(read(tmp_path / "half"), half | {**others, "scale": np.ones(1, ml_dtypes.bfloat16)})
     with pytest.raises(ValueError, match="1 parameters do not fit the GenericConfig: wte/weight is missing"):
         base.with_params({**doubled, "wte": {}})
-    with pytest.raises(ValueError, match="no modelling code for model_type 'gpt2'.*: only extract, apply, merge"):
+    with pytest.raises(ValueError, match="no modelling code for model_type 'imagegpt'.*: only extract, apply, merge"):
         base.model({"tokens": np.zeros((1, 2), np.int32)})
 
 
@@ -441,8 +441,14 @@ def test_models_of_transformers_come_back(tmp_path, name):
 
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of PEFT's own calls
-@pytest.mark.parametrize(("name", "modules"), [("LlamaForCausalLM", "q_proj"), ("GPT2LMHeadModel", "c_attn")])
-@pytest.mark.parametrize("initial", [True, "pissa"])
+@pytest.mark.parametrize(
+    ("name", "modules", "initial"),
+    [
+        ("LlamaForCausalLM", "q_proj", True),
+        ("LlamaForCausalLM", "q_proj", "pissa"),
+        ("GPT2LMHeadModel", "c_attn", True),  # a fused kernel; pissa of one is refused
+    ],
+)
 def test_adapters_of_models_of_transformers(tmp_path, name, modules, initial):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     kind = make_real(name, tmp_path / "base", 0)

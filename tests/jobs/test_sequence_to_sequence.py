@@ -36,9 +36,9 @@ REVIEWS = [("the film was fine", "good"), ("so dull", "bad"), ("the plot is so f
 END = WORDS.index("</s>")
 
 
-def write_tokenizer(folder, words=WORDS):
+def write_tokenizer(folder, words=WORDS, letters=False):
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated") if letters else pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", words.index("</s>"))]
     )
@@ -47,7 +47,7 @@ def write_tokenizer(folder, words=WORDS):
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **special}))
 
 
-def write_t5(folder, width, depths, heads, seed, change=0.0, words=WORDS, kind=T5Config, **changes):
+def write_t5(folder, width, depths, heads, seed, change=0.0, letters=False, kind=T5Config, **changes):
     """A random T5; `change` is added at random to all of it."""
     config = kind(16, width, 4, 2 * width, *depths, heads, 8, 12, **changes)
     rng = np.random.default_rng(seed)
@@ -55,7 +55,7 @@ def write_t5(folder, width, depths, heads, seed, change=0.0, words=WORDS, kind=T
     params = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), shapes)
     params = jax.tree.map(lambda x: x + jnp.asarray(change * rng.normal(size=x.shape), jnp.float32), params)
     save_pretrained(Pretrained(t5(config, params), config), folder)
-    write_tokenizer(folder, words)
+    write_tokenizer(folder, letters=letters)
     return str(folder)
 
 
@@ -73,7 +73,7 @@ def t5s(tmp_path_factory):
         "untied": write_t5(folder / "untied", 12, (1, 2), 3, 3, tie_word_embeddings=False),
         "gated": write_t5(folder / "gated", 12, (2, 1), 3, 3, **GATED),
         "umt5": write_t5(folder / "umt5", 12, (2, 1), 3, 3, kind=UMT5Config),
-        "foreign": write_t5(folder / "foreign", 12, (2, 2), 2, 4, words=WORDS[:5] + WORDS[:4:-1]),
+        "foreign": write_t5(folder / "foreign", 12, (2, 2), 2, 4, letters=True),
     }
 
 
@@ -102,6 +102,7 @@ def flat(folder):
         ("theseus", "untied", "labelled"),
         ("bico+gradfix", "larger", "labelled"),
         ("bico", "untied", "answered"),
+        ("theseus", "umt5", "answered"),
         ("gradfix", "same", "answered"),
     ],
 )
@@ -115,14 +116,15 @@ def test_a_task_moves_from_one_model_into_another(t5s, texts, tmp_path, method, 
     alone = set()  # the decoder reads one token, the start: too little to move what reads it
     if data == "labelled" and "bico" in method:
         alone = {path for path in kernels if re.search("decoder/blocks/./attention/", path)}
-    assert kernels - alone <= changed and "head/kernel" not in changed
+    assert kernels - alone <= changed
+    assert ("head/kernel" in changed) == (target == "untied")  # it takes what the source's tied table learned as a head
     assert all(np.isfinite(leaf).all() for leaf in after.values()) and found.examples["count"] == 4
     done = json.loads((tmp_path / "edited" / "leaf_report.json").read_text())
     actions = {leaf["target"]: leaf["action"] for leaf in done["leaves"]}
     assert {actions[path] for path in kernels} == {"masked" if "gradfix" in method else "rotated"}
     if method != "gradfix":
-        assert not {"encoder/position_bias", "decoder/position_bias", "embeddings/tokens"} & changed
-        assert "encoder/position_bias" in actions
+        assert not any("position_bias" in path for path in changed) and "embeddings/tokens" not in changed
+        assert any("encoder" in path and "position_bias" in path for path in actions)
     planned = jobs.plan(jobs.PlanConfig(**given))
     assert planned.leaves == [{k: v for k, v in leaf.items() if k != "measures"} for leaf in done["leaves"]]
 
@@ -178,8 +180,7 @@ def test_a_command_line_from_end_to_end(t5s, texts, tmp_path, capsys):
     ("target", "data", "message"),
     [
         ("larger", "plain", "has no answers, which the task 'sequence to sequence' needs: name completion=COLUMN"),
-        ("foreign", "answered", "give other tokens for the texts of .* not aligned yet: both models must share one"),
-        ("umt5", "answered", "is a T5Config and .* a UMT5Config: give a source and a target of one family"),
+        ("foreign", "answered", "cut the texts of .* into other tokens, which are not aligned yet"),
     ],
 )
 @pytest.mark.parametrize("command", ["transport", "plan"])

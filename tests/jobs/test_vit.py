@@ -145,7 +145,7 @@ def test_evaluation_names_labels_that_do_not_match(vits, images, tmp_path, capsy
 
 
 def test_examples_are_not_chosen_by_embeddings_that_a_model_does_not_give(vits, images, tmp_path):
-    with pytest.raises(ValueError, match="gives no embeddings to choose examples by: take --select random"):
+    with pytest.raises(ValueError, match="gives no embeddings to choose images by: take --select random"):
         transport(vits, images, tmp_path / "edited", method="theseus", per_class=1, select="herding")
     assert not (tmp_path / "edited").exists()
 

@@ -13,7 +13,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tvjax import Batch, bico, chain, fit, gradfix, orthogonal_shift, scale_by, theseus, transfusion, tree
-from tvjax.align.permutations import groups, match_weights, permute, random_permutations
+from tvjax.align.permutations import groups, permute, random_permutations
+from tvjax.align.weight_matching import match_weights
 from tvjax.capture import check_gradient_identity
 from tvjax.checkpoints import from_pretrained, load_orbax, save_orbax, save_pretrained, streaming
 from tvjax.models.families import family_of_config
