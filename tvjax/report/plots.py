@@ -255,10 +255,12 @@ def _method_colour(method: str) -> str:
     """A colour for each family of methods: a chain has that of its first link."""
     families = ("theseus", "naive", "bico", "gradfix", "orthogonal_shift", "few_shot")
     first = method.split("+")[0]
-    return COLOURS[families.index(first)] if first in families else GREY
+    own = next((name for name in families if first == name or first.startswith(f"{name}_")), None)  # a variant's too
+    return GREY if own is None else COLOURS[families.index(own)]
 
 
 def _label(method: str) -> str:
+    """A method for people; a variant of one (``theseus_blocks``) by both names."""
     names = {
         "naive": "naive addition",
         "gradfix": "GradFix",
@@ -267,7 +269,14 @@ def _label(method: str) -> str:
         "zero_shot": "zero-shot",
     }
     names |= {"few_shot": "few-shot fine-tuning", "fine_tuned": "own fine-tuning"}
-    return " + ".join(names.get(part, part.replace("_", " ")) for part in method.split("+"))
+    return " + ".join(_name(part, names) for part in method.split("+"))
+
+
+def _name(method: str, names: dict[str, str]) -> str:
+    for kind in ("theseus", "bico"):
+        if method.startswith(f"{kind}_"):
+            return f"{names[kind]}, {method.removeprefix(f'{kind}_').replace('_', ' ')}"
+    return names.get(method, method.replace("_", " "))
 
 
 def _tidy(axis: Axes, grid: Literal["both", "x"]) -> None:
