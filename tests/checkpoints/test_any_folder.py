@@ -469,7 +469,7 @@ def test_adapters_of_models_of_transformers(tmp_path, name, modules, initial):
 
 
 @pytest.mark.parametrize(
-    "asks", [{"architectures": ["LlamaModel"]}, {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}]
+    "asks", [{"architectures": ["LlamaModel"]}, {"rope_parameters": {"rope_type": "proportional"}}]
 )
 def test_a_known_family_whose_code_does_not_do_all_takes_arithmetic(tmp_path, asks, capsys):
     tensors = {"w.weight": np.ones((2, 2), np.float32)}

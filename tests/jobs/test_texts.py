@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -193,6 +194,16 @@ def test_a_plan_without_texts_reckons_with_the_length(llamas):
     short, long = (jobs.plan(jobs.PlanConfig(**given, length=length)) for length in (4, 1000))
     assert short.fit["residual streams"] < long.fit["residual streams"]
     assert {tuple(stage["tokens"]) for stage in long.stages if stage["tokens"]} == {(32, 32, 32)}  # all positions
+
+
+def test_texts_are_no_longer_than_the_rotary_positions_are_computed_for(llamas, texts, tmp_path):
+    shutil.copytree(llamas["source"], tmp_path / "longrope")
+    config = tmp_path / "longrope" / "config.json"
+    rope = {"rope_type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [4.0, 8.0]}
+    rope |= {"rope_theta": 100.0, "original_max_position_embeddings": 8}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rope_parameters": rope}))
+    found = jobs.evaluate(jobs.EvaluateConfig(models=str(tmp_path / "longrope"), data=texts["labelled"], length=1000))
+    assert found.models[0]["total"] == 4
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ LLAMA3 = dict(
     original_max_position_embeddings=32,
 )
 LINEAR = dict(rope_type="linear", rope_theta=100.0, factor=3.0)
+YARN = dict(rope_type="yarn", rope_theta=30.0, factor=4.0, original_max_position_embeddings=16)
 DECODER = dict(
     vocab_size=30,
     hidden_size=24,
@@ -172,6 +173,7 @@ CASES = {
         transformers.SiglipVisionConfig(**VISION, image_size=12, patch_size=6)
     ),
     "vit": lambda: vit(image_size=12, patch_size=4, id2label={i: f"class {i}" for i in range(5)}),
+    "yarn": lambda: decoder("Qwen3", head_dim=10, rope_parameters=YARN, max_position_embeddings=64),
     "vit_without_qkv_bias": lambda: vit(
         image_size=11, patch_size=3, qkv_bias=False, hidden_act="gelu_new", layer_norm_eps=1e-4, num_labels=3
     ),

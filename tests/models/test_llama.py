@@ -21,6 +21,7 @@ from tvjax.transport.leaf_report import leaf_report
 
 GOLDENS = Path(__file__).parent / "goldens"
 CONFIG = LlamaConfig(20, 16, 24, 2, 4, 2, head_dim=6, rms_norm_eps=1e-3)
+YARN = {"rope_type": "yarn", "factor": 4.0}
 TIED = LlamaConfig(20, 24, 36, 3, 6, 3, head_dim=8, tie_word_embeddings=True, attention_bias=True)
 
 
@@ -121,7 +122,7 @@ def test_theseus_moves_a_task_vector_between_other_widths_depths_and_heads():
     )
 
 
-@pytest.mark.parametrize("case", ["llama", "llama_of_many_biases", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("case", ["llama", "llama_of_many_biases", "mistral", "qwen2", "qwen3", "yarn"])
 def test_configs_round_trip_and_are_read_as_older_transformers_wrote_them(case):
     settings = json.loads((GOLDENS / case / "config.json").read_text())
     config = LlamaConfig.from_dict(settings)
@@ -146,12 +147,44 @@ def test_what_a_config_leaves_out():
     ("settings", "message"),
     [
         ({"architectures": ["LlamaModel"]}, "architecture 'LlamaModel' is not supported, only LlamaForCausalLM"),
-        (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
-            "rope_type 'yarn' is not supported, only default, lin",
-        ),
+        ({"rope_scaling": {"rope_type": "mrope"}}, "rope_type 'mrope' is not supported, only default, linear, dynamic"),
+        ({"rope_scaling": {"rope_type": ["yarn"]}}, r"rope_type \['yarn'\] is not supported"),
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor of the rotary positions is '2', expected a posi"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not 1"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is not 1"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "of their own for full_attention are not supp"),
+        ({"rope_theta": None}, "theta of the rotary positions is None, expected a positive number"),
+        ({"rope_theta": float("inf")}, "theta of the rotary positions is inf, expected a positive number"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_type 'linear' without factor"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, "rope_type 'dynamic' without factor"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "without low_freq_factor and high_freq_factor"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4, "high_freq_factor": 4}},
+            "high_freq_factor 4 is not greater than low_freq_factor 4",
+        ),
+        ({"rope_scaling": YARN | {"factor": -1}}, "factor of the rotary positions is -1, expected a positive number"),
+        ({"rope_scaling": YARN | {"attention_factor": 0.0}}, "attention_factor of the rotary positions is 0.0"),
+        ({"rope_scaling": YARN | {"mscale": "1"}}, "mscale of the rotary positions is '1'"),
+        (
+            {"rope_scaling": YARN | {"original_max_position_embeddings": "4"}},
+            "original_max_position_embeddings of the r",
+        ),
+        ({"rope_scaling": YARN | {"truncate": 1}}, "truncate of the rotary positions is 1, expected true or false"),
+        ({"rope_scaling": YARN | {"beta_fast": 1, "beta_slow": 32}}, "beta_fast 1 is less than beta_slow 32"),
+        ({"rope_scaling": YARN, "rope_theta": 1.0}, "theta of the rotary positions is 1.0, expected more than 1"),
+        ({"rope_scaling": {"type": "longrope", "long_factor": [1.0]}}, "rope_type 'longrope' without short_factor"),
+        (
+            {"rope_scaling": {"type": "longrope", "long_factor": [1.0], "short_factor": [0.0]}},
+            r"short_factor of the rotary positions is \(0.0,\), expected positive numbers",
+        ),
+        (
+            {"rope_scaling": {"type": "longrope", "long_factor": [1.0], "short_factor": 2}},
+            "short_factor of the rotary positions is 2, expected positive numbers",
+        ),
+        (
+            {"rope_scaling": {"type": "longrope", "long_factor": [1.0], "short_factor": [1.0]}},
+            "short_factor of the rotary positions has 1 numbers, expected 64: one for each pair",
+        ),
         (
             {"num_attention_heads": 4, "num_key_value_heads": 3},
             "num_attention_heads 4 is not a multiple of num_key_val",
@@ -172,6 +205,61 @@ def test_unsupported_configs(settings, message):
 def test_frequencies_of_no_known_kind():
     with pytest.raises(ValueError, match="rope_type 'ntk' is not supported"):
         Rope(kind="ntk")
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        YARN | {"beta_fast": 16, "truncate": False, "mscale": 0.7, "mscale_all_dim": 1.0},
+        YARN | {"attention_factor": 1.2},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [3, 4.5], "factor": 4.0},
+    ],
+)
+def test_rotary_positions_are_written_as_they_were_read(rope):
+    settings = {"model_type": "llama", "head_dim": 4, "rope_parameters": {**rope, "rope_theta": 50.0}}
+    config = LlamaConfig.from_dict(settings)
+    written = json.loads(json.dumps(config.to_dict()))
+    assert LlamaConfig.from_dict(written) == config
+    for key in ("rope_parameters", "rope_scaling"):
+        assert rope.items() <= written[key].items()
+
+
+def test_what_rotary_positions_leave_out_is_the_ratio_of_the_lengths():
+    lengths = {"max_position_embeddings": 64, "original_max_position_embeddings": 16}
+    rope = LlamaConfig.from_dict({"model_type": "llama", **lengths, "rope_scaling": {"type": "yarn"}}).rope
+    assert (rope.factor, rope.original_max_position_embeddings) == (4.0, 16)
+
+
+def test_yarn_keeps_the_fast_pairs_and_divides_the_slow_ones():
+    plain, yarn = Rope().frequencies(128), Rope(kind="yarn", factor=4.0).frequencies(128)
+    ratio = yarn / plain
+    np.testing.assert_allclose(ratio[:20], 1, rtol=1e-6)
+    np.testing.assert_allclose(ratio[-10:], 1 / 4, rtol=1e-6)
+    assert np.all(np.diff(ratio) <= 1e-6) and len(np.unique(ratio.round(3))) > 10
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        Rope(kind="dynamic", factor=2.0),
+        Rope(kind="longrope", original_max_position_embeddings=6, short_factor=(1.0, 2.0, 3.0), long_factor=(1.0,) * 3),
+    ],
+)
+def test_texts_whose_length_changes_the_frequencies(rope):
+    model = make_model(dataclasses.replace(CONFIG, rope=rope, max_position_embeddings=6))
+    assert np.isfinite(model(make_inputs(length=6))["logits"]).all()
+    with pytest.raises(ValueError, match=f"texts of 7 tokens, expected at most 6: above it rope_type '{rope.kind}'"):
+        model(make_inputs(length=7))
+    positions = jnp.arange(6)[None] + jnp.array([[0], [1]])
+    found = np.isfinite(model({"tokens": make_inputs(texts=2, length=6)["tokens"], "positions": positions})["logits"])
+    assert found[0].all() and not found[1].any()  # the text with a position beyond is no number
+
+
+def test_dynamic_positions_are_the_plain_ones_up_to_the_greatest_length():
+    dynamic = dataclasses.replace(CONFIG, rope=Rope(kind="dynamic", factor=2.0), max_position_embeddings=7)
+    inputs = make_inputs()
+    np.testing.assert_array_equal(make_model(dynamic)(inputs)["logits"], make_model(CONFIG)(inputs)["logits"])
 
 
 def test_what_stands_beside_the_weights_of_a_language_model_is_kept(tmp_path):

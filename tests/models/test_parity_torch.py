@@ -104,6 +104,51 @@ def test_texts_padded_on_the_left_with_positions(case):
     np.testing.assert_allclose(np.asarray(found["logits"])[mask], expected[mask], rtol=1e-5, atol=1e-5)
 
 
+PAIRS = [[1.0, 1.5, 3.0], [2.0, 4.0, 8.0]]  # what longrope divides by, in short and in long texts
+ROPES = {
+    "yarn": {},
+    "yarn_of_a_ramp_between_pairs": {"truncate": False, "beta_fast": 2, "beta_slow": 0.2},
+    "yarn_of_one_end": {"beta_fast": 1, "beta_slow": 1, "original_max_position_embeddings": 4, "truncate": False},
+    "yarn_with_attention_factor": {"attention_factor": 0.8, "mscale": 1.0, "mscale_all_dim": 0.5},
+    "yarn_with_mscale": {"mscale": 2.0, "mscale_all_dim": 0.5},
+    "yarn_with_half_of_mscale": {"mscale": 0.7, "mscale_all_dim": 0, "beta_fast": 0},
+    "yarn_by_the_ratio": {"factor": None},
+    "dynamic": {"rope_type": "dynamic", "factor": 3.0},
+    "longrope": {"rope_type": "longrope", "short_factor": PAIRS[0], "long_factor": PAIRS[1]},
+    "longrope_with_attention_factor": {
+        **{"rope_type": "longrope", "short_factor": PAIRS[0], "long_factor": PAIRS[1], "attention_factor": 1.3},
+    },
+}
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2"])
+@pytest.mark.parametrize("case", sorted(ROPES))
+def test_rotary_positions(case, family, tmp_path):
+    rope = ROPES[case]
+    if rope.get("rope_type", "yarn") == "yarn":
+        rope = record_goldens.YARN | rope
+    elif rope["rope_type"] == "longrope":
+        rope = {"original_max_position_embeddings": 16, **rope}
+    torch.manual_seed(0)
+    model = record_goldens.decoder(family, rope_parameters={"rope_theta": 30.0, **rope}, max_position_embeddings=40)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    model.eval().save_pretrained(tmp_path / "theirs")
+    pretrained = from_pretrained(tmp_path / "theirs")
+    tokens = np.random.default_rng(0).integers(0, 30, (3, 16))
+    with torch.no_grad():
+        expected = model(torch.from_numpy(tokens)).logits.numpy()
+    found = pretrained.model({"tokens": tokens.astype(np.int32)})["logits"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+    save_pretrained(pretrained, tmp_path / "ours")
+    with torch.no_grad():
+        again = type(model).from_pretrained(tmp_path / "ours")(torch.from_numpy(tokens)).logits.numpy()
+    np.testing.assert_allclose(again, expected, rtol=1e-6, atol=1e-6)
+    assert from_pretrained(tmp_path / "ours").config == pretrained.config
+
+
 @pytest.mark.parametrize("case", ["t5", "umt5"])
 def test_texts_and_answers_padded_on_the_left(case):
     model = record_goldens.build(case)

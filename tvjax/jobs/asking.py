@@ -281,7 +281,10 @@ class Language(OfTexts):
 
     def length(self, opened: Opened, asked: int) -> int:
         """At most what the model has positions for; relative ones have no end."""
-        return min(asked, getattr(opened.config, "max_position_embeddings", asked))
+        longest = getattr(
+            opened.config, "longest", None
+        )  # of rotary positions whose frequencies change with the length
+        return min(asked, longest or asked, getattr(opened.config, "max_position_embeddings", asked))
 
     def tokenised(self, opened: Opened, encoder: Encoder, found: Examples | None, prompts: Prompts) -> Task:
         """The words of the classes where there are labels, else the next token, or that of the answer.

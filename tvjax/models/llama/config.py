@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from tvjax.models.settings import NoCode, Settings, architecture, fields, part
+from tvjax.models.llama.rope import Rope
+from tvjax.models.settings import NoCode, Settings, architecture, fields
 from tvjax.models.transformer import ACTIVATIONS
 
 _ARCHITECTURES = {
@@ -31,50 +30,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": {**_QWEN, "sliding_window": 4096, "max_window_layers": 28},
     "qwen3": {**_QWEN, "sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
 }
-_ROPE_TYPES = ("default", "linear", "llama3")
-
-
-@dataclasses.dataclass(frozen=True)
-class Rope:
-    """The rotary positions: the frequency of each pair of units of a head.
-
-    Attributes:
-      theta: base of the wavelengths.
-      kind: ``default``; ``linear``, all frequencies divided by `factor`; or ``llama3``, the low ones only.
-      factor: see `kind`.
-      low_freq_factor: of ``llama3``; wavelengths above the original context divided by it are scaled.
-      high_freq_factor: of ``llama3``; wavelengths below the original context divided by it are not.
-      original_max_position_embeddings: of ``llama3``; the length of texts that the model was first trained on.
-    """
-
-    theta: float = 10000.0
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-    def __post_init__(self) -> None:
-        if self.kind not in _ROPE_TYPES:
-            raise NoCode(f"rope_type {self.kind!r} is not supported, only {', '.join(_ROPE_TYPES)}")
-
-    def frequencies(self, size: int) -> np.ndarray:
-        """By how many radians a token's position turns each pair of units of a head of `size` units, float32.
-
-        ``theta^(-2 j / size)`` for pair j, scaled as `kind` says.
-
-        >>> Rope(theta=100.0, kind="linear", factor=2.0).frequencies(4).round(3).tolist()
-        [0.5, 0.05000000074505806]
-        """
-        found = np.float32(self.theta) ** -(np.arange(0, size, 2, dtype=np.float32) / np.float32(size))
-        if self.kind == "linear":
-            found = found / np.float32(self.factor)
-        if self.kind == "llama3":
-            turns = self.original_max_position_embeddings * found / (2 * math.pi)  # in the original context
-            low, high = self.low_freq_factor, self.high_freq_factor
-            kept = np.clip((turns - low) / (high - low), 0, 1)
-            found = (1 - kept) * found / self.factor + kept * found
-        return found.astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +46,8 @@ class LlamaConfig:
       head_dim: width of one head.
       hidden_act: activation of the MLPs' gates.
       rms_norm_eps: epsilon of every norm.
-      max_position_embeddings: the greatest length that the model is said to be good for; nothing is computed from it.
+      max_position_embeddings: the greatest length that the model is said to be good for; where `rope` is
+        ``dynamic``, the greatest that is computed.
       tie_word_embeddings: whether the token embeddings are the head's kernel too.
       attention_bias: whether queries, keys and values have biases.
       output_bias: whether the attention's output projection has one.
@@ -133,6 +89,13 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}, expected an even number: positions rotate pairs of units")
+        for name in ("short_factor", "long_factor"):
+            number = len(getattr(self.rope, name))
+            if self.rope.kind == "longrope" and number != self.head_dim // 2:
+                raise ValueError(
+                    f"{name} of the rotary positions has {number} numbers, expected {self.head_dim // 2}: one for each "
+                    "pair of units of a head"
+                )
 
     def window(self, block: int) -> int | None:
         """How many tokens back a token sees in a block, itself counted; None for all."""
@@ -141,6 +104,11 @@ class LlamaConfig:
     def rotary_frequencies(self, block: int) -> np.ndarray:
         """By how much a position turns each pair of units of a head of a block."""
         return self.rope.frequencies(self.head_dim)
+
+    @property
+    def longest(self) -> int | None:
+        """The greatest length of texts that the rotary positions are computed for; None where there is no end."""
+        return self.rope.longest(self.max_position_embeddings)
 
     @classmethod
     def from_dict(cls, settings: Settings) -> LlamaConfig:
@@ -169,19 +137,16 @@ class LlamaConfig:
         shape.setdefault("head_dim", shape.get("hidden_size", cls.hidden_size) // heads)
         if shape.get("sliding_window") is None:
             shape["max_window_layers"] = 0
-        return cls(**shape, rope=_rope(found, shape.get("max_position_embeddings", cls.max_position_embeddings)))
+        longest = shape.get("max_position_embeddings", cls.max_position_embeddings)
+        return cls(**shape, rope=Rope.from_settings(found, longest))
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a ``config.json`` that transformers and `from_dict` read this config from."""
         values = dataclasses.asdict(self)
-        rope, first = values.pop("rope"), values.pop("max_window_layers")
+        values.pop("rope")
+        first = values.pop("max_window_layers")
         qwen = self.model_type.startswith("qwen")
-        scaling = {"rope_type": self.rope.kind}
-        if self.rope.kind != "default":
-            scaling["factor"] = rope["factor"]
-        if self.rope.kind == "llama3":
-            names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-            scaling |= {name: rope[name] for name in names}
+        scaling = self.rope.to_settings()
         for name in ("output_bias", "qk_norm"):
             values.pop(name)
         if self.model_type not in ("llama", "qwen3"):
@@ -199,24 +164,6 @@ class LlamaConfig:
             "rope_theta": self.rope.theta,  # transformers 4
             "rope_scaling": None if self.rope.kind == "default" else scaling,
         }
-
-
-def _rope(settings: Settings, longest: int) -> Rope:
-    """The rotary positions, as transformers 5 (``rope_parameters``) or 4 (``rope_scaling``) writes them."""
-    given: Mapping[str, Any] = part(settings, "rope_parameters") or part(settings, "rope_scaling")
-    found = {"rope_theta": settings.get("rope_theta", Rope.theta), "original_max_position_embeddings": longest, **given}
-    if found.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise NoCode("partial_rotary_factor is not 1: heads that positions rotate in part are not supported")
-    values = {"theta": found["rope_theta"], "kind": found.get("rope_type", found.get("type", "default"))}
-    for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
-        if values["kind"] != "default" and found.get(name) is not None:
-            values[name] = found[name]
-    if values["kind"] != "llama3":
-        values.pop("original_max_position_embeddings", None)
-    for name, value in values.items():
-        if name != "kind" and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
-            raise ValueError(f"{name} of the rotary positions is {value!r}, expected a positive number")
-    return Rope(**values)
 
 
 def _windows(kinds: Any, window: int | None) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tvjax.models.chunked_loss import token_scores
 from tvjax.models.layer_table import describe
-from tvjax.models.llama.config import LlamaConfig, Rope
+from tvjax.models.llama.config import LlamaConfig
+from tvjax.models.llama.rope import Rope
 from tvjax.models.llama.table import TABLE
 from tvjax.models.transformer import ACTIVATIONS, RMSNorm, causal_mask, linear, parameters, stage_function
 from tvjax.stages import Model, PyTree, Stage, Stream
@@ -37,6 +38,7 @@ class BlockConfig:
     mlp_bias: bool
     qk_norm: bool
     rope: Rope
+    longest: int | None
     window: int | None
 
 
@@ -73,7 +75,9 @@ class Attention(nnx.Module):
         if self.config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         angles = rotary_angles(positions, size, self.config.rope)
-        query, key = rotate(query, angles), rotate(key, angles)
+        if self.config.longest is not None:  # a position that has no frequencies is NaN
+            angles = jnp.where(positions[..., None] < self.config.longest, angles, jnp.nan)
+        query, key = (rotate(units, angles, self.config.rope.scale) for units in (query, key))
         query = query.reshape(*x.shape[:-1], heads, -1, size)  # query head h g + j reads key head h
         scores = jnp.einsum("bqhgd,bkhd->bhgqk", query, key, preferred_element_type=jnp.float32) * size**-0.5
         scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
@@ -102,14 +106,20 @@ class Block(nnx.Module):
         self.norm1, self.norm2 = (RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs) for _ in range(2))
         self.attention = Attention(config, dtype, rngs=rngs)
         self.mlp = MLP(config, dtype, rngs=rngs)
-        self.window = config.window
+        self.config = config
 
     def __call__(self, carry: dict[str, Array]) -> dict[str, Array]:
         """Adds attention, then the MLP, to the residual stream."""
         hidden, mask = carry["hidden"], causal_mask(carry["mask"])
-        tokens = jnp.arange(hidden.shape[1])
-        if self.window is not None:
-            mask = mask & (tokens[:, None] - tokens[None, :] < self.window)
+        tokens, longest, window = jnp.arange(hidden.shape[1]), self.config.longest, self.config.window
+        if longest is not None and hidden.shape[1] > longest:
+            raise ValueError(
+                f"texts of {hidden.shape[1]} tokens, expected at most {longest}: above it rope_type "
+                f"{self.config.rope.kind!r} has frequencies that depend on the batch, which is not supported: cut the "
+                "texts"
+            )
+        if window is not None:
+            mask = mask & (tokens[:, None] - tokens[None, :] < window)
         hidden = hidden + self.attention(self.norm1(hidden), mask, carry.get("positions", tokens[None]))
         hidden = hidden + self.mlp(self.norm2(hidden))
         return {**carry, "hidden": hidden}
@@ -231,7 +241,7 @@ def llama(config: LlamaConfig, params: PyTree, dtype: DTypeLike = jnp.float32) -
 
 def inputs(config: LlamaConfig, examples: int) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of what the model takes: so many texts of the greatest length."""
-    shape = (examples, config.max_position_embeddings)
+    shape = (examples, min(config.max_position_embeddings, config.longest or config.max_position_embeddings))
     return {"tokens": jax.ShapeDtypeStruct(shape, jnp.int32), "mask": jax.ShapeDtypeStruct(shape, bool)}
 
 
@@ -241,14 +251,14 @@ def rotary_angles(positions: Int[Array, "#batch tokens"], size: int, rope: Rope)
 
 
 def rotate(
-    x: Float[Array, "batch tokens heads size"], angles: Float[Array, "#batch tokens half"]
+    x: Float[Array, "batch tokens heads size"], angles: Float[Array, "#batch tokens half"], scale: float = 1.0
 ) -> Float[Array, "batch tokens heads size"]:
-    """Rotates the pairs of units (j, j + size / 2) of each head.
+    """Rotates the pairs of units (j, j + size / 2) of each head, and multiplies them by `scale`.
 
     >>> rotate(jnp.array([[[[1.0, 0.0]]]]), jnp.array([[[jnp.pi / 2]]])).round(3).tolist()
     [[[[-0.0, 1.0]]]]
     """
-    cosine, sine = (f(angles)[:, :, None].astype(x.dtype) for f in (jnp.cos, jnp.sin))
+    cosine, sine = ((f(angles) * scale)[:, :, None].astype(x.dtype) for f in (jnp.cos, jnp.sin))
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
 
