@@ -10,6 +10,7 @@ import tvjax as tv
 from tvjax import tree
 from tvjax.checkpoints import from_pretrained, load_adapter, load_tree, save_adapter
 from tvjax.cli.main import run
+from tvjax.data.embedded import model_folder
 from tvjax.factors import dense
 from tvjax.merge import to_task_vector
 from tvjax.models.clip.modeling import vision_model
@@ -269,3 +270,20 @@ def test_a_merge_of_adapters_needs_their_model(models, two, tmp_path, capsys):
     words += ["--method", "ties", "--model", models["wider"], "--output", str(tmp_path / "a")]
     assert run(["merge", *words]) == 2
     assert "does not fit" in error_of(capsys) and not list(tmp_path.iterdir())
+
+
+def test_an_adapter_in_the_place_of_a_model_or_a_file_is_named_with_the_way_out(tmp_path, capsys):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    base, lora = str(model_folder("A")), str(tmp_path / "lora")
+    for words in (["apply", lora, "--model", base, "--output", str(tmp_path / "out")], ["inspect", lora]):
+        assert run(words) == 2
+        assert "tvjax extract --adapter" in capsys.readouterr().err
+
+
+def test_measurements_do_not_replace_a_file_of_tensors(tmp_path, capsys):
+    file = tmp_path / "tau.safetensors"
+    file.write_bytes(b"tensors")
+    words = ["evaluate", str(model_folder("A")), "--data", "digits:thick/test", "--output", str(file)]
+    assert run(words) == 2 and file.read_bytes() == b"tensors"
+    assert "give one that ends in .json" in capsys.readouterr().err

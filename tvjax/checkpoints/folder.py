@@ -80,6 +80,11 @@ class Checkpoint:
     @functools.cached_property
     def settings(self) -> Settings:
         """The content of its ``config.json``."""
+        if (self.folder / "adapter_config.json").is_file() and not (self.folder / "config.json").is_file():
+            raise ValueError(
+                f"{self.name!r} is an adapter and no model: make a task vector of it with tvjax extract --adapter, and "
+                "add that to its base with tvjax apply"
+            )
         return read_json(self.folder / "config.json")
 
     @functools.cached_property

@@ -135,7 +135,12 @@ def open_tensors(*paths: str | os.PathLike[str]) -> Iterator[Tensors]:
             except FileNotFoundError as error:
                 raise ValueError(f"there is no file {path!r}") from error
             except IsADirectoryError as error:
-                raise ValueError(f"{path!r} is a folder, expected a safetensors file") from error
+                hint = (
+                    ": it is an adapter, make a file of it with tvjax extract --adapter"
+                    if os.path.isfile(os.path.join(path, "adapter_config.json"))
+                    else ""
+                )
+                raise ValueError(f"{path!r} is a folder, expected a safetensors file{hint}") from error
             except safetensors.SafetensorError as error:
                 raise ValueError(
                     f"{path!r} is no complete safetensors file ({error}): download or save it again"

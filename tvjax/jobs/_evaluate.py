@@ -77,9 +77,9 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evalua
     if config.harness:
         return harness(config, progress)
     grid = read_scales(config.scales or SCALES)
-    for file in (config.output, config.plot):
+    for file, kind in ((config.output, ".json"), (config.plot, ".png")):
         if file is not None:
-            inputs.check_file(file)
+            inputs.check_file(file, kind)
     with Models() as models:
         names = list(dict.fromkeys((*config.models, *([config.reference] if config.reference else []))))
         opened = {name: models[name] for name in names}

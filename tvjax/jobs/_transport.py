@@ -105,6 +105,9 @@ def transport(config: TransportConfig, progress: Progress | None = None) -> Tran
         if ready.held_out is not None:
             chosen = _chosen(config, ready, target, moved, scales_of(ready.moving))
             copy = _copied(config, ready, target, tau)
+            if chosen.scale == 0:
+                nothing = "no scale does better than none on the validation examples: the target is written as it was"
+                state = dataclasses.replace(state, notes=(*state.notes, nothing))
         result = Transported(
             output=config.output,
             form=form,

@@ -50,7 +50,7 @@ def harness(config: EvaluateConfig, progress: Progress | None = None) -> Harness
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError("--harness needs lm-evaluation-harness, which is not installed: pip install 'tvjax[harness]'")
     if config.output is not None:
-        inputs.check_file(config.output)
+        inputs.check_file(config.output, ".json")
     own = sorted(_OURS & set(config.options))
     if own:
         raise ValueError(f"option {own[0]!r} of the harness is given by tvjax: leave it out")

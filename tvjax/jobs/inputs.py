@@ -174,8 +174,15 @@ def read_lines(file: Path, what: str) -> tuple[str, ...]:
     return lines
 
 
-def check_file(file: Path) -> None:
-    """Raises a ValueError where an output file cannot be written, before anything heavy is done."""
+def check_file(file: Path, kind: str = "") -> None:
+    """Raises a ValueError where an output file cannot be written, before anything heavy is done.
+
+    Args:
+      file: the output.
+      kind: how names of its kind end; a file of tensors is not replaced by one of another kind.
+    """
+    if kind and file.suffix == ".safetensors" != kind:
+        raise ValueError(f"the output {str(file)!r} has the name of a file of tensors: give one that ends in {kind}")
     if file.is_dir() or not file.absolute().parent.is_dir():
         raise ValueError(f"the output {str(file)!r} is a folder, or its folder does not exist: give the name of a file")
 

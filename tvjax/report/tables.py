@@ -146,7 +146,7 @@ def class_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
       rows: of the models, with ``model`` and ``by_class``, a list of ``class``, ``accuracy`` and ``total``.
       title: above the table.
     """
-    table = _table(title, ["class"], ["images"])
+    table = _table(title, ["class"], ["examples"])
     for row in rows:
         table.add_column(row["model"], justify="right", overflow="fold")
     for own in zip(*(row["by_class"] for row in rows), strict=True):
