@@ -48,7 +48,7 @@ def function_values(config: Any, part: str = "") -> dict[str, Any]:
             if part in ("", name) or part not in towers:
                 found |= {f"{name}.{field}": item for field, item in function_values(value).items()}
         elif name not in (*_IN_THE_SHAPES, *_OF_NO_EFFECT) and value is not None:
-            found[name] = value
+            found[name] = list(value) if isinstance(value, tuple) else value  # as JSON gives it back
     return found
 
 
