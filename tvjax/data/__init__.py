@@ -8,8 +8,8 @@ from tvjax.data.folders import read_folder
 from tvjax.data.images import Images, read_image
 from tvjax.data.loader import Loader, Processed, image_batches, prefetch
 from tvjax.data.source import open_examples
-from tvjax.data.text_files import read_text_file
 from tvjax.data.spans import Spans, token_overlap
+from tvjax.data.text_files import read_text_file
 from tvjax.data.texts import Texts
 from tvjax.data.tokens import Encoder, Tokens
 

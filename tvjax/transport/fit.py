@@ -179,8 +179,8 @@ class Fitting:
         seen = [self._seen(link.name, link.needs, batches, offload) for link in transport.links]
         self.walks = [one and one.walks for one in seen]
         self.overlaps = [one.overlaps if one else [] for one in seen]
-        first = next(filter(None, seen), None)
-        self.pairing = pair_stages(source, target, depth, *(first or (None, ())), tokens)
+        walks, overlaps = next(filter(None, seen), (None, ()))
+        self.pairing = pair_stages(source, target, depth, walks, overlaps, tokens)
         check_common_leaves(source, target, self.pairing)
 
     def _seen(self, name: str, reads: Any, batches: Any, offload: bool) -> _Seen | None:

@@ -135,7 +135,7 @@ def _rule(leaf: Leaf, inputs: str, outputs: str, options: Options, pair: Pair, t
                 f"{leaf.target}: a {site_b.kind} leaf of shape {leaf.shape} in the target, a {site_a.kind} leaf of "
                 f"shape {leaf.source_shape} in the source ({leaf.source}): the two models must use it alike"
             )
-        if pair.other_words and leaf.local in dict(pair.stages[1].vocabulary).values():
+        if pair.other_words and _is_of_words(pair, site_b):
             return rule._replace(action="zeroed by rule", why="its outputs are words of other vocabularies")
         fixed = options.keep_fixed and _is_fixed(pair, site_b)
         if fixed and site_a.d_out != site_b.d_out:
@@ -361,3 +361,9 @@ def _is_part(view: View) -> bool:
     # What follows in a fused kernel's view picks columns, behind an "each".
     broadcast = next((i for i, step in enumerate(view) if step[0] == "broadcast"), len(view))
     return is_slice(view[:broadcast])
+
+
+def _is_of_words(pair: Pair, site: Site) -> bool:
+    """Whether a site's outputs are the words of the target's vocabulary."""
+    words = dict(pair.stages[1].vocabulary).values()
+    return site.gradient in {s.gradient for s in pair.target_table.sites if s.path in words}
