@@ -196,9 +196,10 @@ def test_what_cannot_be_is_one_line_before_any_weight_is_read(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("method", "data"), [("theseus", "answered"), ("bico", "labelled"), ("bico", "answered")])
-def test_both_streams_of_other_tokens_are_matched_by_characters(t5s, texts, tmp_path, method, data):
-    given = {"source": t5s["source"], "finetuned": t5s["finetuned"], "target": t5s["foreign"], "data": texts[data]}
+@pytest.mark.parametrize("method", ["theseus", "bico"])
+def test_both_streams_of_other_tokens_are_matched_by_characters(t5s, texts, tmp_path, method):
+    given = {"source": t5s["source"], "finetuned": t5s["finetuned"], "target": t5s["foreign"]}
+    given["data"] = texts["answered"]
     planned = jobs.plan(jobs.PlanConfig(**given, method=method))
     found = jobs.transport(jobs.TransportConfig(**given, method=method, output=tmp_path / "edited"))
     (note,) = [note for note in found.notes if note.startswith("tokens matched by characters: ")]

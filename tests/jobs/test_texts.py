@@ -232,8 +232,14 @@ def test_what_cannot_be_is_one_line_before_any_weight_is_read(
 NOTE = r"tokens matched by characters: \d+ % of the target's tokens have a partner"
 
 
-@pytest.mark.parametrize("method", ["theseus", "bico", "bico+gradfix"])
-@pytest.mark.parametrize(("pair", "data"), [(("source", "foreign"), "answered"), (("letters", "wider"), "plain")])
+@pytest.mark.parametrize(
+    ("method", "pair", "data"),
+    [
+        ("theseus", ("source", "foreign"), "answered"),
+        ("bico", ("letters", "wider"), "plain"),
+        ("bico+gradfix", ("source", "foreign"), "plain"),
+    ],
+)
 def test_texts_that_are_cut_differently_are_matched_by_characters(llamas, texts, tmp_path, method, pair, data):
     given = {"source": llamas[pair[0]], "target": llamas[pair[1]], "method": method, "data": texts[data]}
     given |= {"finetuned": llamas["finetuned"], "batch_size": 3}
