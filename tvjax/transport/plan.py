@@ -50,8 +50,8 @@ class Plan(NamedTuple):
       leaves: what becomes of every leaf, as `tvjax.transport.leaf_report` has it, without measures.
       memory: bytes by what they hold: ``parameters`` of both models, ``residual streams`` of the calibration
         examples between all stages (their gradients, overlaps of other tokens), the ``largest stage``, the ``maps`` of
-        all stages, and the task vector before and after (``task vectors``). Arrays only: the runtime, compiled programs and
-        workspace come on top.
+        all stages, and the task vector before and after (``task vectors``). Arrays only: the runtime, compiled
+        programs and workspace come on top.
       notes: what the fit may do otherwise.
     """
 
