@@ -180,7 +180,6 @@ def test_a_command_line_from_end_to_end(t5s, texts, tmp_path, capsys):
     ("target", "data", "message"),
     [
         ("larger", "plain", "has no answers, which the task 'sequence to sequence' needs: name completion=COLUMN"),
-        ("foreign", "answered", "cut the texts of .* into other tokens, which are not aligned yet"),
     ],
 )
 @pytest.mark.parametrize("command", ["transport", "plan"])
@@ -195,6 +194,22 @@ def test_what_cannot_be_is_one_line_before_any_weight_is_read(
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tvjax: error: ")]
     assert re.search(message, line), line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["theseus", "bico"])
+def test_both_streams_of_other_tokens_are_matched_by_characters(t5s, texts, tmp_path, method):
+    given = {"source": t5s["source"], "finetuned": t5s["finetuned"], "target": t5s["foreign"]}
+    given["data"] = texts["answered"]
+    planned = jobs.plan(jobs.PlanConfig(**given, method=method))
+    found = jobs.transport(jobs.TransportConfig(**given, method=method, output=tmp_path / "edited"))
+    (note,) = [note for note in found.notes if note.startswith("tokens matched by characters: ")]
+    assert note in planned.notes
+    seen = {stage["tokens"] for stage in planned.stages if stage["tokens"]}
+    assert all(aligned == own for _, own, aligned in seen) and any(theirs != own for theirs, own, _ in seen)
+    edited, target = flat(tmp_path / "edited"), flat(given["target"])
+    for side in ("encoder", "decoder"):
+        assert any(not np.array_equal(edited[path], target[path]) for path in target if path.startswith(side))
+    assert all(np.isfinite(leaf).all() for leaf in edited.values())
 
 
 def test_texts_without_answers_are_refused_before_any_weight_is_read(t5s, texts, capsys, monkeypatch):

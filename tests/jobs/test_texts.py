@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tvjax import jobs, tree
 from tvjax.checkpoints import Pretrained, from_pretrained, save_pretrained
 from tvjax.cli.main import run
+from tvjax.data import Encoder
 from tvjax.data.embedded import model_folder
 from tvjax.models.llama import LlamaConfig, init, llama
 
@@ -55,6 +56,7 @@ def llamas(tmp_path_factory):
         "small": write_llama(folder / "small", 12, 3, 4, 2, vocabulary=10),
         "reordered": write_llama(folder / "reordered", 12, 3, 4, 2, words=WORDS[:4] + WORDS[:3:-1]),
         "foreign": write_llama(folder / "foreign", 12, 3, 4, 2, letters=True),
+        "letters": write_llama(folder / "letters", 8, 2, 2, 0, letters=True),
         "clip": str(model_folder("A")),
     }
 
@@ -212,7 +214,6 @@ def test_texts_are_no_longer_than_the_rotary_positions_are_computed_for(llamas, 
         ("wider", "digits:thick/test", [], "is of images, and this command takes texts for .*a LlamaConfig"),
         ("mute", "{plain}", [], "mute': the folder has neither tokenizer.json nor vocab.json"),
         ("small", "{plain}", [], "small': the tokenizer knows 15 tokens, but the model has embeddings for 10"),
-        ("foreign", "{plain}", [], "cut the texts of .* into other tokens, which are not aligned yet"),
         ("clip", "{plain}", [], "give a source and a target of one family"),
         ("wider", "{labelled}", ["--classes", "{classes}"], "the label '(good|bad)' is none of the classes fine, film"),
         ("wider", "{labelled}", ["--task", "eurosat"], "the task 'eurosat' is of images, and this command takes texts"),
@@ -239,6 +240,53 @@ def test_what_cannot_be_is_one_line_before_any_weight_is_read(
     assert not (tmp_path / "out").exists()
 
 
+NOTE = r"tokens matched by characters: \d+ % of the target's tokens have a partner"
+
+
+@pytest.mark.parametrize(
+    ("method", "pair", "data"),
+    [
+        ("theseus", ("source", "foreign"), "answered"),
+        ("bico", ("letters", "wider"), "plain"),
+        ("bico+gradfix", ("source", "foreign"), "plain"),
+    ],
+)
+def test_texts_that_are_cut_differently_are_matched_by_characters(llamas, texts, tmp_path, method, pair, data):
+    given = {"source": llamas[pair[0]], "target": llamas[pair[1]], "method": method, "data": texts[data]}
+    given |= {"finetuned": llamas["finetuned"], "batch_size": 3}
+    planned = jobs.plan(jobs.PlanConfig(**given, compare=True))
+    assert sum(bool(re.fullmatch(NOTE, note)) for note in planned.notes) == 1
+    assert all(0 < one["cka"] <= 1 for one in planned.likeness)
+    found = jobs.transport(jobs.TransportConfig(**given, output=tmp_path / "edited"))
+    (note,) = [note for note in found.notes if re.fullmatch(NOTE, note)]
+    assert note in planned.notes and found.norms["target"] > 0
+    moved = {leaf["target"]: leaf for leaf in planned.leaves if leaf["link"] == "bico" or method == "theseus"}
+    assert moved["head/kernel"]["why"] == "its outputs are words of other vocabularies"
+    edited, target = flat(tmp_path / "edited"), flat(given["target"])
+    np.testing.assert_array_equal(edited["head/kernel"], target["head/kernel"])
+    assert any(not np.array_equal(edited[path], target[path]) for path in target)
+    assert all(np.isfinite(leaf).all() for leaf in edited.values())
+
+
+def test_masks_of_the_target_alone_need_no_partners(llamas, texts, tmp_path):
+    given = {"source": llamas["source"], "finetuned": llamas["finetuned"], "target": llamas["letters"]}
+    found = jobs.transport(
+        jobs.TransportConfig(**given, method="gradfix", data=texts["plain"], output=tmp_path / "out")
+    )
+    assert not any(re.fullmatch(NOTE, note) for note in found.notes)
+
+
+@pytest.mark.parametrize("command", ["transport", "plan"])
+def test_a_tokenizer_that_knows_no_characters_is_one_line(llamas, texts, tmp_path, capsys, monkeypatch, command):
+    monkeypatch.setattr("tvjax.checkpoints.safetensors.Tensors.read", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(Encoder, "knows_spans", False)
+    given = {"source": llamas["source"], "finetuned": llamas["finetuned"], "target": llamas["foreign"]}
+    given |= {"data": texts["plain"], "method": "theseus", "output": tmp_path / "out"}
+    assert run([command, *(text for name, value in given.items() for text in (f"--{name}", str(value)))]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tvjax: error: ")]
+    assert re.search("cut the texts of .* that of '.*source' does not say which characters its tokens cover", line)
+
+
 @pytest.mark.parametrize("words", [["--classes", "{classes}"], ["--task", "sst2"]])
 def test_classes_without_labels_are_refused_before_any_weight_is_read(llamas, texts, capsys, monkeypatch, words):
     monkeypatch.setattr("tvjax.checkpoints.safetensors.Tensors.read", lambda *_: pytest.fail("weights were read"))
@@ -254,7 +302,7 @@ def test_classes_without_labels_are_refused_before_any_weight_is_read(llamas, te
         (["source"], "digits:thick/test", "is of images, and this command takes texts for .*a LlamaConfig"),
         (["source", "clip"], "{labelled}", "takes texts and .* images: give models of one kind of examples"),
         (["mute"], "{plain}", "mute': the folder has neither tokenizer.json nor vocab.json"),
-        (["source", "foreign"], "{plain}", "cut the texts of .* into other tokens, which are not aligned yet"),
+        (["source", "foreign"], "{plain}", "cut the texts of .* into other tokens, whose accuracies are not compar"),
     ],
 )
 def test_evaluation_of_what_cannot_be_is_one_line(llamas, texts, capsys, monkeypatch, models, data, message):

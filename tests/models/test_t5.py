@@ -207,7 +207,7 @@ def test_compilations_do_not_grow_with_depth():
 def test_layers_of_a_decoder_are_compared_by_their_own_stream():
     model = make_model(dataclasses.replace(CONFIG, num_decoder_layers=3))
     walks = (Walk(model, BATCHES), Walk(model, BATCHES))
-    assert pair_stages(model, model, "cka", walks, "interpolate") == list(range(len(model.stages)))
+    assert pair_stages(model, model, "cka", walks, (), "interpolate") == list(range(len(model.stages)))
 
 
 # -- symmetry ---------------------------------------------------------------------------------------------------------

@@ -154,12 +154,36 @@ def mismatch(a: RowAxes, b: RowAxes, heads: tuple[int, int] | None = None) -> st
     return None
 
 
-def alignment(a: RowAxes, b: RowAxes, stages: tuple[Stage, Stage], mode: tokens.Mode) -> tokens.Alignment:
-    """The operators that bring the tokens of both sides to the same rows."""
+def alignment(
+    a: RowAxes, b: RowAxes, stages: tuple[Stage, Stage], mode: tokens.Mode, overlaps: Mapping[str, Any] | None = None
+) -> tokens.Alignment:
+    """The operators that bring the tokens of both sides to the same rows.
+
+    Args:
+      a: of the source.
+      b: of the target.
+      stages: of the source and of the target.
+      mode: for grids.
+      overlaps: for streams of texts that two tokenizers cut differently, by the padding mask of the target's tokens,
+        the operator of each example, ``[examples, tokens_b, tokens_a]``.
+
+    Raises:
+      ValueError: tokens that cannot be aligned.
+    """
     if not a.tokens or not b.tokens:
         return tokens.Alignment()
     layout_a, layout_b = (stream_of(stage, rows) for stage, rows in zip(stages, (a, b), strict=True))
-    return tokens.alignment(layout_a, layout_b, a.count(a.tokens), b.count(b.tokens), mode)
+    counts = a.count(a.tokens), b.count(b.tokens)
+    overlap = (overlaps or {}).get(layout_b.mask or "")
+    if overlap is not None:
+        if overlap.shape == (b.count(b.examples), *counts[::-1]):
+            return tokens.Alignment(overlap)
+        if b.stream is not None:
+            raise ValueError(
+                f"stage {stages[1].name!r}: the overlap of {layout_b.mask!r} has shape {tuple(overlap.shape)}, and "
+                f"there are {counts[0]} tokens in the source, {counts[1]} in the target"
+            )
+    return tokens.alignment(layout_a, layout_b, *counts, mode)
 
 
 @partial(jax.jit, static_argnames="axes")
@@ -169,7 +193,7 @@ def on_tokens(rows: Array, axes: RowAxes, operator: Any, mask: Array | None) -> 
     Args:
       rows: ``[*layers, n, d]``, n the product of the row axes, or a multiple where a scan repeats a layer.
       axes: the row axes.
-      operator: ``[tokens', tokens]`` or None, see `tvjax.align.tokens`.
+      operator: ``[tokens', tokens]``, one for each example, or None, see `tvjax.align.tokens`.
       mask: ``[examples, tokens]`` or None.
 
     Returns:

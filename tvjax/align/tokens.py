@@ -2,7 +2,8 @@
 
 Two models may cut an image into different numbers of patches. Stream can only be compared one to one, so A's tokens are
 resampled to B's, or both are reduced to one token. Every operator is a matrix ``[tokens', tokens]`` whose rows sum to
-one: it acts on activations and on their gradients alike, and None stands for the identity.
+one: it acts on activations and on their gradients alike, and None stands for the identity. Texts that two tokenizers
+cut differently have an operator each, and a row of zeros where a token has no partner.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ class Alignment(NamedTuple):
     """The operators that bring both sides to the same tokens.
 
     Attributes:
-      a: ``[tokens', tokens_a]`` float32, or None for the identity.
+      a: ``[tokens', tokens_a]`` float32, or one for each example, or None for the identity.
       b: ``[tokens', tokens_b]`` float32, or None for the identity.
     """
 
-    a: np.ndarray | None = None
+    a: np.ndarray | Array | None = None
     b: np.ndarray | None = None
 
 
@@ -96,10 +97,10 @@ def align(operator: np.ndarray | Array | None, activations: Array, mask: Array |
     """Activations on the aligned tokens, and the weight of each row.
 
     Padding takes no part: with operator P and mask m the output is ``sum_t P_st m_t h_t / sum_t P_st m_t``, and a row
-    made of padding alone is zero with weight 0.
+    made of padding alone, or of nothing, is zero with weight 0.
 
     Args:
-      operator: ``[tokens', tokens]``, or None for the identity.
+      operator: ``[tokens', tokens]``, or one for each example ``[batch, tokens', tokens]``, or None for the identity.
       activations: ``[batch, tokens, features]``.
       mask: ``[batch, tokens]``, True at real tokens; None: all are.
 
@@ -121,8 +122,9 @@ def align(operator: np.ndarray | Array | None, activations: Array, mask: Array |
         return hidden, real
     summed = product(operator, hidden)
     if mask is None:
-        return summed, jnp.ones(summed.shape[:-1], summed.dtype)
-    share = product(real, operator.T)
+        made = jnp.any(jnp.asarray(operator) != 0, axis=-1)
+        return summed, jnp.broadcast_to(made, summed.shape[:-1]).astype(summed.dtype)
+    share = product(operator, real[..., None])[..., 0]
     present = share > 0
     return summed / jnp.where(present, share, 1)[..., None], present.astype(summed.dtype)
 

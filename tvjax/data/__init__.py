@@ -8,6 +8,7 @@ from tvjax.data.folders import read_folder
 from tvjax.data.images import Images, read_image
 from tvjax.data.loader import Loader, Processed, image_batches, prefetch
 from tvjax.data.source import open_examples
+from tvjax.data.spans import Spans, token_overlap
 from tvjax.data.text_files import read_text_file
 from tvjax.data.texts import Texts
 from tvjax.data.tokens import Encoder, Tokens
@@ -18,6 +19,7 @@ __all__ = [
     "Images",
     "Loader",
     "Processed",
+    "Spans",
     "Texts",
     "Tokens",
     "as_batch",
@@ -35,4 +37,5 @@ __all__ = [
     "read_text_file",
     "split",
     "take",
+    "token_overlap",
 ]

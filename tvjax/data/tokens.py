@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
+from tvjax.data.spans import Spans, SpanTokenizer, decoded
+
 Tokenizer = Callable[..., Mapping[str, Any]]
-_LONGEST = 2**10  # characters of one token, so that the spans of texts of two million of them have 31 bits
 
 
 class Tokens(NamedTuple):
@@ -92,16 +93,30 @@ class Encoder:
         """
         return self._padded([row[: self.length] for row in rows], np.array([len(row) > self.length for row in rows]))
 
+    def spans(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Spans:
+        """The characters that the tokens of a call with these texts cover, see `tvjax.data.token_overlap`.
+
+        Raises:
+          ValueError: for a tokenizer that does not know them (one that is not fast, a callable).
+        """
+        if not self.knows_spans:
+            raise ValueError("the tokenizer does not say which characters its tokens cover: give a fast one")
+        found = self.of_spans(texts, pairs)
+        return decoded(found.ids, found.mask)
+
+    @property
+    def knows_spans(self) -> bool:
+        """Whether the tokenizer knows which characters its tokens cover."""
+        return bool(getattr(self.tokenizer, "is_fast", False))
+
     @property
     def of_spans(self) -> Encoder:
-        """An encoder whose ids say which characters of its text a token covers, and its role where it covers none.
+        """An encoder whose ids are codes of the characters of its text that a token covers, or of its role.
 
         Two tokenizers for which these are equal cut a text alike, whatever ids they give the pieces. Where a tokenizer
-        does not know the characters (one that is not fast, a callable) the ids are its own.
+        does not know the characters the ids are its own.
         """
-        if not getattr(self.tokenizer, "is_fast", False):
-            return self
-        return dataclasses.replace(self, tokenizer=_Spans(self.tokenizer))
+        return dataclasses.replace(self, tokenizer=SpanTokenizer(self.tokenizer)) if self.knows_spans else self
 
     def _rows(
         self, texts: tuple[list[str], ...], options: Mapping[str, Any]
@@ -135,26 +150,3 @@ class Encoder:
         for number, row in enumerate(rows):
             ids[number, : len(row)], mask[number, : len(row)] = row, True
         return Tokens(ids, mask, cut)
-
-
-class _Spans:
-    """A fast tokenizer that gives spans for ids: what two tokenizers of one text can be compared by."""
-
-    def __init__(self, tokenizer: Any):
-        self.tokenizer, self.model_max_length = tokenizer, tokenizer.model_max_length
-        self._roles = {tokenizer.cls_token_id: -1, tokenizer.bos_token_id: -1}
-        self._roles |= {tokenizer.sep_token_id: -2, tokenizer.eos_token_id: -2}
-
-    def __call__(self, *texts: list[str], **options: Any) -> Mapping[str, Any]:
-        found = self.tokenizer(*texts, return_offsets_mapping=True, **options)
-        rows = [
-            [self._span(one, *place) for one, place in zip(ids, places, strict=True)]
-            for ids, places in zip(found["input_ids"], found["offset_mapping"], strict=True)
-        ]
-        return {"input_ids": rows, "attention_mask": found["attention_mask"]}
-
-    def _span(self, token: int, start: int, end: int) -> int:
-        """A number for each span, and a negative one for what stands for no characters, by its role."""
-        if end <= start:
-            return self._roles.get(token, -3)
-        return (start * _LONGEST + min(end - start, _LONGEST - 1)) % 2**31

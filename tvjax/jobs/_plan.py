@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from tvjax import tree
 from tvjax.checkpoints.huggingface import check_new
 from tvjax.jobs import inputs
 from tvjax.jobs.asking import float32, parameters
 from tvjax.jobs.calibration import Prepared, paired_batches, prepare
 from tvjax.jobs.configs import PlanConfig
+from tvjax.jobs.matching import overlap_shapes
 from tvjax.jobs.opened import Models, Opened
 from tvjax.jobs.parts import copied
 from tvjax.jobs.schema import Progress
 from tvjax.renamed import warn
-from tvjax.stages import PyTree
+from tvjax.stages import Batch, PyTree
 from tvjax.transport import likeness
 from tvjax.transport.plan import Plan
 from tvjax.transport.plan import plan as plan_fit
@@ -78,7 +82,7 @@ def plan(config: PlanConfig, progress: Progress | None = None) -> Planned:
         if config.finetuned is not None:
             held.append(parameters(models[config.finetuned]))
         alike = _likeness(ready, opened[0], opened[1], config, progress) if config.compare else None
-    pairs = list(zip(*views, strict=True)) if ready.moving.needs_examples else []
+    pairs = [_pair(ready, *view) for view in zip(*views, strict=True)] if ready.moving.needs_examples else []
     depth = "uniform" if ready.depth == "cka" else ready.depth  # which compares activations; sizes do not depend on it
     fitted = plan_fit(ready.moving, a, b, pairs, depth=depth, tokens=config.tokens)
     disk = {"edited model": tree.nbytes(held[1])}
@@ -92,6 +96,13 @@ def plan(config: PlanConfig, progress: Progress | None = None) -> Planned:
     as_it_is = copied(tree.nest(ready.part.of(held[0])), held[1])
     found_of_fit = _planned(fitted, held, [a.params, b.params], number, disk, notes)
     return found_of_fit._replace(copy=as_it_is if isinstance(as_it_is, str) else "", likeness=alike)
+
+
+def _pair(ready: Prepared, a: Batch, b: Batch) -> Any:
+    """What a fit takes of a batch, in shapes."""
+    if not ready.by_characters:
+        return a, b
+    return a, b, {mask: jax.ShapeDtypeStruct(shape, jnp.float32) for mask, shape in overlap_shapes(a, b).items()}
 
 
 def _likeness(

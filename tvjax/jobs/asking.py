@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +15,10 @@ from tvjax.checkpoints.safetensors import numpy_dtype
 from tvjax.checkpoints.sentence_files import MODULES
 from tvjax.data.examples import Examples
 from tvjax.data.images import Images
+from tvjax.data.loader import Loader
 from tvjax.data.texts import Texts
 from tvjax.data.tokens import Encoder
+from tvjax.jobs.matching import cut_alike, partnered
 from tvjax.jobs.opened import Opened
 from tvjax.models.families import GENERIC
 from tvjax.models.generic import no_code
@@ -117,6 +120,9 @@ class OwnHead:
     def check_alike(self, models: Sequence[Opened], found: Examples, prompts: Prompts) -> None:
         """Raises a ValueError where models do not see the same in the examples, before any weight is read."""
 
+    def partnered(self, source: Opened, target: Opened, found: Examples, prompts: Prompts) -> float | None:
+        """The share of the target's tokens with a partner, where these are matched; None where they are the same."""
+
 
 class ZeroShot(OwnHead):
     """Images, by a dual encoder: the classes are the embeddings of prompts."""
@@ -199,22 +205,39 @@ class OfTexts(OwnHead):
         """A model without a tokenizer, or with another's, is refused."""
         opened.encoder(prompts.length)
 
+    def spans(self, opened: Opened, found: Examples, prompts: Prompts, size: int) -> Loader:
+        """The batches of the task with codes of spans in the place of token ids."""
+        return self.tokenised(opened, opened.encoder(prompts.length).of_spans, found, prompts).batches(found, size)
+
     def check_alike(self, models: Sequence[Opened], found: Examples, prompts: Prompts) -> None:
         """All models cut the texts into the same pieces, whatever ids they give them."""
-        size = min(len(found), 64)
         for other in models[1:]:
-            sides = [
-                self.tokenised(one, one.encoder(prompts.length).of_spans, found, prompts).batches(found, size)
-                for one in (models[0], other)
-            ]
-            for one, two in zip(*sides, strict=True):
-                names = [name for name in ("tokens", "mask", "wanted") if name in one.inputs]
-                if any(not np.array_equal(one.inputs[name], two.inputs[name]) for name in names):
-                    raise ValueError(
-                        f"the tokenizers of {models[0].name!r} and {other.name!r} cut the texts of {found.name!r} into "
-                        "other tokens, which are not aligned yet: give models whose tokens stand for the same "
-                        "characters, as those of BERT and MPNet do"
-                    )
+            if not all(itertools.starmap(cut_alike, self._both(models[0], other, found, prompts))):
+                raise ValueError(
+                    f"{_differ(models[0], other, found)}, whose accuracies are not comparable: give models whose "
+                    "tokens stand for the same characters, as those of BERT and MPNet do, or evaluate one at a time"
+                )
+
+    def partnered(self, source: Opened, target: Opened, found: Examples, prompts: Prompts) -> float | None:
+        """By characters, where the texts are cut differently."""
+        if all(itertools.starmap(cut_alike, self._both(source, target, found, prompts))):
+            return None
+        for one in (source, target):
+            if not one.encoder(prompts.length).knows_spans:
+                raise ValueError(
+                    f"{_differ(source, target, found)}, and that of {one.name!r} does not say which characters its "
+                    "tokens cover, by which they would be matched: add the tokenizer.json of a fast one"
+                )
+        return partnered(self._both(source, target, found, prompts))
+
+    def _both(self, one: Opened, other: Opened, found: Examples, prompts: Prompts) -> Iterator[tuple[Batch, Batch]]:
+        """The spans of both models' tokens."""
+        size = min(len(found), 64)
+        return zip(*(self.spans(model, found, prompts, size) for model in (one, other)), strict=True)
+
+
+def _differ(one: Opened, other: Opened, found: Examples) -> str:
+    return f"the tokenizers of {one.name!r} and {other.name!r} cut the texts of {found.name!r} into other tokens"
 
 
 class Sentences(OfTexts, ZeroShot):

@@ -8,8 +8,8 @@ from tvjax.checkpoints.provenance import check_configs
 from tvjax.data.images import Images
 from tvjax.data.loader import Loader, Processed
 from tvjax.data.texts import Texts
-from tvjax.jobs import inputs
-from tvjax.jobs.asking import OwnHead, Prompts, asking, parameters
+from tvjax.jobs import inputs, matching
+from tvjax.jobs.asking import OfTexts, OwnHead, Prompts, asking, parameters
 from tvjax.jobs.configs import PlanConfig, TransportConfig
 from tvjax.jobs.methods import check_pair, read_depth
 from tvjax.jobs.opened import Models, Opened
@@ -30,6 +30,7 @@ class Prepared(NamedTuple):
       prompts: how to ask.
       found: calibration examples; None where the transport reads none.
       held_out: labelled examples to choose the scale on.
+      by_characters: whether the tokenizers cut the examples differently, so that tokens are matched by characters.
       notes: what the user should know of the models.
     """
 
@@ -40,6 +41,7 @@ class Prepared(NamedTuple):
     prompts: Prompts
     found: Images | Texts | None
     held_out: Images | Texts | None
+    by_characters: bool
     notes: tuple[str, ...]
 
 
@@ -66,7 +68,7 @@ def prepare(config: TransportConfig | PlanConfig, models: Models) -> Prepared:
     prompts = inputs.read_prompts(config, (source, target))
     named = next((model for model in (target, source) if way.labels(model)), target)
     labelled = prompts if config.classes else of_head(named, prompts)
-    found = held_out = None
+    found = held_out = share = None
     compare = isinstance(config, PlanConfig) and config.compare
     if compare or moving.needs_examples and (config.data or config.task or not isinstance(config, PlanConfig)):
         found = _calibration(config, moving, labelled if moving.needs_gradients else prompts, target)
@@ -74,14 +76,16 @@ def prepare(config: TransportConfig | PlanConfig, models: Models) -> Prepared:
             check_labels(model, found.class_names, config.classes is not None)
             if isinstance(config, TransportConfig) or way.kind is Texts:  # a plan of images needs no tokenizer
                 way.check(model, found, prompts)
-        way.check_alike((source, target), found, prompts)
+        if compare or any(link.needs.source for link in moving.links if link.needs.activations or link.needs.gradients):
+            share = way.partnered(source, target, found, prompts)
+        notes += () if share is None else (matching.note(share),)
     if config.validation is not None:
         held_out = inputs.read_examples(config.validation, labelled, (target,), "choosing a scale")
         check_labels(target, held_out.class_names, config.classes is not None)
         if isinstance(config, TransportConfig):
             way.check(target, held_out, prompts)
     notes += tuple(dict.fromkeys(note for model in (source, target) for note in way.notes(model)))
-    return Prepared(moving, way, part, depth, prompts, found, held_out, notes)
+    return Prepared(moving, way, part, depth, prompts, found, held_out, share is not None, notes)
 
 
 def of_head(model: Opened, prompts: Prompts) -> Prompts:
@@ -109,18 +113,22 @@ def _calibration(
     return inputs.draw(found, config.per_class, select, config.seed, features)
 
 
-def paired_batches(
-    ready: Prepared, source: Opened, target: Opened, size: int
-) -> tuple[list[tuple[Batch, Batch]], Loader]:
-    """The same examples as two models see them, each read once, and what made them."""
+def paired_batches(ready: Prepared, source: Opened, target: Opened, size: int) -> tuple[list[Any], Loader]:
+    """The same examples as two models see them, each read once, with overlaps of other tokens; and what made them."""
     assert ready.found is not None
-    loaders = [
-        ready.way.task(model, ready.found, ready.prompts).batches(ready.found, size) for model in (source, target)
-    ]
+    found, prompts, way = ready.found, ready.prompts, ready.way
+    loaders = [way.task(model, found, prompts).batches(found, size) for model in (source, target)]
+    of_spans: list[Loader] = []
+    if ready.by_characters:
+        assert isinstance(way, OfTexts)
+        of_spans = [way.spans(model, found, prompts, size) for model in (source, target)]
 
     def both(examples: Any, labels: Any) -> Processed:
         made = [loader.process(examples, labels) for loader in loaders]
-        return Processed(Batch([one.batch for one in made]), max(one.cut for one in made))
+        views: list[Any] = [one.batch for one in made]
+        if of_spans:
+            views.append(matching.overlaps_of(*(loader.process(examples, labels).batch for loader in of_spans)))
+        return Processed(Batch(views), max(one.cut for one in made))
 
-    pairs = Loader(ready.found, both, size)
-    return [(one, other) for one, other in (batch.inputs for batch in pairs)], pairs
+    pairs = Loader(found, both, size)
+    return [tuple(batch.inputs) for batch in pairs], pairs

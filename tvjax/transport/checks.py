@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,38 +11,82 @@ import jax.numpy as jnp
 from tvjax import tree
 from tvjax.capture import check_gradient_identity
 from tvjax.finite import check_finite
-from tvjax.stages import Batch, Model, owner_paths
+from tvjax.stages import Batch, Model, Stream, owner_paths
 from tvjax.transport.base import Transport
 from tvjax.walk import Walk, differentiable
 
 PyTree = Any
 
 
-def views_of(batch: Any) -> tuple[Batch, Batch]:
+class Views(NamedTuple):
+    """What two models see of a calibration batch.
+
+    Attributes:
+      source: what the source sees.
+      target: what the target sees.
+      overlaps: of texts that two tokenizers cut differently, by the mask of the tokens in the target,
+        ``[examples, tokens_b, tokens_a]`` each (`tvjax.data.token_overlap`).
+    """
+
+    source: Batch
+    target: Batch
+    overlaps: Mapping[str, Any]
+
+
+def views_of(batch: Any) -> Views:
     """What the source and what the target sees of a calibration batch."""
     if isinstance(batch, Batch):
-        return batch, batch
-    if isinstance(batch, tuple) and len(batch) == 2 and all(isinstance(view, Batch) for view in batch):
-        return batch[0], batch[1]
+        return Views(batch, batch, {})
+    if isinstance(batch, tuple) and len(batch) in (2, 3) and all(isinstance(view, Batch) for view in batch[:2]):
+        overlaps = batch[2] if len(batch) == 3 else {}
+        if isinstance(overlaps, Mapping):
+            return Views(batch[0], batch[1], overlaps)
     raise ValueError(
-        "a calibration batch is a Batch, or a pair of Batches (for the source, for the target); found "
-        f"{type(batch).__name__}"
+        "a calibration batch is a Batch, or a pair of Batches (for the source, for the target), with a mapping of "
+        f"masks to overlaps where their tokens differ; found {type(batch).__name__}"
     )
 
 
-def check_batches(name: str, views: list[tuple[Batch, Batch]]) -> None:
+def check_batches(name: str, views: list[Views], target: Model) -> None:
     """Raises a ValueError unless the views of each batch are of the same examples, and finite."""
     if not views:
         raise ValueError(f"{name} needs calibration batches, found none (an iterator that was used up before?)")
     for number, view in enumerate(views):
-        sizes = [_examples(f"calibration batch {number}", batch) for batch in view]
+        sizes = [_examples(f"calibration batch {number}", batch) for batch in view[:2]]
         if sizes[0] != sizes[1]:
             raise ValueError(
                 f"calibration batch {number} has {sizes[0]} examples for the source and {sizes[1]} for the target: "
                 "both are views of the same examples, in the same order"
             )
-    for number, (source, target) in enumerate(views):
-        check_finite({"source": source.inputs, "target": target.inputs}, f"calibration batch {number}")
+        _check_overlaps(f"calibration batch {number}", view, sizes[0], target)
+    if len({frozenset(view.overlaps) for view in views}) > 1:
+        raise ValueError("some calibration batches have overlaps of tokens, and others do not: give them to all")
+    for number, (source, receiver, overlaps) in enumerate(views):
+        check_finite(
+            {"source": source.inputs, "target": receiver.inputs, "overlaps": dict(overlaps)},
+            f"calibration batch {number}",
+        )
+
+
+def _check_overlaps(name: str, view: Views, examples: int, target: Model) -> None:
+    """Overlaps are called by masks of the target, and have the shapes of both sides' tokens."""
+    layouts = [[s] if isinstance(s, Stream) else dict(s).values() for s in (stage.streams for stage in target.stages)]
+    masks = sorted({layout.mask for found in layouts for layout in found if layout.mask is not None})
+    for mask, overlap in view.overlaps.items():
+        if mask not in masks:
+            raise ValueError(
+                f"{name}: an overlap of the tokens under the mask {mask!r}; the target's stages declare {masks} "
+                "(tvjax.Stream(mask=...))"
+            )
+        sides = [batch.inputs if isinstance(batch.inputs, Mapping) else {} for batch in (view.target, view.source)]
+        found = tuple(overlap.shape)
+        tokens = [jnp.shape(side[mask])[1] if mask in side else None for side in sides]
+        expected = (examples, *tokens)
+        if len(found) != 3 or any(wanted not in (None, size) for wanted, size in zip(expected, found, strict=True)):
+            raise ValueError(
+                f"{name}: the overlap of {mask!r} has shape {found}, expected [examples, tokens of the target, tokens "
+                f"of the source] = {list(expected)}"
+            )
 
 
 def _examples(name: str, batch: Batch) -> int:

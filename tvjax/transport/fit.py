@@ -8,7 +8,7 @@ is dropped. Transports that read gradients are walked from the last stage to the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, get_args
+from typing import Any, NamedTuple, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,8 @@ from tvjax.transport.pairing import pair_stages
 from tvjax.walk import Walk
 
 PyTree = Any
-Batches = Iterable[Batch | tuple[Batch, Batch]]
+Overlaps = Mapping[str, Any]
+Batches = Iterable[Batch | tuple[Batch, Batch] | tuple[Batch, Batch, Overlaps]]
 Progress = Callable[[int, int, str], None]
 
 
@@ -63,12 +64,15 @@ def fit(
       source: the model that task vectors come from.
       target: the model that they go to.
       batches: calibration batches: `Batch`es that both models take, or pairs ``(for the source, for the target)`` of
-        views of the same examples; or a mapping from link names to such, for links that draw on different examples.
+        views of the same examples, or of texts that two tokenizers cut differently triples with ``{"mask": overlap}``
+        beside, `tvjax.data.token_overlap` of the tokens under this mask: layers and tables whose rows or outputs are
+        words are then left as they are; or a mapping from link names to such, for links that draw on different
+        examples.
         Labels where a link reads gradients; none at all where every link needs only the parameters.
       depth: which source layer a target layer is paired with: ``"uniform"``, ``"cka"`` (the monotone pairing that
         maximises linear CKA of the residual streams of the first batch), or a list of source layers; or a mapping from
         groups to these.
-      tokens: how rows are matched where the models see different tokens: ``"interpolate"``, ``"class_token"`` or
+      tokens: how rows are matched where the models see different patch grids: ``"interpolate"``, ``"class_token"`` or
         ``"mean"``.
       check_gradients: verify the gradient identity once for each kind of target stage before fitting.
       offload: keep residual streams in host memory.
@@ -134,6 +138,13 @@ def _streamed(fitting: Fitting, taus: Sequence[PyTree]) -> list[PyTree]:
     ]
 
 
+class _Seen(NamedTuple):
+    """The calibration batches inside both models, and the overlaps of their tokens by batch."""
+
+    walks: tuple[Walk, Walk]
+    overlaps: Sequence[Overlaps]
+
+
 class Fitting:
     """Checks everything that can be checked before any compute, then yields the parts of one pair after another."""
 
@@ -164,13 +175,15 @@ class Fitting:
             unknown = [name for name in batches if name not in {link.name for link in transport.links}]
             if unknown:
                 raise ValueError(f"calibration batches are given for {unknown}, which are no links of {transport.name}")
-        self._known: dict[int, tuple[Any, tuple[Walk, Walk]]] = {}  # links that share batches share their walks
-        self.walks = [self._walks(link.name, link.needs, batches, offload) for link in transport.links]
-        walks = next((w for w in self.walks if w is not None), None)
-        self.pairing = pair_stages(source, target, depth, walks, tokens)
+        self._known: dict[int, tuple[Any, _Seen]] = {}  # links that share batches share their walks
+        seen = [self._seen(link.name, link.needs, batches, offload) for link in transport.links]
+        self.walks = [one and one.walks for one in seen]
+        self.overlaps = [one.overlaps if one else [] for one in seen]
+        walks, overlaps = next(filter(None, seen), (None, ()))
+        self.pairing = pair_stages(source, target, depth, walks, overlaps, tokens)
         check_common_leaves(source, target, self.pairing)
 
-    def _walks(self, name: str, reads: Any, batches: Any, offload: bool) -> tuple[Walk, Walk] | None:
+    def _seen(self, name: str, reads: Any, batches: Any, offload: bool) -> _Seen | None:
         if not reads.activations and not reads.gradients:
             return None
         if isinstance(batches, Mapping):
@@ -181,16 +194,17 @@ class Fitting:
         known = self._known
         if key not in known:
             views = [views_of(batch) for batch in batches]
-            check_batches(name, views)
-            source, target = (
-                Walk(model, [view[side] for view in views], offload)
-                for side, model in enumerate((self.source, self.target))
+            check_batches(name, views, self.target)
+            walks = (
+                Walk(self.source, [view.source for view in views], offload),
+                Walk(self.target, [view.target for view in views], offload),
             )
-            known[key] = batches, (source, target)
-        walks = known[key][1]
-        if reads.gradients and any(batch.labels is None for walk in walks for batch in walk.batches):
+            overlaps = [view.overlaps if offload else jax.tree.map(jnp.asarray, dict(view.overlaps)) for view in views]
+            known[key] = batches, _Seen(walks, overlaps)
+        seen = known[key][1]
+        if reads.gradients and any(batch.labels is None for walk in seen.walks for batch in walk.batches):
             raise ValueError(f"{name} reads gradients, so its calibration batches need labels: Batch(inputs, labels)")
-        return walks
+        return seen
 
     def __iter__(self) -> Iterator[tuple[Pair, tuple[LinkState, ...]]]:
         read = next((walks for walks in self.walks if walks is not None), None)
@@ -204,9 +218,11 @@ class Fitting:
         for done, (target_index, source_index) in enumerate(order):
             pairs = []
             moved = False
-            for link, walks, board in zip(self.transport.links, self.walks, boards, strict=True):
+            for link, walks, overlaps, board in zip(
+                self.transport.links, self.walks, self.overlaps, boards, strict=True
+            ):
                 a, b = walks or bare
-                pairs.append(Pair(a, source_index, b, target_index, self.tokens, board, moved, self.depth))
+                pairs.append(Pair(a, source_index, b, target_index, self.tokens, board, moved, self.depth, overlaps))
                 moved = moved or link.space == "source_to_target"
             stage = pairs[0].name
             parts = None if self.cache is None else self.cache.load(stage)

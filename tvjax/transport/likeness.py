@@ -78,9 +78,9 @@ def likeness(
     for side, model in (("source", source), ("target", target)):
         check_finite(model.params, f"the {side} model")
     views = [views_of(batch) for batch in batches]
-    check_batches("likeness", views)
-    walks = Walk(source, [view[0] for view in views]), Walk(target, [view[1] for view in views])
-    pairing = pair_stages(source, target, depth, walks, tokens)
+    check_batches("likeness", views, target)
+    walks = Walk(source, [view.source for view in views]), Walk(target, [view.target for view in views])
+    pairing = pair_stages(source, target, depth, walks, [view.overlaps for view in views], tokens)
     blocks = [i for i, stage in enumerate(target.stages) if stage.group] or list(range(len(target.stages)))
     found = []
     for done, index in enumerate(blocks):
@@ -88,7 +88,7 @@ def likeness(
         state = None
         for batch in range(len(views)):
             sides = hidden(walks[0], pairing[index], batch), hidden(walks[1], index, batch)
-            a, b, weights = aligned(sides, stages, tokens)
+            a, b, weights = aligned(sides, stages, tokens, views[batch].overlaps)
             if state is None:
                 state = moments.init(a.shape[-1], b.shape[-1], gram=True)
             state = moments.update(state, a, b, weights)

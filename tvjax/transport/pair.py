@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -49,6 +49,7 @@ class Pair:
       board: what links leave for stages that are visited later (sums over tied leaves).
       moved: whether an earlier link has brought the task vector into the target's parameters.
       depth: which source layer a target layer is paired with, for layers that a stage stacks.
+      overlaps: by batch the overlaps of the tokens, of texts that two tokenizers cut differently.
     """
 
     def paired_layers(self, depth_a: int, depth_b: int) -> tuple[int, ...]:
@@ -74,13 +75,20 @@ class Pair:
         board: dict[str, Any],
         moved: bool,
         depth: Any = "uniform",
+        overlaps: Sequence[Mapping[str, Any]] = (),
     ):
         self.source, self.source_index = source, source_index
         self.target, self.target_index = target, target_index
         self.tokens, self.board, self.moved, self.depth = tokens, board, moved, depth
         self.name = target.model.stages[target_index].name
         self.batches = len(target.batches)
+        self.overlaps = overlaps or [{}] * self.batches
         self.stages = source.model.stages[source_index], target.model.stages[target_index]
+
+    @property
+    def other_words(self) -> bool:
+        """Whether the two models have different vocabularies, whose words do not correspond."""
+        return any(self.overlaps)
 
     @cached_property
     def source_leaves(self) -> dict[str, jax.Array]:

@@ -35,7 +35,14 @@ class Hidden(NamedTuple):
     mask: Array | None
 
 
-def pair_stages(source: Model, target: Model, depth: Any, walks: tuple[Walk, Walk] | None, tokens: str) -> list[int]:
+def pair_stages(
+    source: Model,
+    target: Model,
+    depth: Any,
+    walks: tuple[Walk, Walk] | None,
+    overlaps: Sequence[Mapping[str, Any]],
+    tokens: str,
+) -> list[int]:
     """For each stage of the target the index of its partner in the source."""
     theirs, mine = layer_groups(source), layer_groups(target)
     missing = [name for name in mine if name not in theirs]
@@ -58,7 +65,7 @@ def pair_stages(source: Model, target: Model, depth: Any, walks: tuple[Walk, Wal
                 raise ValueError(
                     "depth='cka' compares activations, and this transport reads none: give a list of layers"
                 )
-            rule = _cka_pairing(walks, theirs[name], mine[name], tokens)
+            rule = _cka_pairing(walks, theirs[name], mine[name], tokens, overlaps[0] if overlaps else {})
             depth = {**(depth if isinstance(depth, Mapping) else {}), name: rule}
         chosen = layers.pair_layers(len(theirs[name]), len(mine[name]), rule)[position]
         partners.append(source.stages.index(theirs[name][chosen]))
@@ -81,15 +88,17 @@ def hidden(walk: Walk, index: int, batch: int) -> Hidden:
     return Hidden(after[path].reshape(-1, after[path].shape[-1]), axes, padding_mask(stage, before, axes))
 
 
-def aligned(sides: tuple[Hidden, Hidden], stages: tuple[Stage, Stage], tokens: Any) -> tuple[Array, Array, Array]:
+def aligned(
+    sides: tuple[Hidden, Hidden], stages: tuple[Stage, Stage], tokens: Any, overlaps: Mapping[str, Any]
+) -> tuple[Array, Array, Array]:
     """The activations of both sides on the same rows, and the weights of the rows."""
-    operators = alignment(sides[0].axes, sides[1].axes, stages, tokens)
+    operators = alignment(sides[0].axes, sides[1].axes, stages, tokens, overlaps)
     rows = [on_tokens(x.rows, x.axes, operator, x.mask) for x, operator in zip(sides, operators, strict=True)]
     return rows[0][0], rows[1][0], rows[0][1] * rows[1][1]
 
 
 def _cka_pairing(
-    walks: tuple[Walk, Walk], theirs: Sequence[Stage], mine: Sequence[Stage], tokens: Any
+    walks: tuple[Walk, Walk], theirs: Sequence[Stage], mine: Sequence[Stage], tokens: Any, overlaps: Mapping[str, Any]
 ) -> tuple[int, ...]:
     """The monotone pairing that maximises linear CKA of what the layers return, on the first batch."""
     sides = [
@@ -98,7 +107,7 @@ def _cka_pairing(
     ]
 
     def likeness(x: Hidden, y: Hidden, stages: tuple[Stage, Stage]) -> Array:
-        a, b, weights = aligned((x, y), stages, tokens)
+        a, b, weights = aligned((x, y), stages, tokens, overlaps)
         real = np.asarray(weights) > 0
         return layers.linear_cka(a[real], b[real])
 

@@ -49,9 +49,9 @@ class Plan(NamedTuple):
       stages: the target's stages in their order.
       leaves: what becomes of every leaf, as `tvjax.transport.leaf_report` has it, without measures.
       memory: bytes by what they hold: ``parameters`` of both models, ``residual streams`` of the calibration
-        examples between all stages (and their gradients), the ``largest stage``, the ``maps`` of all stages, and the
-        task vector before and after (``task vectors``). Arrays only: the runtime, compiled programs and
-        workspace come on top.
+        examples between all stages (their gradients, overlaps of other tokens), the ``largest stage``, the ``maps`` of
+        all stages, and the task vector before and after (``task vectors``). Arrays only: the runtime, compiled
+        programs and workspace come on top.
       notes: what the fit may do otherwise.
     """
 
@@ -113,6 +113,7 @@ def plan(
             parts = found if parts is None else tuple(a.merge(b) for a, b in zip(parts, found, strict=True))
         assert parts is not None
         streams = sum(_streams(transport, walk) for walks in work.walks if walks for walk in walks)
+        streams += tree.nbytes(work.overlaps)
         return work.state(tuple(dataclasses.replace(part, measures={}) for part in parts), ())
 
     state = jax.eval_shape(traced, source, target, list(batches))

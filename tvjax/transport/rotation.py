@@ -166,7 +166,7 @@ def _info(found: Map, rotation: OrthogonalMap, rows: int, pair: Pair) -> MapInfo
     if all(rows_of.tokens for rows_of in axes):
         rest = axes[1].count(axes[1].rest)
         tokens_a, tokens_b = (rows_of.count(rows_of.tokens) for rows_of in axes)
-        operators = alignment(*axes, pair.stages, pair.tokens)
+        operators = alignment(*axes, pair.stages, pair.tokens, pair.overlaps[0])
         aligned = tokens_b if operators.b is None else operators.b.shape[0]
         seen = (tokens_a * rest, tokens_b * rest, aligned * rest)
     info = MapInfo(found.name, shape, rows, 0, seen)
@@ -213,7 +213,7 @@ def _aligned_rows(
         axes.append(own)
         rows.append(array)
         masks.append(padding_mask(pair.stages[number], carries[number], own))
-    operators = alignment(axes[0], axes[1], pair.stages, pair.tokens)
+    operators = alignment(axes[0], axes[1], pair.stages, pair.tokens, pair.overlaps[batch])
     a, weight_a = on_tokens(rows[0], axes[0], operators.a, masks[0])
     b, weight_b = on_tokens(rows[1], axes[1], operators.b, masks[1])
     if found.heads is not None and found.heads[0].shared:

@@ -135,6 +135,8 @@ def _rule(leaf: Leaf, inputs: str, outputs: str, options: Options, pair: Pair, t
                 f"{leaf.target}: a {site_b.kind} leaf of shape {leaf.shape} in the target, a {site_a.kind} leaf of "
                 f"shape {leaf.source_shape} in the source ({leaf.source}): the two models must use it alike"
             )
+        if pair.other_words and _is_of_words(pair, site_b):
+            return rule._replace(action="zeroed by rule", why="its outputs are words of other vocabularies")
         fixed = options.keep_fixed and _is_fixed(pair, site_b)
         if fixed and site_a.d_out != site_b.d_out:
             return _between_vocabularies(rule, leaf, group, inputs, pair, table)
@@ -184,6 +186,8 @@ def _embedding_rule(
     )
     patch = _patch(pair)
     if options.transport_embeddings and patch is None and len(leaf.shape) == len(leaf.source_shape) == 2:
+        if pair.other_words:
+            return zeroed._replace(why="its rows are of the tokens of other tokenizers")
         if not _padded(leaf.shape[0], leaf.source_shape[0]):
             return zeroed._replace(why=f"{leaf.source_shape[0]} rows in the source, {leaf.shape[0]} in the target")
         outer = table.request_table(leaf.source_local, leaf.local)
@@ -357,3 +361,9 @@ def _is_part(view: View) -> bool:
     # What follows in a fused kernel's view picks columns, behind an "each".
     broadcast = next((i for i, step in enumerate(view) if step[0] == "broadcast"), len(view))
     return is_slice(view[:broadcast])
+
+
+def _is_of_words(pair: Pair, site: Site) -> bool:
+    """Whether a site's outputs are the words of the target's vocabulary."""
+    words = dict(pair.stages[1].vocabulary).values()
+    return site.gradient in {s.gradient for s in pair.target_table.sites if s.path in words}
