@@ -112,7 +112,7 @@ def test_the_streaming_call_is_the_same(tiny):
     transport = tv.theseus(rank_tolerance=1e-3)
     tau = adapter(tiny.a.params)
     state = tv.fit(transport, tiny.a, tiny.w, tiny.batches)
-    (moved,) = tv.transport_stages(transport, tiny.a, tiny.w, tiny.batches, [tau])
+    (moved,) = tv.fit(transport, tiny.a, tiny.w, tiny.batches, stream=[tau])
     for path, leaf in tree.flatten(transport.apply(state, tau)).items():
         assert tree.get(moved, path).rank == RANK
         np.testing.assert_allclose(np.asarray(tree.get(moved, path)), np.asarray(leaf), atol=1e-6)

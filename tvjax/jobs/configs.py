@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, Field, JsonValue, model_validator
+from pydantic import AfterValidator, AliasChoices, Field, model_validator
 
 from tvjax.jobs.schema import Config, File, Several, Typed
 
@@ -26,8 +27,21 @@ Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED, description="Of every draw.")
 BatchSize = Annotated[int, Field(ge=1, le=LARGEST_COUNT, description="Examples at once.")]
 AnyBase = Annotated[bool, Field(description="Take task vectors although they were made for another model.")]
 DType = Literal["float32", "float16", "bfloat16"]
+
+
+def _json(options: dict[str, Any]) -> dict[str, Any]:
+    """Options that a recipe can hold; what they may be is the method's to say."""
+    for name, value in options.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"options.{name}: found {value!r}; input was not a valid JSON value") from error
+    return options
+
+
 Options = Annotated[
-    dict[str, JsonValue],
+    dict[str, Any],
+    AfterValidator(_json),
     Typed("NAME=VALUE"),
     Field(description="A hyperparameter of the method, such as rank=0.25; may be repeated."),
 ]

@@ -93,8 +93,7 @@ def diagonal_fisher(
     Raises:
       ValueError: no batches, no labels, no loss, or a chunk below one.
 
-    >>> from tvjax.renamed import renamed_arguments
-    from tvjax.stages import single_stage
+    >>> from tvjax.stages import single_stage
     >>> loss = lambda _, outputs, labels: outputs[:, 0] * labels
     >>> model = single_stage(lambda p, x: x * p["w"], {"w": jnp.ones(1)}, loss=loss)
     >>> diagonal_fisher(model, [Batch(jnp.array([[1.0], [2.0]]), jnp.array([1.0, 3.0]))])

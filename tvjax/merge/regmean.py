@@ -126,8 +126,7 @@ def input_grams(
     Raises:
       ValueError: no batches.
 
-    >>> from tvjax.renamed import renamed_arguments
-    from tvjax.stages import single_stage
+    >>> from tvjax.stages import single_stage
     >>> model = single_stage(lambda p, x: x @ p["kernel"], {"kernel": jnp.ones((2, 3))})
     >>> input_grams(model, [Batch(jnp.array([[1.0, 0.0], [1.0, 2.0]]))]).matrices["kernel"].tolist()
     [[1.0, 1.0], [1.0, 2.0]]
