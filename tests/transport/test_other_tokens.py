@@ -166,7 +166,7 @@ def test_words_of_other_vocabularies_stay():
     tau = jax.tree.map(jnp.ones_like, source.params)
     moved = tree.flatten(transport.apply(fit(transport, source, target, [texts(0)]), tau))
     assert not moved["head/kernel"].any() and not moved["embeddings/tokens"].any()
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), texts(0))
+    shapes = jax.tree.map(tree.leaf_type, texts(0))
     planned = plan(transport, source, target, [shapes])
     why = {leaf.target: leaf.why for leaf in planned.leaves}
     assert why["head/kernel"] == "its outputs are words of other vocabularies"
