@@ -11,7 +11,7 @@ import pytest
 from tvjax import tree
 from tvjax.checkpoints.adapters import load_adapter
 from tvjax.checkpoints.huggingface import from_pretrained, save_pretrained
-from tvjax.models.t5.modeling import position_buckets
+from tvjax.models.relative_positions import position_buckets
 
 pytestmark = [
     pytest.mark.torch,

@@ -13,7 +13,6 @@ from tvjax.jobs.configs import EvaluateConfig
 
 if TYPE_CHECKING:
     from tvjax.jobs._evaluate import Evaluated
-    from tvjax.jobs.harness import Harnessed
 
 
 @command(EvaluateConfig)
@@ -32,25 +31,16 @@ def evaluate(
     """
     from tvjax import jobs
     from tvjax.jobs.harness import Harnessed
+    from tvjax.report import tables
 
     with progress("evaluate", quiet or json) as report:
         found = jobs.evaluate(config, report)
     if isinstance(found, Harnessed):
-        show(found._asdict(), _benchmarks(found), as_json=json, quiet=quiet)
+        table = tables.harness_table(found.models, f"lm-evaluation-harness {found.harness}")
+        show(found._asdict(), table, as_json=json, quiet=quiet)
         return
     said = [f"note: {note}" for note in found.notes]
     show(found._asdict(), *said, *_tables(found, by_class), as_json=json, quiet=quiet)
-
-
-def _benchmarks(found: Harnessed) -> Any:
-    from rich.table import Table
-
-    from tvjax.jobs.harness import rows_of
-
-    table = Table("model", "task", "metric", "value", "examples", title=f"lm-evaluation-harness {found.harness}")
-    for row in rows_of(found.models):
-        table.add_row(*row)
-    return table
 
 
 def _tables(found: Evaluated, by_class: bool) -> list[Any]:

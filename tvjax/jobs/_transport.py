@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from tvjax.checkpoints.atomic import write_text
 from tvjax.checkpoints.huggingface import check_new
 from tvjax.checkpoints.json_files import write_json
 from tvjax.checkpoints.processors import processor_fingerprint
+from tvjax.data.loader import Loader
 from tvjax.data.texts import Texts
 from tvjax.evaluate.scale import ChosenScale, choose_scale
 from tvjax.factors import is_low_rank
@@ -103,8 +103,10 @@ def transport(config: TransportConfig, progress: Progress | None = None) -> Tran
         state = dataclasses.replace(state, notes=(*state.notes, *ready.notes, *also, *_lost(moved, forms, state)))
         chosen = copy = None
         if ready.held_out is not None:
-            chosen = _chosen(config, ready, target, moved, scales_of(ready.moving))
-            copy = _copied(config, ready, target, tau)
+            task = ready.way.task(target, ready.held_out, ready.prompts)
+            scored = with_task(target, task), task.batches(ready.held_out, config.batch_size)
+            chosen = choose_scale(scored[0], moved, scales_of(ready.moving), scored[1])
+            copy = _copied(tau, target, *scored)
             if chosen.scale == 0:
                 nothing = "no scale does better than none on the validation examples: the target is written as it was"
                 state = dataclasses.replace(state, notes=(*state.notes, nothing))
@@ -203,22 +205,12 @@ def _fitted(
     return dataclasses.replace(state, notes=(*inputs.notes_of(loader), *state.notes))
 
 
-def _chosen(
-    config: TransportConfig, ready: Prepared, target: Opened, moved: PyTree, scales: Sequence[float]
-) -> ChosenScale:
-    """The scale of the greatest accuracy on the examples that were held out."""
-    assert ready.held_out is not None
-    task = ready.way.task(target, ready.held_out, ready.prompts)
-    loader = task.batches(ready.held_out, config.batch_size)
-    return choose_scale(with_task(target, task), moved, scales, loader)
-
-
-def _copied(config: TransportConfig, ready: Prepared, target: Opened, tau: PyTree) -> dict[str, Any] | None:
+def _copied(tau: PyTree, target: Opened, scored: Model, held_out: Loader) -> dict[str, Any] | None:
     """What the task vector does as it is, the baseline that every transport must beat where shapes agree."""
     as_it_is = copied(tau, target.pretrained.params)
     if isinstance(as_it_is, str):
         return None
-    chosen = _chosen(config, ready, target, as_it_is, scales_of(identity()))
+    chosen = choose_scale(scored, as_it_is, scales_of(identity()), held_out)
     return {"scale": chosen.scale, "accuracy": chosen.accuracy}
 
 

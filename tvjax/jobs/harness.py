@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,21 +130,3 @@ def records_of(model: str, report: Mapping[str, Any]) -> list[dict[str, Any]]:
                     }
                 )
     return found
-
-
-def rows_of(found: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """Measurements for people: model, task, metric, value with its standard error, examples.
-
-    >>> rows_of(records_of("a", {"results": {"arc": {"acc,none": 0.5, "acc_stderr,none": "N/A"}}}))
-    [('a', 'arc', 'acc', '0.5', '')]
-    """
-    return [
-        (
-            one["model"],
-            one["task"],
-            one["metric"] if one["filter"] == "none" else f"{one['metric']} ({one['filter']})",
-            f"{one['value']:.4g}" + (f" ± {one['stderr']:.2g}" if one["stderr"] is not None else ""),
-            "" if one["examples"] is None else str(one["examples"]),
-        )
-        for one in found
-    ]

@@ -29,7 +29,7 @@ from tvjax.models.siglip import table as siglip_table
 from tvjax.models.t5 import config as t5_config
 from tvjax.models.t5 import modeling as t5_modeling
 from tvjax.models.t5 import table as t5_table
-from tvjax.models.transformer import parameter_shapes
+from tvjax.models.transformer import parameter_shapes, two_tower_inputs
 from tvjax.models.vit import config as vit_config
 from tvjax.models.vit import modeling as vit_modeling
 from tvjax.models.vit import table as vit_table
@@ -66,7 +66,7 @@ CLIP = Family(
     clip_modeling.init,
     clip_modeling.clip,
     clip_table.TABLE,
-    clip_modeling.inputs,
+    two_tower_inputs,
     part="vision",
     asked="zero_shot",
 )
@@ -112,7 +112,7 @@ SIGLIP = Family(
     siglip_modeling.init,
     siglip_modeling.siglip,
     siglip_table.TABLE,
-    siglip_modeling.inputs,
+    two_tower_inputs,
     part="vision",
     asked="zero_shot",
 )

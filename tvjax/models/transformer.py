@@ -313,3 +313,21 @@ def set_parameters(module: nnx.Module, params: PyTree) -> None:
     variables = nnx.to_flat_state(nnx.state(module, nnx.Param))
     leaves = [(path, variable.replace(tree.get(params, "/".join(map(str, path))))) for path, variable in variables]
     nnx.update(module, nnx.from_flat_state(leaves))
+
+
+def two_tower_inputs(config: Any, examples: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of what a vision tower, a text tower or both take: so many images, and texts of the greatest length.
+
+    Args:
+      config: with the configs ``vision`` and ``text``, or None for a tower that is not there.
+      examples: how many of each.
+    """
+    shapes = {}
+    if config.vision:
+        side = config.vision.image_size
+        shapes["pixels"] = jax.ShapeDtypeStruct((examples, side, side, 3), jnp.float32)
+    if config.text:
+        length = config.text.max_position_embeddings
+        shapes["tokens"] = jax.ShapeDtypeStruct((examples, length), jnp.int32)
+        shapes["mask"] = jax.ShapeDtypeStruct((examples, length), bool)
+    return shapes

@@ -154,6 +154,26 @@ def class_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     return table
 
 
+def harness_table(measured: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """One row for each model, task and metric of lm-evaluation-harness.
+
+    Args:
+      measured: as `tvjax.jobs.harness.records_of` gives them.
+      title: above the table.
+
+    >>> row = {"model": "a", "task": "arc", "metric": "acc", "filter": "none", "value": 0.5, "stderr": None}
+    >>> harness_table([{**row, "examples": None}], "lm-evaluation-harness").row_count
+    1
+    """
+    table = _table(title, ["model", "task", "metric"], ["value", "examples"])
+    for one in measured:
+        metric = one["metric"] if one["filter"] == "none" else f"{one['metric']} ({one['filter']})"
+        error = "" if one["stderr"] is None else f" ± {one['stderr']:.2g}"
+        examples = "" if one["examples"] is None else str(one["examples"])
+        table.add_row(one["model"], one["task"], metric, f"{one['value']:.4g}{error}", examples)
+    return table
+
+
 def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for column in texts:

@@ -93,8 +93,12 @@ def aligned(
 ) -> tuple[Array, Array, Array]:
     """The activations of both sides on the same rows, and the weights of the rows."""
     operators = alignment(sides[0].axes, sides[1].axes, stages, tokens, overlaps)
-    rows = [on_tokens(x.rows, x.axes, operator, x.mask) for x, operator in zip(sides, operators, strict=True)]
-    return rows[0][0], rows[1][0], rows[0][1] * rows[1][1]
+    (a, weights_a), (b, weights_b) = (_moved(x, operator) for x, operator in zip(sides, operators, strict=True))
+    return a, b, weights_a * weights_b
+
+
+def _moved(side: Hidden, operator: Any) -> tuple[Array, Array]:
+    return on_tokens(side.rows, side.axes, operator, side.mask)
 
 
 def _cka_pairing(
@@ -105,17 +109,12 @@ def _cka_pairing(
         [hidden(walk, walk.model.stages.index(stage), 0) for stage in stages]
         for walk, stages in zip(walks, (theirs, mine), strict=True)
     ]
-
-    def likeness(x: Hidden, y: Hidden, stages: tuple[Stage, Stage]) -> Array:
-        a, b, weights = aligned((x, y), stages, tokens, overlaps)
-        real = np.asarray(weights) > 0
-        return layers.linear_cka(a[real], b[real])
-
-    found = [
-        [likeness(x, y, (one, other)) for y, other in zip(sides[1], mine, strict=True)]
-        for x, one in zip(sides[0], theirs, strict=True)
-    ]
-    return layers.monotone_pairing(np.array(jax.device_get(found)))
+    # The layers of a group have one layout, so each is brought to the common rows once, whatever it is compared with.
+    operators = alignment(sides[0][0].axes, sides[1][0].axes, (theirs[0], mine[0]), tokens, overlaps)
+    rows = [[_moved(x, operator) for x in side] for side, operator in zip(sides, operators, strict=True)]
+    real = np.asarray(rows[0][0][1] * rows[1][0][1]) > 0
+    likeness = jax.device_get([[layers.linear_cka(x[real], y[real]) for y, _ in rows[1]] for x, _ in rows[0]])
+    return layers.monotone_pairing(np.array(likeness))
 
 
 def _abstract(pytree: Any) -> Any:

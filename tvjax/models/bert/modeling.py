@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from tvjax.models import transformer
 from tvjax.models.bert import table
 from tvjax.models.bert.config import BertConfig, MPNetConfig, RobertaConfig
 from tvjax.models.layer_table import LayerTable, describe
+from tvjax.models.relative_positions import position_bias
 from tvjax.models.transformer import MLP, Attention, LayerNorm, linear, parameters, stage_function
 from tvjax.stages import Model, PyTree, Stage, Stream
 
@@ -108,7 +108,7 @@ class Block(nnx.Module):
     def run(self, carry: dict[str, Array], table: Float[Array, "buckets heads"] | None) -> dict[str, Array]:
         """The same with a position bias of somebody else's."""
         hidden = carry["hidden"]
-        bias = None if table is None else position_bias(table, hidden.shape[1])
+        bias = None if table is None else position_bias(table, hidden.shape[1], _FARTHEST, True)
         hidden = self.norm1(hidden + self.attention(hidden, carry["mask"][:, None, None, :], bias))
         return {**carry, "hidden": self.norm2(hidden + self.mlp(hidden))}
 
@@ -229,27 +229,6 @@ def inputs(config: BertConfig, examples: int) -> dict[str, jax.ShapeDtypeStruct]
     ids = jax.ShapeDtypeStruct(shape, jnp.int32)
     types = {"types": ids} if config.type_vocab_size > 1 else {}
     return {"tokens": ids, "mask": jax.ShapeDtypeStruct(shape, bool), **types}
-
-
-def position_bias(table: Float[Array, "buckets heads"], tokens: int) -> Float[Array, "heads tokens tokens"]:
-    """What is added to the scores of each head, by the distance of key and query.
-
-    Half of the buckets are for keys that come later; of each half one half is for the distances 0, 1, 2, ..., and the
-    other for ranges that grow with the logarithm (T5, Raffel et al. 2020, section 2.1).
-
-    >>> table = jnp.arange(32.0)[:, None]
-    >>> position_bias(table, 200)[0, 0, jnp.array([0, 1, 7, 8, 127, 199])].tolist()
-    [0.0, 17.0, 23.0, 24.0, 31.0, 31.0]
-    """
-    half = table.shape[0] // 2
-    exact = half // 2
-    places = jnp.arange(tokens)
-    after = places[None, :] - places[:, None]
-    distance = jnp.abs(after)
-    scaled = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / math.log(_FARTHEST / exact)
-    large = jnp.minimum(exact + (scaled * (half - exact)).astype(jnp.int32), half - 1)
-    bucket = jnp.where(distance < exact, distance, large) + jnp.where(after > 0, half, 0)
-    return jnp.moveaxis(jnp.take(table, bucket, axis=0), -1, 0)
 
 
 def _embedding(rows: int, width: int, rngs: nnx.Rngs) -> nnx.Param:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -219,6 +218,7 @@ def clip(config: CLIPConfig, params: PyTree, dtype: DTypeLike = jnp.float32) -> 
     Returns:
       The model.
 
+    >>> import jax
     >>> config = CLIPConfig(CLIPVisionConfig(8, 16, 2, 2, image_size=8, patch_size=4, projection_dim=4), None)
     >>> model = clip(config, init(config, jax.random.key(0)))
     >>> [stage.name for stage in model.stages]
@@ -235,19 +235,6 @@ def clip(config: CLIPConfig, params: PyTree, dtype: DTypeLike = jnp.float32) -> 
     if config.vision and config.text:
         stages.append(Stage("logits", stage_function(Logits), (("logit_scale", "logit_scale"),)))
     return Model(params, describe(TABLE, config, stages))
-
-
-def inputs(config: CLIPConfig, examples: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of what the model takes: so many images, and so many texts of the greatest length."""
-    shapes = {}
-    if config.vision:
-        side = config.vision.image_size
-        shapes["pixels"] = jax.ShapeDtypeStruct((examples, side, side, 3), jnp.float32)
-    if config.text:
-        length = config.text.max_position_embeddings
-        shapes["tokens"] = jax.ShapeDtypeStruct((examples, length), jnp.int32)
-        shapes["mask"] = jax.ShapeDtypeStruct((examples, length), bool)
-    return shapes
 
 
 def vision_model(model: Model) -> Model:

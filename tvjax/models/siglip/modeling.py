@@ -269,19 +269,6 @@ def siglip(config: SiglipConfig, params: PyTree, dtype: DTypeLike = jnp.float32)
     return Model(params, describe(TABLE, config, stages))
 
 
-def inputs(config: SiglipConfig, examples: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of what the model takes: so many images, and so many texts of the greatest length."""
-    shapes = {}
-    if config.vision:
-        side = config.vision.image_size
-        shapes["pixels"] = jax.ShapeDtypeStruct((examples, side, side, 3), jnp.float32)
-    if config.text:
-        length = config.text.max_position_embeddings
-        shapes["tokens"] = jax.ShapeDtypeStruct((examples, length), jnp.int32)
-        shapes["mask"] = jax.ShapeDtypeStruct((examples, length), bool)
-    return shapes
-
-
 def _vision_stages(config: SiglipVisionConfig, dtype: jnp.dtype) -> list[Stage]:
     stream = Stream(grid=config.grid)
     first, last = (stage_function(module, config, dtype) for module in (VisionEmbeddings, VisionHead))
