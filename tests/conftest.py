@@ -1,16 +1,17 @@
-"""Two CPU devices and strict dtype promotion for every test; set before JAX starts."""
+"""Eight CPU devices and strict dtype promotion for every test; set before JAX starts."""
 
 import os
 
 # Thousands of small programs are compiled here, and most of them run once: machine code is not optimised.
-# A busy machine may keep one of two devices waiting for the other far longer than XLA's forty seconds.
+# A busy machine may keep one device waiting for the others far longer than XLA's forty seconds.
 FLAGS = (
     "--xla_backend_optimization_level=0 "
-    "--xla_force_host_platform_device_count=2 --xla_cpu_collective_timeout_seconds=600 "
+    "--xla_force_host_platform_device_count=8 --xla_cpu_collective_timeout_seconds=600 "
     "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("NPROC", "16")  # threads of XLA: a meeting of eight devices needs eight, whatever the cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax  # noqa: E402
@@ -19,7 +20,7 @@ import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-# Two CPU devices on few cores: programs in flight at once can wait for each other's collectives for ever.
+# Many CPU devices on few cores: programs in flight at once can wait for each other's collectives for ever.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
