@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from tvjax.checkpoints import load_tree as load_task_vector
     from tvjax.checkpoints import save_pretrained as save
     from tvjax.checkpoints import save_tree as save_task_vector
+    from tvjax.citations import cite
     from tvjax.factors import LowRank
     from tvjax.layers import stack, unstack
     from tvjax.stages import Batch, Model, Stage, Stream, single_stage
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 # Public names by module, imported on first use: the command line starts without JAX.
 _NAMES = {
     "arithmetic": ("add", "analogy", "apply", "interpolate", "negate", "scale", "task_vector"),
+    "citations": ("cite",),
     "factors": ("LowRank",),
     "layers": ("stack", "unstack"),
     "stages": ("Batch", "Model", "Stage", "Stream", "single_stage"),
@@ -87,6 +89,7 @@ __all__ = [
     "capture",
     "chain",
     "checkpoints",
+    "cite",
     "compose",
     "data",
     "evaluate",

@@ -135,7 +135,7 @@ def _write(
 ) -> Mapping[str, str]:
     """Writes what was merged; returns why tensors of the model take no part."""
     count = len(origin.names)
-    settings = {"method": config.method, **config.options}
+    settings = {"method": config.method, **{f"option {name}": value for name, value in config.options.items()}}
     if form == "task vector":
         save_tree(config.output, arithmetic.scale(tau, config.scale), metadata, config.dtype)
         return {}

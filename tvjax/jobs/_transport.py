@@ -259,7 +259,8 @@ def _card(config: TransportConfig, result: Transported, models: Models) -> str:
             "scale": result.scale,
             "depth": config.depth,
             "tokens": config.tokens,
-            **config.options,
+            # A method may have an option of a name that stands above, such as ``method``.
+            **{f"option {name}": value for name, value in config.options.items()},
         },
         results=None if result.examples is None else {"examples": result.examples},
         library="peft" if result.form == "adapter" else "transformers",
