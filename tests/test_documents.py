@@ -1,8 +1,12 @@
-"""What README and the documents say: their code runs as it stands, offline, and their links lead somewhere."""
+"""What README, the documents and the notebooks say: their code runs as it stands, offline, and links lead somewhere."""
 
+import json
 import re
 from pathlib import Path
 
+import jax
+import matplotlib
+import matplotlib.pyplot as plt
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -47,6 +51,18 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     namespace = {}
     for number, code in enumerate(CODE.findall(page.read_text(encoding="utf-8"))):
         run(code, page, number, namespace)
+
+
+@pytest.mark.parametrize("notebook", sorted((ROOT / "examples").glob("*.ipynb")), ids=name_of)
+def test_a_notebook_runs(notebook, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    matplotlib.use("Agg")
+    namespace = {}
+    with jax.numpy_dtype_promotion("standard"):  # a user's setting; optax trains under no other
+        for number, cell in enumerate(json.loads(notebook.read_text(encoding="utf-8"))["cells"]):
+            if cell["cell_type"] == "code":
+                run("".join(cell["source"]), notebook, number, namespace)
+    plt.close("all")
 
 
 @pytest.mark.parametrize("page", [README, ROOT / "CONTRIBUTING.md", *PAGES], ids=name_of)
