@@ -74,6 +74,10 @@ METHODS = {
         merge.slerp, one=None, two={"t": 0.3}, least=2, most=2, tolerance=1e-5, settings={"t": FRACTION[1:] + (1.1,)}
     ),
     "slerp-vector": Method(partial(merge.slerp, scope="vector"), one=None, two={}, least=2, most=2, tolerance=1e-5),
+    "nuslerp": Method(
+        merge.nuslerp, one=None, two={}, least=2, most=2, tolerance=1e-5, settings={"weights": (-1.0, 0.0)}
+    ),
+    "multi_slerp": Method(merge.multi_slerp, two={}, tolerance=1e-5, settings={"weights": VOTES}),
     "karcher_mean": Method(merge.karcher_mean, two={}, tolerance=1e-5, settings={"weights": VOTES}),
     "karcher_mean-vector": Method(partial(merge.karcher_mean, scope="vector"), two={}, tolerance=1e-5),
     "ties": Method(
@@ -121,6 +125,11 @@ METHODS = {
     "iso_c": matrix(merge.iso_c, one=None, zeros="matrices", settings={"weights": ()}),
     "iso_cts": matrix(merge.iso_cts, one=None, settings={"weights": ()}),
     "wudi": matrix(merge.wudi, zeros="matrices", settings={"weights": ()}),
+    "ace": matrix(
+        partial(merge.ace, epsilon=0.0, balance=False), one=None, zeros="matrices", settings={"weights": ()},
+    ),
+    "lines": Method(merge.lines, two={"merge": merge.average}, tolerance=1e-5),
+    "svc": matrix(merge.svc, two={"merge": merge.average}),
     "knots": matrix(
         partial(merge.knots, merge=merge.task_arithmetic), zeros="all", traced=False,
     ),

@@ -18,8 +18,9 @@ SOURCES = (
 )
 TRANSPORTS = ("naive", "orthogonal_shift", "gradfix", "theseus", "bico")  # and those of one's own, by register
 MERGES = (
-    *("average", "task_arithmetic", "slerp", "karcher_mean", "ties", "dare", "della", "breadcrumbs", "model_stock"),
-    *("sce", "tsv_m", "iso_c", "iso_cts", "knots", "wudi", "core_space"),
+    *("average", "task_arithmetic", "slerp", "nuslerp", "multi_slerp", "karcher_mean", "ties", "dare", "della"),
+    *("breadcrumbs", "model_stock", "sce", "tsv_m", "iso_c", "iso_cts", "knots", "wudi", "ace", "core_space"),
+    *("lines", "svc"),
 )
 
 MODEL, FILE, FOLDER, NUMBERS = Typed("MODEL"), Typed("FILE"), Typed("FOLDER"), Typed("NUMBERS")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, UInt32
@@ -17,7 +15,7 @@ from tvjax.merge.combine import Combine, check_combine, combined
 from tvjax.merge.leaf_report import Report
 from tvjax.merge.random_bits import entry_bits, words
 from tvjax.merge.settings import Settings, check_votes, densities_of, require, resolve_each
-from tvjax.merge.views import Matrices, leaf_axes
+from tvjax.merge.views import Axes, Matrices, leaf_axes
 
 Ranked = Literal["unit", "leaf"]
 
@@ -100,18 +98,10 @@ def della(
         {path: (1 - d).astype(np.float32) for path, d in shares.items()},
         spreads,
         words(key, vectors.paths, len(vectors)),
-        {path: _Axes(letters) for path, letters in axes.items()},
+        {path: Axes(letters) for path, letters in axes.items()},
         options=(("combine", combine), ("rescale", rescale)),
         report=report,
     )
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Axes:
-    """The letters of the axes of a leaf, known to the compiler."""
-
-    letters: str
 
 
 def _dropped(
@@ -120,7 +110,7 @@ def _dropped(
     rates: Float[Array, " vectors"],
     spreads: Float[Array, " vectors"],
     keyed: UInt32[Array, " words"],
-    axes: _Axes,
+    axes: Axes,
     combine: Combine,
     rescale: bool,
 ) -> tuple[Float[Array, "*shape"], dict[str, Array]]:
