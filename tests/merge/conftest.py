@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tvjax import merge, tree
+from tvjax import Batch, Model, Stage, merge, tree
 
 KEY = jax.random.key(7)
 
@@ -57,6 +57,18 @@ def with_grams(taus, **options):
     flats = [tree.flatten(tau) for tau in taus]
     grams = [{path: gram(i, leaf) for path, leaf in flat.items() if np.ndim(leaf) == 2} for i, flat in enumerate(flats)]
     return merge.regmean(taus, grams, **options)
+
+
+def narrow(params, rows):
+    return (rows @ params["kernel"] + params["bias"])[:, :24]
+
+
+def with_rows(taus, **options):
+    """RegMean++ of a linear model of the two blocks, whose base is zero: so it scales with the vectors."""
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape), SHAPES, is_leaf=lambda x: isinstance(x, tuple))
+    model = Model(zeros, tuple(Stage(f"blocks/{i}", narrow, (("", f"blocks/{i}"),)) for i in range(2)))
+    draw = lambda i: jnp.asarray(np.random.default_rng(i).normal(size=(40, 24)), jnp.float32)  # noqa: E731
+    return merge.regmean_plus_plus(taus, model, [[Batch(draw(i))] for i in range(len(taus))], **options)
 
 
 def with_fishers(taus, **options):
@@ -135,6 +147,7 @@ METHODS = {
     ),
     "core_space": Method(partial(merge.core_space, merge=merge.task_arithmetic), two=None, zeros="all"),
     "regmean": matrix(with_grams, symmetric=False, two={}, settings={"weights": ()}),
+    "regmean_plus_plus": matrix(with_rows, symmetric=False, two={}),
     "fisher": Method(with_fishers, symmetric=False, two={}, tolerance=1e-5, settings={"weights": ()}),
 }  # fmt: skip
 SHAPES = {

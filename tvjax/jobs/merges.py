@@ -15,7 +15,7 @@ from tvjax import merge as methods
 from tvjax.merge import registry
 
 KINDS: dict[Any, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}  # by annotation
-WITH_DATA = ("regmean", "fisher")
+WITH_DATA = ("regmean", "regmean_plus_plus", "fisher")
 GIVEN = ("taus", "key", "base", "report")  # arguments that no option sets
 
 

@@ -19,6 +19,7 @@ from tvjax.merge.model_stock import model_stock
 from tvjax.merge.multi_slerp import multi_slerp
 from tvjax.merge.nuslerp import nuslerp
 from tvjax.merge.regmean import input_grams, regmean
+from tvjax.merge.regmean_plus_plus import regmean_plus_plus
 from tvjax.merge.sce import sce
 from tvjax.merge.settings import ByDepth
 from tvjax.merge.slerp import slerp
@@ -60,6 +61,7 @@ __all__ = [
     "nuslerp",
     "register",
     "regmean",
+    "regmean_plus_plus",
     "sce",
     "slerp",
     "summary",
