@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, UInt32
 
 from tvjax.merge.base import PyTree, Vectors, merge_leaves, wide
-from tvjax.merge.combine import Combine, check_combine, combined
+from tvjax.merge.combine import MANNER, Combine, check_combine, combined
 from tvjax.merge.leaf_report import Report
 from tvjax.merge.random_bits import entry_bits, words
 from tvjax.merge.settings import Settings, check_votes, densities_of, require, resolve_each
@@ -46,7 +46,8 @@ def della(
       density: d, the share that stays on the mean; a number, by path pattern or by depth, or a list of these.
       epsilon: the spread of the probabilities, 0 or more (0: `dare`); ``d +- epsilon / 2`` must lie in (0, 1].
       weights: as in `dare`.
-      combine: ``"ties"``, the election and disjoint mean of `tvjax.merge.ties`, as published; or ``"linear"``.
+      combine: ``"ties"``, the election and disjoint mean of `tvjax.merge.ties`, as published; ``"ties_sum"``, the
+        sum of those that agree; or ``"linear"``.
       ranked: together: the entries of one ``"unit"`` (a column of a kernel seen as [in, out], as published; all of a
         vector), or those of the ``"leaf"``.
       matrices: for ``"unit"``, how leaves are matrices, the letters of their axes by path pattern; None: by the rule
@@ -78,7 +79,7 @@ def della(
     if ranked == "unit":
         axes = leaf_axes(shapes, matrices)
     numbers = resolve_each(weights, vectors.paths, len(vectors), "weights")
-    if combine == "ties":
+    if combine != "linear":
         check_votes(numbers)
     shares = densities_of(density, rate, vectors.paths, len(vectors), "della")
     spreads = resolve_each(epsilon, vectors.paths, len(vectors), "epsilon")
@@ -92,7 +93,7 @@ def della(
             )
     return merge_leaves(
         vectors,
-        "dropped by rank, " + ("added" if combine == "linear" else "elected mean"),
+        "dropped by rank, " + MANNER[combine],
         _dropped,
         numbers,
         {path: (1 - d).astype(np.float32) for path, d in shares.items()},
