@@ -180,6 +180,21 @@ def test_a_leaf_that_only_some_vectors_cover_counts_as_zero_in_the_others(models
     assert covered == {"0/out/kernel": None, "0/query/kernel": [0], "0/value/kernel": [1]}
 
 
+def test_a_merge_around_one_that_draws_at_random_gives_it_the_seed(tmp_path):
+    files, merged = [], []
+    for number in range(2):
+        files.append(str(tmp_path / f"{number}.safetensors"))
+        kernel = np.random.default_rng(number).normal(size=(8, 8)).astype(np.float32)
+        save_tree(files[-1], {"blocks": {"0": {"kernel": kernel}}})
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        output = tmp_path / f"{name}.safetensors"
+        words = ["--method", "lines", "--options", "merge=dare", "--options", "alpha=0.5", "--seed", str(seed)]
+        assert run(["merge", *files, *words, "--output", str(output), "--quiet"]) == 0
+        merged.append(load_tree(output)[0]["blocks"]["0"]["kernel"])
+    np.testing.assert_array_equal(merged[0], merged[1])
+    assert (merged[0] != merged[2]).any()
+
+
 def test_a_merge_never_replaces_its_inputs(task_vectors, tmp_path, capsys):
     before = [tree.flatten(load_tree(file)[0]) for file in task_vectors]
     link = tmp_path / "link.safetensors"

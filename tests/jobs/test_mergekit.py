@@ -424,4 +424,6 @@ def test_models_are_merged_by_their_folders(models, tmp_path, capsys):
     assert "ties has no option 'base'" in capsys.readouterr().err
     assert run([*words[:4], "karcher_mean", "--output", str(tmp_path / "other"), *base[:3], "base=1"]) == 2
     assert "base is 1, expected true" in capsys.readouterr().err
+    assert run([*words[:4], "karcher_mean", "--output", str(tmp_path / "a.safetensors"), "--options", "base=true"]) == 2
+    assert "base=true merges the models" in capsys.readouterr().err
     assert not (tmp_path / "other").exists() and not list(tmp_path.glob(".tvjax-*"))

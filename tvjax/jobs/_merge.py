@@ -77,9 +77,11 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> Merged:
     """
     function = find_merge(config.method, config.options, config.seed)
     _check_output(config)
+    on_models = config.options.get("base") is True
+    if on_models and config.model is None:
+        raise ValueError("base=true merges the models that the task vectors were made of: give --model")
     files = [str(file) for file in config.task_vectors]
     adapters = [is_adapter(file) for file in files]
-    on_models = config.options.get("base") is True
     if all(adapters) and not config.dense and config.method in _LINEAR:  # the same result, and it has factors
         function = functools.partial(methods.core_space, merge=function)
     with contextlib.ExitStack() as stack:
@@ -95,8 +97,9 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> Merged:
         if base is not None:
             origin.check(base, loaded)
         taus, partly = methods.cover(loaded)
-        if on_models:
-            function = functools.partial(function, base=_params(base, taus[0]))
+        if on_models and base is not None:
+            params = {path: base.read(path, Scratch(), keep=True) for path in tree.flatten(taus[0])}
+            function = functools.partial(function, base=tree.nest(params))
         tau, rows = _merged(function, taus, partly, progress)
         form = _form(config, all(adapters), tau)
         if form == "adapter":
@@ -165,13 +168,6 @@ def _write(
     return {}
 
 
-def _params(base: Checkpoint | None, tau: PyTree) -> PyTree:
-    """The parameters that a task vector covers, in host memory."""
-    if base is None:
-        raise ValueError("base=true merges the models that the task vectors were made of: give --model")
-    return tree.nest({path: base.read(path, Scratch(), keep=True) for path in tree.flatten(tau)})
-
-
 def _loaded(
     config: MergeConfig, base: Checkpoint | None, stack: contextlib.ExitStack
 ) -> tuple[tuple[PyTree, ...], tuple[dict[str, str], ...], list[str]]:
@@ -179,18 +175,12 @@ def _loaded(
     loaded: list[PyTree] = []
     made: list[dict[str, str]] = []
     told: list[str] = []
-    for number, file in enumerate(map(str, config.task_vectors)):
+    for file in map(str, config.task_vectors):
         if is_model(file):
             if base is None:
                 raise ValueError(f"{file!r} is a model: give --model, the one that it was fine-tuned from")
-            if Path(file).resolve() == base.folder.resolve():  # no memory: one zero, seen as all entries
-                zeros = {path: np.broadcast_to(np.float32(0), shape) for path, shape in base.shapes.items()}
-                tau, metadata = tree.nest(zeros), dict[str, str]()
-            else:
-                folder = stack.enter_context(tempfile.TemporaryDirectory(dir=config.output.parent, prefix=".tvjax-"))
-                differences = f"{folder}/{number}.safetensors"
-                told += streaming.extract(base, file, differences, subtree="").notes
-                tau, metadata = map_tree(differences)
+            tau, metadata, notes = _differences(file, base, config.output, stack)
+            told += notes
             loaded.append(tau)
             made.append(metadata)
         elif is_adapter(file):
@@ -205,6 +195,20 @@ def _loaded(
             loaded.append(tau)
             made.append(metadata)
     return tuple(loaded), tuple(made), told
+
+
+def _differences(
+    model: str, base: Checkpoint, output: Path, stack: contextlib.ExitStack
+) -> tuple[PyTree, dict[str, str], tuple[str, ...]]:
+    """A fine-tuned model as a task vector, made leaf by leaf into a file that lasts as long as the stack."""
+    if Path(model).resolve() == base.folder.resolve():  # a single zero, seen as all entries
+        return tree.nest({path: np.broadcast_to(np.float32(0), shape) for path, shape in base.shapes.items()}), {}, ()
+    near = next(folder for folder in output.resolve().parents if folder.is_dir())
+    file = (
+        Path(stack.enter_context(tempfile.TemporaryDirectory(dir=near, prefix=".tvjax-"))) / "differences.safetensors"
+    )
+    notes = streaming.extract(base, model, file, subtree="").notes
+    return *map_tree(file), notes
 
 
 def _form(config: MergeConfig, adapters: bool, tau: PyTree) -> str:

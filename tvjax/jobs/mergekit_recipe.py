@@ -213,7 +213,7 @@ def compact(value: Any) -> Any:
     """Numbers by path as numbers by the widest subtrees in which they are equal.
 
     >>> compact({"blocks/0/up": 1.0, "blocks/0/down": 1.0, "blocks/1/up": 2.0})
-    {'blocks/0': 1.0, 'blocks/1/up': 2.0}
+    {'blocks/0': 1.0, 'blocks/1': 2.0}
     """
     if isinstance(value, list):
         return [compact(each) for each in value]

@@ -50,6 +50,9 @@ def find_merge(name: str, options: Mapping[str, Any], seed: int) -> Callable[...
         )
     if "key" in parameters:
         arguments["key"] = jax.random.key(seed)
+    inner = arguments.get("merge")  # of a merge around another
+    if inner is not None and "key" in inspect.signature(inner).parameters:
+        arguments["merge"] = functools.partial(inner, key=jax.random.key(seed))
     return functools.partial(function, **arguments)
 
 
