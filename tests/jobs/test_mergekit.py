@@ -2,6 +2,7 @@
 
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -12,6 +13,14 @@ from tvjax.cli.main import run
 from tvjax.jobs import MergeConfig, from_mergekit, merge
 
 LAYERS = 3
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Many tiny programs are compiled here."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -204,7 +204,7 @@ def np_ace(x, epsilon, share, balance):
     return found.T
 
 
-@pytest.mark.parametrize("balance", [False, True, None])
+@pytest.mark.parametrize("balance", [True, None])
 def test_ace(balance):
     taus = [
         jax.tree.map(lambda x, f=factor: np.float32(f) * x, tau) for tau, factor in zip(TAUS, (1, 4, 12), strict=True)

@@ -42,8 +42,8 @@ def ace(
 
     Where the sizes of the tasks are unlike, by ``gamma = var_i(log |tau_i|^2) / mean_i(log |tau_i|^2)^2 > 0.3``, the
     G_i are divided by ``tr X_i X_i^T`` and c by the mean of the ``|tau_i|^2``, and the spectrum is refined: with ``F =
-    W + sum_i (G_i - mean_j G_j) X_i`` of the solution W, its leading directions are added at their mean singular value,
-    ``W + mean(S_k) U_k V_k^T``.
+    W + sum_i (C_i - mean_j G_j) X_i`` of the solution W, C_i being G_i without its ridge, the leading directions of F
+    are added at their mean singular value, ``W + mean(S_k) U_k V_k^T``.
 
     Args:
       taus: task vectors of one base.

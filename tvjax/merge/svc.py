@@ -34,7 +34,7 @@ def svc(
 
     Tasks that share a direction add up in it, and outweigh what each has alone. With the merged matrix ``M = U S V^T``
     and a direction v of its outputs, task i answers ``a_i = tau_i v`` and the merged matrix ``M v``;
-    ``s_i = <M v, a_i> / |a_i|^2`` is how many times over task i finds itself there (equations 17 to 23). The factor is
+    ``s_i = <M v, a_i> / |a_i|^2`` is how many times over task i finds itself there. The factor is
     the harmonic mean of the scales ``1 / s_i`` at which each would find itself once. Directions stay as they are, and
     so do leaves that are no matrices. A factor of the merged vector changes nothing above the floor.
 
