@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from tvjax.align.products import product
-from tvjax.merge.base import PyTree
+from tvjax.merge.base import PyTree, over_meshes
 from tvjax.merge.leaf_report import Report
 from tvjax.merge.matrices import BATCH_BYTES, Others, merge_matrices, total
 from tvjax.merge.settings import Settings
@@ -22,6 +22,7 @@ _UNLIKE = 0.3  # the published threshold of gamma
 _TINY = np.float32(1e-12)
 
 
+@over_meshes
 def ace(
     taus: Sequence[PyTree],
     *,

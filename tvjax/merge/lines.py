@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tvjax import tree
-from tvjax.merge.base import PyTree, Vectors, over_leaves, weighted_sum, wide
+from tvjax.merge.base import PyTree, Vectors, over_leaves, over_meshes, weighted_sum, wide
 from tvjax.merge.entries import sum_entries
 from tvjax.merge.knots import Merge
 from tvjax.merge.leaf_report import Report, tell
@@ -18,6 +18,7 @@ from tvjax.merge.settings import ByDepth, resolve
 from tvjax.merge.task_arithmetic import task_arithmetic
 
 
+@over_meshes
 def lines(
     taus: Sequence[PyTree],
     merge: Merge = task_arithmetic,
@@ -63,7 +64,7 @@ def lines(
     found = {}
     for path in vectors.paths:
         scale = first + more * np.float32(depths[path])
-        found[path] = jnp.asarray(merged[path], jnp.float32) * scale
+        found[path] = vectors.place(path, jnp.asarray(merged[path], jnp.float32) * scale)
         tell(report, path, vectors.shape(path), "scaled by depth", {"scale": scale})
     return vectors.tree(found)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from tvjax.merge.base import PyTree, Scope, Vectors
+from tvjax.merge.base import PyTree, Scope, Vectors, over_meshes
 from tvjax.merge.inner_products import merge_by_products
 from tvjax.merge.leaf_report import Report
 from tvjax.merge.settings import Settings, check_votes, resolve_each
@@ -17,6 +17,7 @@ from tvjax.merge.settings import Settings, check_votes, resolve_each
 _CANCELS = 1e-3
 
 
+@over_meshes
 def multi_slerp(
     taus: Sequence[PyTree],
     *,

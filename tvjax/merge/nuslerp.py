@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from tvjax.merge.base import PyTree, Vectors, merge_leaves, wide
+from tvjax.merge.base import PyTree, Vectors, merge_leaves, over_meshes, wide
 from tvjax.merge.inner_products import merge_by_products, origin_leaves
 from tvjax.merge.leaf_report import Report
 from tvjax.merge.settings import Settings, check_votes, resolve_each
@@ -19,6 +19,7 @@ from tvjax.merge.views import Axes, Matrices, leaf_axes
 Along = Literal["leaf", "inputs", "outputs"]
 
 
+@over_meshes
 def nuslerp(
     taus: Sequence[PyTree],
     *,

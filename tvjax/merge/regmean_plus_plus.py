@@ -8,8 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from tvjax import tree
-from tvjax.merge.base import PyTree, Vectors
+from tvjax import placement, tree
+from tvjax.merge.base import PyTree, Vectors, over_meshes
 from tvjax.merge.inner_products import origin_leaves
 from tvjax.merge.leaf_report import Report, tell
 from tvjax.merge.matrices import weighted
@@ -19,6 +19,7 @@ from tvjax.stages import Batch, Model, owner_paths
 from tvjax.walk import Walk
 
 
+@over_meshes
 def regmean_plus_plus(
     taus: Sequence[PyTree],
     model: Model,
@@ -83,11 +84,13 @@ def regmean_plus_plus(
 
     def merge(path: str, grams: Sequence[Mapping[str, Any]], otherwise: str) -> None:
         shares, leaves = numbers[path] / numbers[path].sum(), vectors.leaves(path)
-        found = [each[path] for each in grams if path in each]
+        options = np.float32(shrink), np.float32(ridge)
+        found = [matrices[path] for matrices in grams if path in matrices]
         if found:
-            merged[path] = regression(leaves, found, shares, np.float32(shrink), np.float32(ridge))
+            each = placement.on_one_device(len(merged), regression, leaves, found, shares, *options)
         else:
-            merged[path] = weighted(leaves, shares)
+            each = weighted(leaves, shares)
+        merged[path] = vectors.place(path, each)
         tell(report, path, vectors.shape(path), "regression on the inputs" if found else f"averaged: {otherwise}")
 
     for index, stage in enumerate(model.stages):

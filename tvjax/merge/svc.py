@@ -12,7 +12,7 @@ from tvjax import tree
 from tvjax.align.decompositions import svd
 from tvjax.align.procrustes import default_rank_tolerance
 from tvjax.align.products import product
-from tvjax.merge.base import PyTree, Vectors
+from tvjax.merge.base import PyTree, Vectors, over_meshes
 from tvjax.merge.knots import Merge
 from tvjax.merge.leaf_report import MergedLeaf, Report
 from tvjax.merge.matrices import BATCH_BYTES, merge_matrices, total
@@ -21,6 +21,7 @@ from tvjax.merge.task_arithmetic import task_arithmetic
 from tvjax.merge.views import Matrices, leaf_axes
 
 
+@over_meshes
 def svc(
     taus: Sequence[PyTree],
     merge: Merge = task_arithmetic,
