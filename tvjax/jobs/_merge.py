@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from tvjax import arithmetic, tree
 from tvjax import merge as methods
@@ -17,6 +19,7 @@ from tvjax.checkpoints.adapters import open_adapter
 from tvjax.checkpoints.folder import Checkpoint, open_checkpoint
 from tvjax.checkpoints.huggingface import check_new
 from tvjax.checkpoints.json_files import write_json
+from tvjax.checkpoints.memory import Scratch
 from tvjax.checkpoints.provenance import check_same_base
 from tvjax.factors import is_low_rank
 from tvjax.jobs import inputs
@@ -24,7 +27,7 @@ from tvjax.jobs.configs import MergeConfig
 from tvjax.jobs.merges import find_merge
 from tvjax.jobs.recipes import recipe_of, write_recipe
 from tvjax.jobs.schema import Progress
-from tvjax.jobs.task_vectors import is_adapter, read_adapter
+from tvjax.jobs.task_vectors import is_adapter, is_model, read_adapter
 from tvjax.merge import MergedLeaf
 from tvjax.stages import PyTree
 from tvjax.truncate import Truncated, low_rank
@@ -74,15 +77,19 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> Merged:
     """
     function = find_merge(config.method, config.options, config.seed)
     _check_output(config)
+    on_models = config.options.get("base") is True
+    if on_models and config.model is None:
+        raise ValueError("base=true merges the models that the task vectors were made of: give --model")
     files = [str(file) for file in config.task_vectors]
     adapters = [is_adapter(file) for file in files]
     if all(adapters) and not config.dense and config.method in _LINEAR:  # the same result, and it has factors
         function = functools.partial(methods.core_space, merge=function)
     with contextlib.ExitStack() as stack:
         base = None
-        if config.model is not None and (any(adapters) or config.output.suffix != ".safetensors"):
+        needed = on_models or any(adapters) or any(map(is_model, files)) or config.output.suffix != ".safetensors"
+        if config.model is not None and needed:
             base = stack.enter_context(open_checkpoint(config.model))
-        loaded, made, told = _loaded(config, base)
+        loaded, made, told = _loaded(config, base, stack)
         metadata = check_same_base(files, made, config.any_base)
         if base is not None and "base_fingerprint" not in metadata:
             metadata = {name: value for name, value in base.identity("").items() if value}
@@ -90,6 +97,9 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> Merged:
         if base is not None:
             origin.check(base, loaded)
         taus, partly = methods.cover(loaded)
+        if on_models and base is not None:
+            params = {path: base.read(path, Scratch(), keep=True) for path in tree.flatten(taus[0])}
+            function = functools.partial(function, base=tree.nest(params))
         tau, rows = _merged(function, taus, partly, progress)
         form = _form(config, all(adapters), tau)
         if form == "adapter":
@@ -159,14 +169,21 @@ def _write(
 
 
 def _loaded(
-    config: MergeConfig, base: Checkpoint | None
+    config: MergeConfig, base: Checkpoint | None, stack: contextlib.ExitStack
 ) -> tuple[tuple[PyTree, ...], tuple[dict[str, str], ...], list[str]]:
     """The task vectors, what their files say of their model, and what the user should know."""
     loaded: list[PyTree] = []
     made: list[dict[str, str]] = []
     told: list[str] = []
     for file in map(str, config.task_vectors):
-        if is_adapter(file):
+        if is_model(file):
+            if base is None:
+                raise ValueError(f"{file!r} is a model: give --model, the one that it was fine-tuned from")
+            tau, metadata, notes = _differences(file, base, config.output, stack)
+            told += notes
+            loaded.append(tau)
+            made.append(metadata)
+        elif is_adapter(file):
             if base is None:
                 raise ValueError(f"{file!r} is an adapter, which names layers as its model does: give --model")
             with open_adapter(file, base, any_base=config.any_base) as opened:
@@ -178,6 +195,20 @@ def _loaded(
             loaded.append(tau)
             made.append(metadata)
     return tuple(loaded), tuple(made), told
+
+
+def _differences(
+    model: str, base: Checkpoint, output: Path, stack: contextlib.ExitStack
+) -> tuple[PyTree, dict[str, str], tuple[str, ...]]:
+    """A fine-tuned model as a task vector, made leaf by leaf into a file that lasts as long as the stack."""
+    if Path(model).resolve() == base.folder.resolve():  # a single zero, seen as all entries
+        return tree.nest({path: np.broadcast_to(np.float32(0), shape) for path, shape in base.shapes.items()}), {}, ()
+    near = next(folder for folder in output.resolve().parents if folder.is_dir())
+    file = (
+        Path(stack.enter_context(tempfile.TemporaryDirectory(dir=near, prefix=".tvjax-"))) / "differences.safetensors"
+    )
+    notes = streaming.extract(base, model, file, subtree="").notes
+    return *map_tree(file), notes
 
 
 def _form(config: MergeConfig, adapters: bool, tau: PyTree) -> str:

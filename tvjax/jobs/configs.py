@@ -18,8 +18,9 @@ SOURCES = (
 )
 TRANSPORTS = ("naive", "orthogonal_shift", "gradfix", "theseus", "bico")  # and those of one's own, by register
 MERGES = (
-    *("average", "task_arithmetic", "slerp", "karcher_mean", "ties", "dare", "della", "breadcrumbs", "model_stock"),
-    *("sce", "tsv_m", "iso_c", "iso_cts", "knots", "wudi", "core_space"),
+    *("average", "task_arithmetic", "slerp", "nuslerp", "multi_slerp", "karcher_mean", "ties", "dare", "della"),
+    *("breadcrumbs", "model_stock", "sce", "tsv_m", "iso_c", "iso_cts", "knots", "wudi", "ace", "core_space"),
+    *("lines", "svc"),
 )
 
 MODEL, FILE, FOLDER, NUMBERS = Typed("MODEL"), Typed("FILE"), Typed("FOLDER"), Typed("NUMBERS")
@@ -244,7 +245,7 @@ class MergeConfig(Config):
     """What `tvjax.jobs.merge` merges: task vectors of one model."""
 
     task_vectors: Annotated[Several[File], Typed("FILE...", argument=True), Field(min_length=1)]
-    """Task vectors of one model: files, or folders of LoRA adapters (with --model)."""
+    """Task vectors of one model: files; or with --model folders of LoRA adapters, or of models fine-tuned from it."""
     method: Annotated[str, Field(description=f"One of {', '.join(MERGES)}.")]
     output: Annotated[File, Typed("PATH")]
     """A task vector (.safetensors); or, with --model, a folder: of the edited model, or of an adapter where all inputs
