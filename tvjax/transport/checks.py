@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -80,7 +81,7 @@ def _check_overlaps(name: str, view: Views, examples: int, target: Model) -> Non
             )
         sides = [batch.inputs if isinstance(batch.inputs, Mapping) else {} for batch in (view.target, view.source)]
         found = tuple(overlap.shape)
-        tokens = [jnp.shape(side[mask])[1] if mask in side else None for side in sides]
+        tokens = [math.prod(jnp.shape(side[mask])[1:]) if mask in side else None for side in sides]
         expected = (examples, *tokens)
         if len(found) != 3 or any(wanted not in (None, size) for wanted, size in zip(expected, found, strict=True)):
             raise ValueError(
