@@ -110,6 +110,9 @@ def check_models(transport: Transport, source: Model, target: Model) -> None:
     """Raises a ValueError where a model lacks what the transport reads, or shapes differ that must not."""
     for model in (source, target):
         tree.check_arrays(model.params)
+    for link in transport.links:
+        if link.check is not None:
+            link.check(source, target)
     if transport.needs_gradients:
         reads_source = any(link.needs.gradients and link.needs.source for link in transport.links)
         for name, model in (("source", source), ("target", target)):
