@@ -58,7 +58,8 @@ class HeadMap(NamedTuple):
 def check_heads(options: Options, source: Model, target: Model) -> None:
     """Raises a ValueError where a model does not say which its heads are, or has no positions that rotate them."""
     for side, model in (("source", source), ("target", target)):
-        axes = [axis for stage in model.stages for _, layer in stage.heads for axis in layer if axis is not None]
+        layers = [layer for stage in model.stages for layer in dict(stage.heads).values()]
+        axes = [axis for layer in layers for axis in layer if axis is not None]
         if not axes:
             raise ValueError(
                 f"heads={options.heads!r} needs to know the heads, and no stage of the {side} says which they are: "

@@ -84,11 +84,12 @@ def make_transport(method: str, options: Mapping[str, Any] | None = None) -> Tra
     return chain(*(_METHODS[name](**settings[name]) for name in names))
 
 
-for _name, _make in {
+_OURS: dict[str, Maker] = {
     "naive": partial(identity, "naive"),
     "orthogonal_shift": orthogonal_shift,
     "gradfix": gradfix,
     "theseus": theseus,
     "bico": bico,
-}.items():
+}
+for _name, _make in _OURS.items():
     register(_name, _make)
