@@ -30,7 +30,7 @@ from tvjax.jobs.schema import Progress
 from tvjax.jobs.task_vectors import is_adapter, is_model, read_adapter
 from tvjax.merge import MergedLeaf
 from tvjax.stages import PyTree
-from tvjax.truncate import Truncated, low_rank
+from tvjax.truncate import Truncated, low_rank, not_smaller
 
 _LINEAR = ("average", "task_arithmetic")
 
@@ -96,6 +96,7 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> Merged:
         origin = streaming.Origin(files, made, config.any_base)
         if base is not None:
             origin.check(base, loaded)
+        _check_shapes(files, loaded)
         taus, partly = methods.cover(loaded)
         if on_models and base is not None:
             params = {path: base.read(path, Scratch(), keep=True) for path in tree.flatten(taus[0])}
@@ -226,7 +227,24 @@ def _shortened(config: MergeConfig, tau: PyTree) -> tuple[PyTree, list[str]]:
     rows: list[Truncated] = []
     short = low_rank(tau, config.rank, key=jax.random.key(config.seed), report=rows.append)
     lost = sum(row.error**2 * row.share for row in rows)
-    return short, [f"rank {config.rank} holds {1 - lost:.2%} of the merged task vector's squared norm"]
+    told = f"rank {config.rank} holds {1 - lost:.2%} of the merged task vector's squared norm"
+    return short, [told, *not_smaller(rows)]
+
+
+def _check_shapes(files: Sequence[str], taus: Sequence[PyTree]) -> None:
+    """Raises a ValueError where the task vectors have leaves of one path and different shapes."""
+    shapes = [{path: tuple(np.shape(leaf)) for path, leaf in tree.flatten(tau).items()} for tau in taus]
+    for file, found in zip(files[1:], shapes[1:], strict=True):
+        wrong = [
+            f"{path}: {shapes[0][path]} and {found[path]}"
+            for path in found
+            if shapes[0].get(path, found[path]) != found[path]
+        ]
+        if wrong:
+            raise ValueError(
+                f"{files[0]!r} and {file!r} are of models of other shapes, {len(wrong)} leaves differ:\n"
+                f"{tree.list_some(wrong)}\nmove one to the other's model first (tvjax transport)"
+            )
 
 
 def report_name(output: Path) -> Path:

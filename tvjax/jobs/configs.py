@@ -73,7 +73,8 @@ class Examples(Config):
     """Class names, one a line, in the labels' order; default: of the task, head or images."""
     templates: Annotated[File | None, FILE] = None
     """Prompts with {} for the name, one a line; for a language model one, with {} or {column} for the text. Default: of
-    the task, or 'a photo of a {}.' for images; a sentence encoder reads the names alone."""
+    the task, or 'a photo of a {}.' for images; a sentence encoder reads the names alone, a language model the text
+    alone, and is asked whether the class name (or with --task its answer) comes next."""
     length: Annotated[int, Field(ge=1, le=LARGEST_COUNT)] = 512
     """Tokens that are kept of a text."""
 
@@ -280,9 +281,9 @@ class ExtractConfig(Config):
     """The part of the model to take, such as text; '' for all of it. Default: vision of a CLIP or a ViT, all of another
     model."""
     rank: Annotated[int | None, Field(ge=1)] = None
-    """Write the best LoRA adapter of this rank, as PEFT loads it."""
+    """Write the best LoRA adapter of this rank, as PEFT loads it; with --energy too, of this rank at most."""
     energy: Annotated[float | None, Field(gt=0, le=1)] = None
-    """Write the LoRA adapter of the least ranks that hold this share of each layer's squared norm."""
+    """Write the LoRA adapter of the least ranks that hold this share of each layer's squared norm, --rank at most."""
     seed: Seed = 0
     dtype: DType = "float32"
     """Of the task vector."""
