@@ -141,10 +141,11 @@ def test_the_names_are_complete_on_both_sides():
 
 def test_a_task_vector_converts_as_the_models_do():
     two = [make_params(CONFIG, seed) for seed in (0, 1)]
-    expected = tv.task_vector(*(interop.to_maxtext(params, CONFIG) for params in two))
-    tau = tv.task_vector(*two)
+    expected = jax.tree.map(np.subtract, *(interop.to_maxtext(params, CONFIG) for params in reversed(two)))
+    tau = jax.device_get(tv.task_vector(*two))
     found = interop.to_maxtext(tau, CONFIG)
-    np.testing.assert_allclose(tree.norm(tv.task_vector(expected, found)), 0, atol=1e-6)
+    for path, leaf in tree.flatten(expected).items():
+        np.testing.assert_allclose(tree.flatten(found)[path], leaf, atol=1e-6, err_msg=path)
     assert_same(jax.jit(lambda tau: interop.to_maxtext(tau, CONFIG))(tau), found)
     part = interop.to_maxtext(tree.select(tau, "blocks/*/mlp"), CONFIG, partial=True)
     assert_same(part, {"decoder": {"layers": {"mlp": found["decoder"]["layers"]["mlp"]}}})
@@ -171,7 +172,7 @@ def without_heads(model):
 
 
 def test_theseus_between_two_scanned_stacks_is_that_between_the_hugging_face_trees():
-    configs, batches = (CONFIG, WIDER), [(tv.Batch(tokens(i)), tv.Batch(tokens(i))) for i in range(2)]
+    configs, batches = (CONFIG, WIDER), [(tv.Batch(tokens(texts=12)), tv.Batch(tokens(texts=12)))]
     params = [make_params(config, seed) for seed, config in enumerate(configs)]
     tau = jax.tree.map(lambda leaf: 0.1 * leaf, make_params(CONFIG, 2))
     here = [without_heads(llama(config, own)) for config, own in zip(configs, params, strict=True)]
@@ -180,8 +181,6 @@ def test_theseus_between_two_scanned_stacks_is_that_between_the_hugging_face_tre
     stacked = [maxtext_model(interop.to_maxtext(p, c), c, True) for p, c in zip(params, configs, strict=True)]
     there = [tv.unstack(model, "decoder/layers", axis=1) for model in stacked]
     assert [stage.name for stage in there[1].stages] == ["embed", "layers/0", "layers/1", "layers/2", "head"]
-    for model, apart in zip(stacked, there, strict=True):
-        np.testing.assert_allclose(model(tokens())["logits"], apart(tokens())["logits"], rtol=1e-6, atol=1e-6)
     moved = rebase.apply(
         tv.fit(rebase, *there, batches), tv.unstack(interop.to_maxtext(tau, CONFIG), "decoder/layers", axis=1)
     )

@@ -135,17 +135,17 @@ def load_code_tree(
     Raises:
       ValueError: no config, or a tree that does not fit it; every such leaf is named, before an array is read.
     """
-    folder: Path | None = found.directory.parents[1]  # that of the steps
+    beside = found.directory.parents[1]  # the folder of the steps
     if like is not None:
         with open_checkpoint(like) as model:
             config, folder, settings = model.config, model.folder, model.settings
-    elif not (folder / "config.json").is_file():
+    elif not (beside / "config.json").is_file():
         raise ValueError(
             f"{os.fspath(source)!r} has no config.json, and trees of {found.code} do not say the heads and the "
             "positions of their model: name a Hugging Face folder or hub id of the same model (like)"
         )
     else:
-        settings = read_json(folder / "config.json")
+        folder, settings = beside, read_json(beside / "config.json")
         config = family_of_settings(settings).config.from_dict(settings)
     stored: Mapping[str, Any] = tree.get(stored_tree(found.directory), found.subtree)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -179,13 +179,6 @@ def names(table: TreeTable, config: Any, variant: Variant) -> dict[str, str]:
     return found
 
 
-def holds(table: TreeTable, paths: Iterable[str]) -> bool:
-    """Whether these are the paths of a tree of a code, or of something that wraps one."""
-    known = [row.theirs for row in table.rows if "{i}" not in row.theirs]
-    bare = {path.removesuffix(_VALUE) for path in paths}
-    return any(path == name or path.endswith(f"/{name}") for path in bare for name in known[:1])
-
-
 def _places(table: TreeTable, config: Any, variant: Variant) -> dict[str, Place]:
     """The place of each leaf of a config's model, by its path."""
     model_type = getattr(config, "model_type", None)
