@@ -167,6 +167,25 @@ def test_the_result_lies_where_a_tree_of_the_code_lies():
         interop.to_maxtext(params, CONFIG, like=interop.to_maxtext(make_params(WIDER), WIDER))
 
 
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_sharded_trees_stay_sharded(kind):
+    """Four devices share two heads of the keys: these lie whole on each, the heads of the queries are spread."""
+    mesh, params = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(kind,) * 2), make_params(CONFIG)
+    params = {"blocks": {i: {"attention": params["blocks"][i]["attention"]} for i in params["blocks"]}}
+    spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp", "tensor"))
+    sharded = jax.tree.map(lambda leaf: jax.device_put(leaf, spec), params)
+    found = interop.to_maxtext(sharded, CONFIG, partial=True)
+    assert_same(found, interop.to_maxtext(params, CONFIG, partial=True))
+    own = found["decoder"]["layers"]["self_attention"]
+    assert {shard.data.shape for shard in own["query"]["kernel"].addressable_shards} == {(8, 2, 1, 6)}
+    assert {shard.data.shape for shard in own["key"]["kernel"].addressable_shards} == {(8, 2, 2, 6)}
+    back = interop.from_maxtext(found, CONFIG, partial=True)["blocks"]["1"]["attention"]
+    assert {shard.data.shape for shard in back["query"]["kernel"].addressable_shards} == {(8, 6)}
+    np.testing.assert_allclose(
+        back["query"]["kernel"], params["blocks"]["1"]["attention"]["query"]["kernel"], rtol=2e-7
+    )
+
+
 def without_heads(model):
     return model.replace(stages=tuple(dataclasses.replace(s, heads=(), vocabulary=()) for s in model.stages))
 

@@ -95,17 +95,19 @@ class Place(NamedTuple):
 
     def to_theirs(self, leaf: Any) -> Any:
         """Our array as theirs."""
-        split = leaf.reshape(self.theirs)
+        leaf = _reshape(leaf, self.theirs)
         if self.interleaved:  # unit j of the first half, then its partner of the second
-            split = split.reshape(*self.theirs[:-1], 2, -1).swapaxes(-1, -2).reshape(self.theirs)
-        return _scaled(split, self.scale)
+            halves = (*self.theirs[:-1], 2, self.theirs[-1] // 2)
+            leaf = _reshape(_reshape(leaf, halves).swapaxes(-1, -2), self.theirs)
+        return _scaled(leaf, self.scale)
 
     def to_ours(self, leaf: Any) -> Any:
         """Their array as ours."""
         leaf = _scaled(leaf, 1 / self.scale)
         if self.interleaved:
-            leaf = leaf.reshape(*self.theirs[:-1], -1, 2).swapaxes(-1, -2)
-        return leaf.reshape(self.ours)
+            pairs = (*self.theirs[:-1], self.theirs[-1] // 2, 2)
+            leaf = _reshape(_reshape(leaf, pairs).swapaxes(-1, -2), self.theirs)
+        return _reshape(leaf, self.ours)
 
 
 def to_tree(
@@ -207,6 +209,30 @@ def _places(table: TreeTable, config: Any, variant: Variant) -> dict[str, Place]
             f"{tree.list_some(homeless)}\n{table.code} has no such model"
         )
     return found
+
+
+def _reshape(leaf: Any, shape: tuple[int, ...]) -> Any:
+    """The array in another shape; over explicit axes of a mesh, spread like the first of the axes that are regrouped.
+
+    Where that cannot be divided so (fewer heads than devices), the axis is whole everywhere.
+    """
+    sharding = getattr(jax.typeof(leaf), "sharding", None)
+    if sharding is None or not sharding.mesh.explicit_axes:
+        return leaf.reshape(shape)
+    before = list(zip(leaf.shape, (*sharding.spec, *[None] * leaf.ndim), strict=False))
+    spread: list[Any] = []
+    start = 0
+    while len(spread) < len(shape):  # the next axes here and there that hold the same units
+        stop, end = start + 1, len(spread) + 1
+        while (here := math.prod(leaf.shape[start:stop])) != (there := math.prod(shape[len(spread) : end])):
+            stop, end = (stop + 1, end) if here < there else (stop, end + 1)
+        (_, names), *inner = before[start:stop]
+        ways = math.prod(sharding.mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ()))
+        divides = shape[len(spread)] % ways == 0 and not any(entry for _, entry in inner)
+        spread += [names if divides else None, *[None] * (end - len(spread) - 1)]
+        start = stop
+    spec = jax.sharding.PartitionSpec(*spread)
+    return jax.lax.reshape(leaf, shape, out_sharding=jax.sharding.NamedSharding(sharding.mesh, spec))
 
 
 def _scaled(leaf: Any, scale: float) -> Any:
