@@ -326,10 +326,10 @@ class ConvertConfig(Config):
     """What `tvjax.jobs.convert` writes: a model as another kind of checkpoint."""
 
     source: Annotated[str, Typed("MODEL", argument=True)]
-    """Hugging Face or Orbax folder, hub id, or .pt file."""
+    """Hugging Face, Orbax, MaxText or Tunix folder, hub id, or .pt file."""
     output: Annotated[File, FOLDER]
     """Where the model goes."""
-    to: Literal["huggingface", "orbax"] = "huggingface"
+    to: Literal["huggingface", "orbax", "maxtext", "tunix"] = "huggingface"
     """The kind of checkpoint."""
     dtype: DType | None = None
     """Default: that of the model."""
@@ -338,9 +338,13 @@ class ConvertConfig(Config):
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     like: Annotated[str | None, MODEL] = None
-    """For a .pt file: a model of the same shape, for its config."""
+    """For a .pt file, MaxText or Tunix: a model of the same shape, for its config."""
     allow_pickle: bool = False
     """Open a .pt file that you trust; needs torch."""
+    scan_layers: bool = True
+    """For MaxText: write the layers as one stack."""
+    interleaved: bool | None = None
+    """For MaxText: rotary pairs lie side by side. Default: as MaxText has them."""
 
 
 class InspectConfig(Config):
