@@ -42,7 +42,7 @@ def placed_and_expected(name, spread):
 
 
 @pytest.mark.parametrize("name", [*merge.merges(), "regmean", "fisher"])
-def test_every_merge(name, alike, spread_of):
+def test_every_merge(name, alike, spread_of, bytes_per_device):
     """One compilation for both kinds: explicit axes are automatic inside."""
     expected = None
     for kind in ("automatic", "explicit"):
@@ -50,6 +50,7 @@ def test_every_merge(name, alike, spread_of):
         expected = on_one() if expected is None else expected
         found = merged(name, taus, *others)
         alike(found, expected, taus[0], 2e-4)
+        assert bytes_per_device(found) == bytes_per_device(taus[0])
 
 
 @pytest.mark.parametrize("name", ("ties", "slerp", "iso_c", "knots", "regmean"))
