@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Shaped, UInt32
 
 from tvjax import tree
 from tvjax.merge.base import Vectors, over_leaves
-from tvjax.merge.entries import sum_entries
+from tvjax.merge.entries import of_shards, sum_entries
 
 _INFINITY = 0x7F800000
 _LEVELS = 16  # counted at once: the range to search shrinks by one more than that
@@ -156,4 +157,7 @@ def _first_levels(vectors: Vectors, ranks: Sequence[int]) -> np.ndarray:
 
 
 def _sample(leaves: Sequence[Any], stride: int) -> UInt32[Array, "vectors sample"]:
-    return jnp.stack([patterns(jnp.asarray(leaf).reshape(-1)[::stride]) for leaf in leaves])
+    def taken(*leaves: Array) -> Array:
+        return jnp.stack([patterns(leaf.reshape(-1)[::stride]) for leaf in leaves])
+
+    return of_shards(taken, leaves, lambda sample, _: sample, PartitionSpec(None, "shards"))
