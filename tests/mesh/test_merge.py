@@ -65,6 +65,12 @@ def test_in_the_context_of_a_mesh(name, alike, spread_of):
         alike(merged(name, taus, *others), expected, taus[0], 2e-4)
 
 
+def test_the_threshold_of_the_whole_vector_inside_jit(spread_of, alike):
+    taus = vectors(3)
+    placed = [spread_of("three", "explicit").params(tau) for tau in taus]
+    alike(jax.jit(merge.ties)(placed), merge.ties(taus), placed[0])
+
+
 @pytest.mark.parametrize("name", ("sum", "k-th largest", "sample"))
 def test_entries_are_counted_shard_by_shard(name, spread_of):
     """No program of a spread leaf holds the whole of it."""
