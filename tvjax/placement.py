@@ -167,6 +167,18 @@ def _inside(arguments: PyTree, mesh: AbstractMesh) -> AbstractContextManager[Any
     return within(mesh) if _is_traced(arguments) or not jax.sharding.get_abstract_mesh().empty else nullcontext()
 
 
+def spread(leaf: Any) -> NamedSharding | None:
+    """How a concrete array is cut over a mesh of automatic axes; None where it is not, and of a traced one.
+
+    >>> spread(jax.numpy.ones(2)) is None
+    True
+    """
+    sharding = leaf.sharding if devices(leaf) > 1 else None
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.abstract_mesh.explicit_axes:
+        return None
+    return sharding if any(sharding.spec) else None
+
+
 def _is_traced(tree: PyTree) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree, is_leaf=_is_iterator))
 

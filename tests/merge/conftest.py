@@ -97,7 +97,6 @@ METHODS = {
         one={"density": 1.0},
         two={"density": 1.0},
         zeros="all",
-        traced=False,
         settings={"weights": VOTES, "density": SHARE},
     ),
     "ties-leaf": Method(

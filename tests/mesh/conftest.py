@@ -108,7 +108,7 @@ def alike():
         assert found.keys() == expected.keys()
         for path, leaf in expected.items():
             size = np.max(np.abs(leaf), initial=1e-30)
-            np.testing.assert_allclose(found[path], leaf, rtol=0, atol=tolerance * size, err_msg=path)
+            np.testing.assert_allclose(found[path], leaf, rtol=0, atol=max(tolerance * size, 1e-12), err_msg=path)
         places = {} if like is None else tree.flatten(like)
         for path, leaf in found.items():
             if path in places:

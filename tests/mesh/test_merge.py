@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from tvjax import merge
+from tvjax.merge.base import _run
+from tvjax.merge.entries import sum_entries
+from tvjax.merge.threshold import _sample, kth_largest, patterns
 
 SHAPES = {"0": {"kernel": (16, 24), "bias": (24,)}, "down": {"kernel": (24, 16)}, "stack": (2, 8, 16), "scale": ()}
 LETTERS = {"0/kernel": "io", "down/kernel": "io", "stack": "lio"}
@@ -42,7 +45,7 @@ def placed_and_expected(name, spread):
 
 
 @pytest.mark.parametrize("name", [*merge.merges(), "regmean", "fisher"])
-def test_every_merge(name, alike, spread_of):
+def test_every_merge(name, alike, spread_of, bytes_per_device):
     """One compilation for both kinds: explicit axes are automatic inside."""
     expected = None
     for kind in ("automatic", "explicit"):
@@ -50,6 +53,7 @@ def test_every_merge(name, alike, spread_of):
         expected = on_one() if expected is None else expected
         found = merged(name, taus, *others)
         alike(found, expected, taus[0], 2e-4)
+        assert bytes_per_device(found) == bytes_per_device(taus[0])
 
 
 @pytest.mark.parametrize("name", ("ties", "slerp", "iso_c", "knots", "regmean"))
@@ -59,3 +63,28 @@ def test_in_the_context_of_a_mesh(name, alike, spread_of):
     expected = on_one()
     with jax.set_mesh(spread.mesh):
         alike(merged(name, taus, *others), expected, taus[0], 2e-4)
+
+
+def test_the_threshold_of_the_whole_vector_inside_jit(spread_of, alike):
+    taus = vectors(3)
+    placed = [spread_of("three", "explicit").params(tau) for tau in taus]
+    alike(jax.jit(merge.ties)(placed), merge.ties(taus), placed[0])
+
+
+@pytest.mark.parametrize("name", ("sum", "k-th largest", "sample"))
+def test_entries_are_counted_shard_by_shard(name, spread_of):
+    """No program of a spread leaf holds the whole of it."""
+    leaf = spread_of("three", "automatic").params(jnp.asarray(np.random.default_rng(0).normal(size=(256, 512)), "f4"))
+    rule, argument = {
+        "sum": (lambda leaves, _: sum_entries(lambda x: x[None] ** 2, leaves), None),
+        "k-th largest": (kth_largest, jnp.array([[1000]], jnp.uint32)),
+        "sample": (lambda leaves, _: _sample(leaves, 64), None),
+    }[name]
+    program = jax.jit(_run.__wrapped__, static_argnums=(0, 1, 2)).lower(rule, (), leaf.sharding, [leaf], argument)
+    compiled = program.compile()
+    assert "all-gather" not in compiled.as_text()
+    found, whole = compiled([leaf], argument), rule([np.asarray(leaf)], argument)
+    if name == "sample":
+        assert np.isin(found, patterns(np.asarray(leaf))).all() and found.shape == whole.shape
+    else:
+        np.testing.assert_allclose(found, whole, rtol=1e-5)

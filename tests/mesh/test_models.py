@@ -49,12 +49,19 @@ def lies_like(outputs, inputs, spread):
             assert leaf.sharding.mesh == spread.mesh and leaf.sharding.spec[0] == rows
 
 
-def test_clip_on_every_mesh(spread, alike):
+@pytest.mark.parametrize("axes", ("data", "fsdp", "three"))
+def test_clip_on_every_mesh(axes, spread_of, alike):
+    """Stage by stage, and in one program in the context of the mesh."""
     function, params, inputs = built("clip")
-    placed = spread.rows(inputs)
-    outputs = function(spread.params(params), placed)
-    alike(outputs, jax.jit(function)(params, inputs))
-    lies_like(outputs, placed, spread)
+    expected, spread = jax.jit(function)(params, inputs), spread_of(axes, "explicit")
+    arguments = spread.params(params), spread.rows(inputs)
+    outputs = [function(*arguments)]
+    if axes == "three":
+        with jax.set_mesh(spread.mesh):
+            outputs.append(jax.jit(function)(*arguments))
+    for found in outputs:
+        alike(found, expected)
+        lies_like(found, arguments[1], spread)
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "clip"])

@@ -16,11 +16,13 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from tvjax import placement, tree
 from tvjax.factors import dense
 from tvjax.finite import check_finite
+from tvjax.merge.entries import lying
 from tvjax.merge.leaf_report import Report, tell
 
 PyTree = Any
@@ -133,7 +135,8 @@ def over_leaves(
     """
     under_way: deque[tuple[str, Any]] = deque()
     for path in vectors.paths:
-        result = _run(rule, options, vectors.leaves(path), *(argument[path] for argument in arguments))
+        lie = placement.spread(vectors.flat[0][path])
+        result = _run(rule, options, lie, vectors.leaves(path), *(argument[path] for argument in arguments))
         under_way.append((path, result))
         if len(under_way) == _IN_FLIGHT:
             yield jax.block_until_ready(under_way.popleft())
@@ -141,9 +144,16 @@ def over_leaves(
         yield jax.block_until_ready(under_way.popleft())
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _run(rule: Callable[..., Any], options: tuple[tuple[str, Any], ...], leaves: list[Leaf], *arguments: Any) -> Any:
-    return rule(leaves, *arguments, **dict(options))
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _run(
+    rule: Callable[..., Any],
+    options: tuple[tuple[str, Any], ...],
+    lie: NamedSharding | None,
+    leaves: list[Leaf],
+    *arguments: Any,
+) -> Any:
+    with lying(lie):
+        return rule(leaves, *arguments, **dict(options))
 
 
 def merge_leaves(

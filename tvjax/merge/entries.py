@@ -1,18 +1,22 @@
-"""Sums over the entries of a leaf, as fast as memory allows on every platform."""
+"""Sums over the entries of a leaf, as fast as memory allows on every platform; of a spread leaf shard by shard."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 _LANES = 128
 _ROWS = 128
 _FEW = 4096
+_LYING: ContextVar[NamedSharding | None] = ContextVar("lying", default=None)
 
 
 def sum_entries(function: Callable[..., Array], leaves: Sequence[Any]) -> Array:
@@ -31,7 +35,51 @@ def sum_entries(function: Callable[..., Array], leaves: Sequence[Any]) -> Array:
     >>> sum_entries(lambda x, y: jnp.stack([x * y, x]), [jnp.arange(60.0), jnp.ones(60)]).tolist()
     [1770.0, 1770.0]
     """
-    flat = [jnp.asarray(leaf).reshape(-1) for leaf in leaves]
+    return of_shards(lambda *shards: _whole(function, shards), leaves, jax.lax.psum, PartitionSpec())
+
+
+@contextmanager
+def lying(sharding: NamedSharding | None) -> Iterator[None]:
+    """How the leaves of the rule that is traced inside lie: flattened as a whole they would be gathered everywhere."""
+    token = _LYING.set(sharding)
+    try:
+        yield
+    finally:
+        _LYING.reset(token)
+
+
+def of_shards(
+    function: Callable[..., Array],
+    leaves: Sequence[Any],
+    finish: Callable[[Array, tuple[str, ...]], Array],
+    spec: PartitionSpec,
+) -> Array:
+    """A function of the leaves, or of each device's part of them where they lie spread; call it inside `jit`.
+
+    Args:
+      function: of arrays of one shape.
+      leaves: arrays of one shape, that of the leaf that is traced.
+      finish: makes the result of all parts from that of one, given the axes of the mesh that they are spread over.
+      spec: how the result lies; ``"shards"`` stands for these axes.
+
+    >>> of_shards(jnp.sum, [jnp.ones(3)], jax.lax.psum, PartitionSpec()).tolist()
+    3.0
+    """
+    sharding = _LYING.get()
+    if sharding is None:
+        return function(*map(jnp.asarray, leaves))
+    axes = tuple(name for entry in sharding.spec if entry for name in (entry if isinstance(entry, tuple) else (entry,)))
+    return jax.shard_map(
+        lambda *shards: finish(function(*shards), axes),
+        mesh=sharding.mesh,
+        in_specs=(sharding.spec,) * len(leaves),
+        out_specs=PartitionSpec(*(axes if entry == "shards" else entry for entry in spec)),
+        check_vma=False,
+    )(*map(jnp.asarray, leaves))
+
+
+def _whole(function: Callable[..., Array], leaves: Sequence[Array]) -> Array:
+    flat = [leaf.reshape(-1) for leaf in leaves]
     return lax.platform_dependent(
         *flat,
         cpu=lambda *flat: _in_lanes(function, flat),

@@ -119,7 +119,8 @@ def diagonal_fisher(
         if progress is not None:
             progress(len(model.stages) - index, len(model.stages), model.stages[index].name)
     count = squares.examples
-    return tree.map_with_path(lambda path, leaf: sums[path] / count if path in sums else None, model.params)
+    mean = lambda path, leaf: placement.like(sums[path] / count, leaf) if path in sums else None  # noqa: E731
+    return tree.map_with_path(mean, model.params)
 
 
 def _squares(gradients: dict[str, Array]) -> dict[str, Array]:

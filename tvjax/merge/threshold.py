@@ -9,18 +9,20 @@ on its side: more than k entries can be at or above it. Leaves may have up to 2^
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Shaped, UInt32
 
 from tvjax import tree
 from tvjax.merge.base import Vectors, over_leaves
-from tvjax.merge.entries import sum_entries
+from tvjax.merge.entries import of_shards, sum_entries
 
 _INFINITY = 0x7F800000
 _LEVELS = 16  # counted at once: the range to search shrinks by one more than that
@@ -71,14 +73,21 @@ def kth_largest(leaves: Sequence[Any], ranks: UInt32[Array, "vectors ranks"]) ->
     >>> magnitudes(kth_largest([jnp.array([-3.0, 1.0, 2.0])], jnp.array([[2, 1]], jnp.uint32))).tolist()
     [[2.0, 3.0]]
     """
+    return _narrowed(lambda levels: count_at_least(leaves, levels), ranks)
+
+
+def _narrowed(
+    count: Callable[[UInt32[Array, "vectors levels"]], UInt32[Array, "vectors levels"]],
+    ranks: UInt32[Array, "vectors ranks"],
+) -> UInt32[Array, "vectors ranks"]:
+    """The greatest patterns at or above which there are so many entries; inside `jit`."""
 
     def narrow(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         width = (high - low)[..., None]
         steps = jnp.arange(1, 16, dtype=jnp.uint32)
         levels = low[..., None] + width // 16 * steps + width % 16 * steps // 16
-        counts = count_at_least(leaves, levels.reshape(len(leaves), -1)).reshape(levels.shape)
-        enough = counts >= ranks[..., None]
+        enough = count(levels.reshape(len(ranks), -1)).reshape(levels.shape) >= ranks[..., None]
         return (
             jnp.max(jnp.where(enough, levels, low[..., None]), axis=-1),
             jnp.min(jnp.where(enough, high[..., None], levels), axis=-1),
@@ -88,23 +97,21 @@ def kth_largest(leaves: Sequence[Any], ranks: UInt32[Array, "vectors ranks"]) ->
     return lax.fori_loop(0, 8, narrow, bounds)[0]  # 16^8 is more than the range
 
 
-def kth_largest_of_all(vectors: Vectors, ranks: Sequence[int]) -> UInt32[np.ndarray, " vectors"]:
+def kth_largest_of_all(vectors: Vectors, ranks: Sequence[int]) -> UInt32[Array | np.ndarray, " vectors"]:
     """The pattern of the k-th largest magnitude of each whole vector, in some four passes over the leaves.
 
-    A sample of four million entries says where to count first.
+    A sample of four million entries says where to count first. Inside `jit` there are no numbers to look at, and it
+    takes eight passes.
 
     Args:
       vectors: the task vectors.
       ranks: k for each, from 1 to the number of entries.
 
     Raises:
-      ValueError: a call inside `jit`.
+      ValueError: vectors of 2^32 entries or more inside `jit`, where they are counted in 32 bits.
     """
     if any(isinstance(leaf, jax.core.Tracer) for flat in vectors.flat for leaf in flat.values()):
-        raise ValueError(
-            "a threshold over the whole vector is counted leaf by leaf on the host and cannot be traced: "
-            "merge outside of jit, or use scope='leaf'"
-        )
+        return _of_all_traced(vectors, ranks)
     # In 16 bits there are few patterns; `unit` lies between two of them.
     unit = 2 ** min(_spare_bits(leaf) for flat in vectors.flat for leaf in flat.values())
     low, high = (np.full(len(vectors), bound, np.int64) for bound in (0, _INFINITY // unit))
@@ -116,6 +123,20 @@ def kth_largest_of_all(vectors: Vectors, ranks: Sequence[int]) -> UInt32[np.ndar
         if (high - low <= 1).all():
             return (low * unit).astype(np.uint32)
         levels = low[:, None] + (high - low)[:, None] * np.arange(1, _LEVELS + 1) // (_LEVELS + 1)
+
+
+def _of_all_traced(vectors: Vectors, ranks: Sequence[int]) -> UInt32[Array, " vectors"]:
+    entries = sum(math.prod(vectors.shape(path)) for path in vectors.paths)
+    if entries >= 2**32:
+        raise ValueError(
+            f"a threshold over {entries} entries cannot be counted inside jit, where at most {2**32 - 1} can: merge "
+            "outside of jit, or use scope='leaf'"
+        )
+
+    def count(levels: Array) -> Array:
+        return reduce(jnp.add, (count_at_least(vectors.leaves(path), levels) for path in vectors.paths))
+
+    return _narrowed(count, jnp.array(ranks, jnp.uint32)[:, None])[:, 0]
 
 
 def kept(density: float, entries: int) -> int:
@@ -156,4 +177,7 @@ def _first_levels(vectors: Vectors, ranks: Sequence[int]) -> np.ndarray:
 
 
 def _sample(leaves: Sequence[Any], stride: int) -> UInt32[Array, "vectors sample"]:
-    return jnp.stack([patterns(jnp.asarray(leaf).reshape(-1)[::stride]) for leaf in leaves])
+    def taken(*leaves: Array) -> Array:
+        return jnp.stack([patterns(leaf.reshape(-1)[::stride]) for leaf in leaves])
+
+    return of_shards(taken, leaves, lambda sample, _: sample, PartitionSpec(None, "shards"))

@@ -45,8 +45,8 @@ def ties(
       taus: task vectors of one base.
       weights: not negative, of positive sum; a number, by path pattern or by depth, or a list of these.
       density: in (0, 1]; a number, or a list with one for each vector. By path pattern or depth with ``scope="leaf"``.
-      scope: ``"vector"``, as published, or ``"leaf"``. A threshold over the whole vector is found in some four passes
-        over the leaves, on the host, so ``"vector"`` does not work inside `jit`.
+      scope: ``"vector"``, as published, or ``"leaf"``. A threshold over the whole vector takes some four passes over
+        the leaves, inside `jit` eight.
       elect: the sign of an entry is that of ``sum_i w_i tau_i`` (``"weighted"``), of ``sum_i tau_i`` (``"sum"``), or
         the one that more vectors have (``"count"``; none where as many have the other).
       over: what ``sum_i w_i tau_i`` is divided by: the ``"weights"`` of the vectors that agree, their ``"count"``, the
@@ -88,7 +88,7 @@ def ties(
     return merge_leaves(vectors, f"trimmed, {kind}", _trimmed, numbers, levels, options=options, report=report)
 
 
-def _levels(vectors: Vectors, densities: dict[str, np.ndarray]) -> UInt32[np.ndarray, " vectors"]:
+def _levels(vectors: Vectors, densities: dict[str, np.ndarray]) -> UInt32[Array | np.ndarray, " vectors"]:
     first = densities[vectors.paths[0]]
     require(densities, "density", lambda d: d == first, "the same for all leaves when scope is 'vector'")
     if (first == 1).all():
