@@ -4,7 +4,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tvjax import capture, checkpoints, compose, data, evaluate, jobs, merge, models, tasks, transport, tree
+    from tvjax import (
+        capture,
+        checkpoints,
+        compose,
+        data,
+        evaluate,
+        jobs,
+        merge,
+        models,
+        sharding,
+        tasks,
+        transport,
+        tree,
+    )
     from tvjax.arithmetic import add, analogy, apply, interpolate, negate, scale, task_vector
     from tvjax.checkpoints import from_pretrained as load
     from tvjax.checkpoints import load_tree as load_task_vector
@@ -45,7 +58,8 @@ _HOMES = {name: (f"tvjax.{module}", name) for module, names in _NAMES.items() fo
     "transport_stages": ("tvjax.transport.fit", "transport_stages"),  # an old name, which warns where it is called
 }
 _MODULES = (
-    *("capture", "checkpoints", "compose", "data", "evaluate", "jobs", "merge", "models", "tasks", "transport", "tree"),
+    *("capture", "checkpoints", "compose", "data", "evaluate", "jobs", "merge", "models", "sharding", "tasks"),
+    *("transport", "tree"),
 )
 _RENAMED = {"Rows": "Stream"}
 
@@ -108,6 +122,7 @@ __all__ = [
     "save_task_vector",
     "scale",
     "scale_by",
+    "sharding",
     "single_stage",
     "stack",
     "task_vector",

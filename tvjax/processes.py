@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 PyTree = Any
 
 _STOP = "every process stops here"
+_MOST = 32  # facts that are told apart
 
 
 def several() -> bool:
@@ -74,20 +75,21 @@ def check_same(what: str, facts: Mapping[str, Any]) -> None:
     """
     if not several():
         return
-    digests = np.stack([_digest(str(len(facts))), *(_digest(f"{name}={_told(facts[name])}") for name in facts)])
-    overall = _digest(digests.tobytes().hex())
-    if _agree(overall):
+    digests = [_digest(f"{name}={_told(fact)}") for name, fact in facts.items()]
+    overall = multihost_utils.process_allgather(np.frombuffer(hashlib.sha256(b"".join(digests)).digest(), np.uint8))
+    others = np.flatnonzero((overall != overall[0]).any(1))
+    if not len(others):
         return
-    known = np.zeros((64, digests.shape[1]), np.uint8)  # as many in every process, whatever their facts
-    known[: len(digests)] = digests[:64]
+    known = np.zeros((_MOST, 32), np.uint8)  # as many in every process, whatever its facts are
+    for row, digest in zip(known, digests, strict=False):
+        row[:] = np.frombuffer(digest, np.uint8)
     gathered = multihost_utils.process_allgather(known)
-    differ = [name for number, name in enumerate(facts, 1) if number < 64 and (gathered[:, number] != gathered[0, number]).any()]
-    where = [int(number) for number in np.flatnonzero((gathered != gathered[0]).any((1, 2)))]
-    named = ", ".join(differ) if (gathered[:, 0] == gathered[0, 0]).all() and differ else "the number of inputs"
+    differ = [name for number, name in enumerate(facts) if (gathered[:, number] != gathered[0, number]).any()]
     raise _known(
         ValueError(
-            f"processes disagree about what they {what}: {named} of process {', '.join(map(str, where))} "
-            f"differ from those of process 0 (this is process {jax.process_index()}): give every process the same inputs"
+            f"processes disagree about what they {what}: {', '.join(differ)} in process "
+            f"{', '.join(map(str, others))} is not that of process 0, found in process {jax.process_index()}: give "
+            "every process the same"
         )
     )
 
@@ -124,13 +126,8 @@ def _known(error: ValueError) -> ValueError:
     return error
 
 
-def _agree(digest: np.ndarray) -> bool:
-    gathered = multihost_utils.process_allgather(digest)
-    return bool((gathered == gathered[0]).all())
-
-
-def _digest(text: str) -> np.ndarray:
-    return np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
 def _told(fact: Any) -> str:

@@ -21,7 +21,7 @@ from tvjax import processes
 from tvjax.checkpoints.memory import Scratch, aligned_memory, contiguous
 from tvjax.factors import is_low_rank
 
-Index = tuple[slice, ...]
+Index = tuple[Any, ...]  # a slice for each axis
 View = Callable[[np.ndarray], np.ndarray]
 
 
@@ -72,7 +72,7 @@ def runs_of(view: View, shape: tuple[int, ...], index: Index) -> Runs:
     Runs(order=(1, 0), length=3, starts=array([0, 6]))
     """
     tensor = np.empty(shape, np.bool_)  # never read nor written: it is asked for its layout, and takes no memory
-    piece = view(tensor)[(*index, ...)]
+    piece = view(tensor)[(*index, ...)]  # of no axes too a view
     if not np.may_share_memory(piece, tensor) and piece.size:
         raise ValueError("the parameter is no view of its tensor, so it cannot be written in pieces")
     order = tuple(sorted(range(piece.ndim), key=lambda axis: -piece.strides[axis]))
