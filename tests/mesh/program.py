@@ -22,7 +22,10 @@ from tvjax.checkpoints import Pretrained, fingerprint, load_orbax, save_orbax
 from tvjax.models import vit
 from tvjax.models.vit import ViTConfig
 
-CONFIGS = {"base": ViTConfig(16, 32, 2, 4, image_size=8, patch_size=4), "wide": ViTConfig(24, 48, 2, 4, image_size=8, patch_size=4)}
+CONFIGS = {
+    "base": ViTConfig(16, 32, 2, 4, image_size=8, patch_size=4),
+    "wide": ViTConfig(24, 48, 2, 4, image_size=8, patch_size=4),
+}
 
 
 def write_models(folder):
@@ -51,7 +54,9 @@ def batches(mesh):
 
 def work(models, output, mesh):
     """The pipeline of a task vector; what it finds is the same on one process and on several."""
-    base, one, two, wide = (tv.load(models / name, sharding=sharding.fsdp(mesh)) for name in ("base", "one", "two", "wide"))
+    base, one, two, wide = (
+        tv.load(models / name, sharding=sharding.fsdp(mesh)) for name in ("base", "one", "two", "wide")
+    )
     if processes.several():
         assert not any(leaf.is_fully_addressable for leaf in jax.tree.leaves(base.params))
     rows = batches(mesh)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, get_args
 import jax
 import jax.numpy as jnp
 
-from tvjax import tree
+from tvjax import processes, tree
 from tvjax.align import tokens as token_alignment
 from tvjax.factors import float32
 from tvjax.finite import check_finite
@@ -260,7 +260,7 @@ class Fitting:
             found = {info.name: part.measures[info.name]["rows"] for info in part.maps}
             if tree.is_traced(found):
                 continue
-            rows = jax.device_get(found)
+            rows = processes.fetch(found)
             short = [info.name for info in part.maps if rows[info.name] < info.dimensions]
             if short:
                 notes.append(
