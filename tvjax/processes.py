@@ -151,5 +151,5 @@ def told_sharding(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> st
     """Which device has which part of an array, in a text; of an array of one process alone that it is so."""
     if sharding.is_fully_addressable:
         return "of one process"
-    parts = sharding.devices_indices_map(shape).items()
-    return " ".join(f"{device.id}:{[(part.start, part.stop) for part in index]}" for device, index in parts)
+    parts: dict[Any, Any] = dict(sharding.devices_indices_map(shape))
+    return " ".join(f"{device.id}:{[(part.start, part.stop) for part in index]}" for device, index in parts.items())

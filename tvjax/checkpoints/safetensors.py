@@ -6,6 +6,7 @@ Arbitrary nested dicts of arrays (task vectors, maps) are exchanged as one file 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -24,9 +26,10 @@ from jax.typing import ArrayLike, DTypeLike
 from tvjax import processes, tree
 from tvjax.checkpoints.atomic import replacing
 from tvjax.checkpoints.memory import Scratch, aligned_memory, to_jax
-from tvjax.checkpoints.shards import View, owned_pieces, runs_of, write_piece
+from tvjax.checkpoints.shards import View, owned_pieces, read_sharded, runs_of, write_piece
 from tvjax.finite import count_not_finite
 from tvjax.models.key_table import Tensor
+from tvjax.sharding import Placement, leaf_shardings
 from tvjax.stages import PyTree
 
 _DTYPES = {
@@ -363,17 +366,35 @@ def save_tree(
     save_tensors(path, tree.flatten(params), metadata, dtype)
 
 
-def load_tree(path: str | os.PathLike[str]) -> tuple[PyTree, dict[str, str]]:
+def load_tree(path: str | os.PathLike[str], *, sharding: Placement | None = None) -> tuple[PyTree, dict[str, str]]:
     """Reads what `save_tree` wrote.
+
+    Args:
+      path: of the file.
+      sharding: where the leaves are to lie, as `tvjax.load` takes it; to those of a model
+        ``lambda path, leaf: tvjax.tree.get(params, path).sharding``. None: the default device.
 
     Returns:
       The nested dicts of JAX arrays, in the dtypes of the file, and the metadata.
 
     Raises:
-      ValueError: for a file that is absent, is no safetensors file, was cut short, or has values that are not finite.
+      ValueError: for a file that is absent, is no safetensors file, was cut short, or has values that are not finite;
+        or a sharding that does not fit.
     """
     with open_tensors(path) as tensors:
-        return tree.nest({key: to_jax(tensors.read(key)) for key in tensors.headers}), tensors.metadata
+        headers = tensors.headers
+        if sharding is None:
+            return tree.nest({key: to_jax(tensors.read(key)) for key in headers}), tensors.metadata
+        kinds = {key: jax.ShapeDtypeStruct(header.shape, numpy_dtype(key, header)) for key, header in headers.items()}
+        found = leaf_shardings(sharding, kinds)
+        told = {key: processes.told_sharding(found[key], kind.shape) for key, kind in kinds.items()}
+        processes.check_same(f"load from {os.fspath(path)}", {"tensors": headers, "sharding": told})
+        with processes.together(f"read {os.fspath(path)}"):
+            leaves = {
+                key: read_sharded(tensors.map(key), found[key], None, functools.partial(check_finite, key))
+                for key in headers
+            }
+        return tree.nest(leaves), tensors.metadata
 
 
 def map_tree(path: str | os.PathLike[str]) -> tuple[PyTree, dict[str, str]]:

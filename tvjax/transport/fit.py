@@ -91,6 +91,8 @@ def fit(
       ValueError: models that cannot be matched, missing labels or loss, no rows, parameters, inputs or gradients of the
         loss that are not finite, or a task vector that is not one of the source; the message names what and where.
     """
+    links = [link.name for link in transport.links]
+    processes.check_same("fit", {"transport": links, "source": source.params, "target": target.params})
     if stream is not None:
         _check_stream(source, stream)
     fitting = Fitting(
@@ -194,6 +196,7 @@ class Fitting:
         known = self._known
         if key not in known:
             views = [views_of(batch) for batch in batches]
+            processes.check_same(f"fit {name} on", {"batches": [(view.source, view.target) for view in views]})
             check_batches(name, views, self.target)
             walks = (
                 Walk(self.source, [view.source for view in views], offload),

@@ -1,7 +1,9 @@
 """What `test_processes` runs: in this process on four devices, and in two processes with two devices each."""
 
 import faulthandler
+import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import tvjax as tv
 from tvjax import processes, sharding, tree
 from tvjax.checkpoints import Pretrained, fingerprint, load_orbax, save_orbax
+from tvjax.checkpoints.json_files import write_json
+from tvjax.checkpoints.safetensors import TensorWriter
 from tvjax.models import vit
 from tvjax.models.vit import ViTConfig
 
@@ -71,7 +75,7 @@ def work(models, output, mesh):
     again = load_orbax(output / "orbax", sharding=sharding.fsdp(mesh), param_dtype=jnp.bfloat16)
     return {
         "logits": processes.fetch(edited.model(rows[0].inputs)["logits"]).tolist(),
-        "accuracy": tv.evaluate.accuracy(edited.model, rows),
+        "accuracy": list(tv.evaluate.accuracy(edited.model, rows)),
         "norm": float(tv.tree.norm(taus[0])),
         "fingerprint": fingerprint(edited.params),
         "orbax": fingerprint(again.params),
@@ -79,11 +83,70 @@ def work(models, output, mesh):
     }
 
 
-if __name__ == "__main__":
-    number, port, models, output, *what = sys.argv[1:]
-    faulthandler.dump_traceback_later(120, exit=True)
+def refused(call):
+    """The message of a ValueError."""
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("nothing was refused")
+
+
+def misuse(models, output, mesh):
+    """What only several processes can do wrong; all of them are told, and go on."""
+    first, where = processes.is_first(), sharding.fsdp(mesh)
+    base = tv.load(models / "base", sharding=where)
+    rows = tv.Batch({"pixels": np.full((4, 8, 8, 3), float(first), np.float32)}, np.zeros(4, np.int32))
+    kernel = base.params["head"]["kernel"]
+    last = jax.make_array_from_callback(
+        kernel.shape,
+        kernel.sharding,
+        lambda index: (
+            np.full(kernel.shape, np.nan, np.float32)[index]
+            if index[0].stop == kernel.shape[0]
+            else np.asarray(np.zeros(kernel.shape, np.float32)[index])
+        ),
+    )
+    broken = tree.replace(base.params, {"head/kernel": last})
+    return {
+        "load": refused(lambda: tv.load(models / ("base" if first else "wide"), sharding=where)),
+        "accuracy": refused(lambda: tv.evaluate.accuracy(base.model, rows)),
+        "save": refused(lambda: tv.save_task_vector(output / "moved.safetensors", broken)),
+        "folder": refused(lambda: tv.save(base.with_params(broken), output / "broken")),
+    }
+
+
+def killed(models, output, mesh):
+    """One process is killed while both write a model."""
+    base = tv.load(models / "base", sharding=sharding.fsdp(mesh))
+    write = TensorWriter.write
+
+    def write_and_die(self, key, *rest):
+        if key.endswith("classifier.weight"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(self, key, *rest)
+
+    if not processes.is_first():
+        TensorWriter.write = write_and_die
+    tv.save(base, output / "killed")
+
+
+def main(number, port, models, output):
+    """One of two processes."""
+    faulthandler.dump_traceback_later(150, exit=True)
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(number))
-    found = work(Path(models), Path(output), the_mesh())
-    tv.checkpoints.json_files.write_json(Path(output) / "found.json", found)
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, number)
+    mesh = the_mesh()
+    write_json(output / "found.json", work(models, output, mesh))
+    told = misuse(models, output, mesh)
+    (output / f"told{number}.json").write_text(json.dumps(told))
+    try:
+        killed(models, output, mesh)
+    except jax.errors.JaxRuntimeError as error:
+        (output / "survivor.txt").write_text(str(error))
+        os._exit(0)  # the other process would be waited for
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]))
