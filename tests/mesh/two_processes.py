@@ -24,21 +24,19 @@ from tvjax.checkpoints import Pretrained, fingerprint, load_orbax, save_orbax
 from tvjax.checkpoints.json_files import write_json
 from tvjax.checkpoints.safetensors import TensorWriter
 from tvjax.models import vit
+from tvjax.models.families import shapes_of
 from tvjax.models.vit import ViTConfig
 
-CONFIGS = {
-    "base": ViTConfig(16, 32, 2, 4, image_size=8, patch_size=4),
-    "wide": ViTConfig(24, 48, 2, 4, image_size=8, patch_size=4),
-}
+BASE = ViTConfig(16, 32, 1, 4, image_size=8, patch_size=4)
+WIDE = ViTConfig(24, 48, 1, 4, image_size=8, patch_size=4)
 
 
 def write_models(folder):
     """A base, two fine-tuned from it, and a wider one."""
-    for number, (name, config) in enumerate(
-        [("base", CONFIGS["base"]), ("one", CONFIGS["base"]), ("two", CONFIGS["base"]), ("wide", CONFIGS["wide"])]
-    ):
-        params = vit.modeling.init(config, jax.random.key(number % 3))
-        tv.save(Pretrained(vit.vit(config, params), config), folder / name)
+    rng = np.random.default_rng(0)
+    for name, config in (("base", BASE), ("one", BASE), ("two", BASE), ("wide", WIDE)):
+        leaves = {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes_of(config).items()}
+        tv.save(Pretrained(vit.vit(config, tree.nest(leaves)), config), folder / name)
 
 
 def the_mesh():
