@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         jobs,
         merge,
         models,
+        sharding,
         tasks,
         transport,
         tree,
@@ -60,8 +61,8 @@ _HOMES = {name: (f"tvjax.{module}", name) for module, names in _NAMES.items() fo
     "transport_stages": ("tvjax.transport.fit", "transport_stages"),  # an old name, which warns where it is called
 }
 _MODULES = (
-    *("capture", "checkpoints", "compose", "data", "evaluate", "interop", "jobs", "merge", "models", "tasks"),
-    *("transport", "tree"),
+    *("capture", "checkpoints", "compose", "data", "evaluate", "interop", "jobs", "merge", "models", "sharding"),
+    *("tasks", "transport", "tree"),
 )
 _RENAMED = {"Rows": "Stream"}
 
@@ -127,6 +128,7 @@ __all__ = [
     "scale",
     "scale_by",
     "scanned",
+    "sharding",
     "single_stage",
     "stack",
     "task_vector",

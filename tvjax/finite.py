@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from tvjax import tree
+from tvjax import processes, tree
 from tvjax.factors import is_low_rank
 
 PyTree = Any
@@ -54,7 +54,7 @@ def check_finite(values: PyTree, what: str) -> None:
         if not isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct)
     }
     with jax.ensure_compile_time_eval():  # inside `jit` too, arrays that the function closes over have values
-        finite = jax.device_get({path: _is_finite(leaf) for path, leaf in flat.items()})
+        finite = processes.fetch({path: _is_finite(leaf) for path, leaf in flat.items()})
         wrong = [path for path in flat if not finite[path]]
         if not wrong:
             return

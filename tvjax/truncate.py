@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tvjax import tree
+from tvjax import processes, tree
 from tvjax.align import procrustes
 from tvjax.align.products import wide
 from tvjax.factors import LowRank, is_low_rank, triplets
@@ -140,7 +140,7 @@ def truncate(
         decompose = partial(_decompose, most if energy is None else min(matrix.shape[-2:]), sketched)
         keys = jax.random.split(jax.random.key(0) if key is None else key, matrix.shape[:-2])
         left, values, right = _over_layers(decompose, stacked)(matrix, keys)
-    count = _count(np.asarray(values), rank, energy)
+    count = _count(processes.fetch(values), rank, energy)
     root = jnp.sqrt(values[..., :count])
     found = LowRank(left[..., :count] * root[..., None, :], root[..., None] * right[..., :count, :], leaf.shape)
     size = tree.norm(leaf)

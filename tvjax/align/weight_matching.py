@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from tvjax import tree
+from tvjax import processes, tree
 from tvjax.align.permutations import (
     Permutations,
     PyTree,
@@ -128,7 +128,7 @@ class _Weights:
         self.even = {path for path in shapes[0] if row_of(symmetry, path)[0].even}
         paths = [path for path, names in self.axes.items() if any(names)]
         self.leaves = {path: (jnp.asarray(a[path]), jnp.asarray(b[path])) for path in paths}
-        self.norms = {path: tuple(map(float, norms)) for path, norms in jax.device_get(_norms(self.leaves)).items()}
+        self.norms = {path: tuple(map(float, norms)) for path, norms in processes.fetch(_norms(self.leaves)).items()}
         infinite = [path for path, norms in self.norms.items() if not np.isfinite(norms).all()]
         if infinite:
             raise ValueError(f"weights with NaN or infinite values cannot be matched:\n{tree.list_some(infinite)}")
@@ -144,7 +144,7 @@ class _Weights:
     def product(self, permutations: Mapping[str, np.ndarray]) -> float:
         """``<P(A), B>`` over the leaves that a group permutes."""
         indices = {path: self._indices(path, permutations) for path in self.leaves}
-        return float(sum(jax.device_get([_product(*self.leaves[path], indices[path]) for path in self.leaves])))
+        return float(sum(processes.fetch([_product(*self.leaves[path], indices[path]) for path in self.leaves])))
 
     def start(self, progress: Progress | None) -> dict[str, np.ndarray]:
         """Permutations from nothing: group after group, the unknown axes of its leaves sorted."""
@@ -168,7 +168,7 @@ class _Weights:
         while stale:
             names = [name for name in self.groups if name in stale]
             passes += 1
-            order = jax.device_get(jax.random.permutation(jax.random.fold_in(key, passes), len(names)))
+            order = processes.fetch(jax.random.permutation(jax.random.fold_in(key, passes), len(names)))
             for done, name in enumerate(names[i] for i in order):
                 if progress is not None:
                     progress(done, len(names), f"pass {passes}: {name}")
@@ -212,7 +212,7 @@ class _Weights:
                 part = _agreement(*self.leaves[path], others, axis, unknown, turned, sizes, not signed)
                 key = "-" if sign < 0 else units
                 scores[key] = scores[key] + part if key in scores else part
-        return jax.device_get(scores)
+        return processes.fetch(scores)
 
     def _solve(self, name: str, scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The best permutation of one group for these scores."""

@@ -16,13 +16,15 @@ import huggingface_hub
 import jax
 import numpy as np
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from jax.typing import DTypeLike
 
 from tvjax import tree
 from tvjax.checkpoints.atomic import replacing
 from tvjax.checkpoints.json_files import read_json
 from tvjax.checkpoints.memory import Scratch, contiguous, to_jax
-from tvjax.checkpoints.safetensors import Tensors, open_tensors, tensor_bytes
+from tvjax.checkpoints.safetensors import Tensors, cast, check_finite, open_tensors, tensor_bytes
 from tvjax.checkpoints.sentence_files import MODULES, copy_sentence_files, sentence_settings
+from tvjax.checkpoints.shards import read_sharded
 from tvjax.models.differences import function_values, to_text
 from tvjax.models.families import GENERIC, Family, family_of_settings, shapes_of
 from tvjax.models.key_table import Source, check_copies, find_sources
@@ -185,8 +187,14 @@ class Checkpoint:
             return source.to_ours(raw)
         return contiguous(source.to_ours(raw), None if keep else scratch.take("ours", size))
 
-    def params(self) -> PyTree:
+    def params(
+        self, shardings: Mapping[str, jax.sharding.Sharding] | None = None, dtype: DTypeLike | None = None
+    ) -> PyTree:
         """All parameters, each read and transposed into the memory that it stays in.
+
+        Args:
+          shardings: where each is to lie, by path; a process then reads no more than its own shards.
+          dtype: of the parameters; None keeps those of the files.
 
         Raises:
           ValueError: where values are not finite.
@@ -194,7 +202,15 @@ class Checkpoint:
         local = threading.local()  # memory that each thread reads into before it transposes
 
         def load(path: str) -> jax.Array:
-            return to_jax(self.read(path, local.__dict__.setdefault("scratch", Scratch()), keep=True))
+            if shardings is not None:
+                source = self.sources[path]
+                check = functools.partial(check_finite, source.key)
+                return read_sharded(source.to_ours(self.tensors.map(source.key)), shardings[path], dtype, check)
+            read = self.read(path, local.__dict__.setdefault("scratch", Scratch()), keep=True)
+            found = cast(read, dtype)
+            if found is not read:
+                check_finite(path, found)
+            return to_jax(found)
 
         with ThreadPoolExecutor(_THREADS) as pool:
             try:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from tvjax import tree
+from tvjax import processes, tree
 from tvjax.checkpoints.atomic import new_folder, write_text
 from tvjax.checkpoints.folder import (
     INDEX,
@@ -31,19 +32,18 @@ from tvjax.checkpoints.folder import (
 from tvjax.checkpoints.json_files import read_json, write_json
 from tvjax.checkpoints.memory import Scratch
 from tvjax.checkpoints.safetensors import (
-    cast,
     cast_header,
     fingerprint,
     numpy_dtype,
-    save_tensors,
     tensor_bytes,
     tensor_header,
     write_tensors,
 )
 from tvjax.models.differences import function_values, to_text
 from tvjax.models.families import family_of_config, shapes_of
-from tvjax.models.key_table import Joined, Tensor, copies_of_tied, to_checkpoint
+from tvjax.models.key_table import Source, Tensor, copies_of_tied, sources_of
 from tvjax.models.settings import Settings
+from tvjax.sharding import Placement, leaf_shardings
 from tvjax.stages import Model, PyTree
 
 _CARD = "README.md"
@@ -116,7 +116,14 @@ def read_leaf(model: Pretrained | Checkpoint, path: str) -> np.ndarray:
     return np.asarray(tree.get(model.params, path))
 
 
-def from_pretrained(source: Name, revision: str | None = None, dtype: DTypeLike = jnp.float32) -> Pretrained:
+def from_pretrained(
+    source: Name,
+    revision: str | None = None,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    sharding: Placement | None = None,
+    param_dtype: DTypeLike | None = None,
+) -> Pretrained:
     """Reads a model from a Hugging Face folder or from the hub.
 
     Config, keys, shapes and dtypes are checked before any weight is read. The parameters keep the dtypes of the file.
@@ -129,15 +136,21 @@ def from_pretrained(source: Name, revision: str | None = None, dtype: DTypeLike 
         a revision ``openai/clip-vit-base-patch32@main``), or a model that is open.
       revision: branch, tag or commit of the hub repository.
       dtype: dtype that activations are computed in.
+      sharding: where the parameters are to lie: rules (`tvjax.sharding.rules`, or a table such as
+        `tvjax.sharding.fsdp`), one ``jax.sharding.Sharding`` for all, or a function of a path and a
+        ``jax.ShapeDtypeStruct`` that gives one. Each shard is read straight to its device, and a process reads no
+        shards but its own. None: the default device.
+      param_dtype: dtype of the parameters; None keeps those of the files.
 
     Returns:
       The model, its config, and where they come from.
 
     Raises:
-      ValueError: naming what is wrong and the way out.
+      ValueError: naming what is wrong and the way out; before any weight is read, where a sharding does not fit.
     """
     with open_checkpoint(source, revision) as opened:
-        model = opened.family.build(opened.config, opened.params(), dtype)
+        params = _sharded(opened, sharding, param_dtype) if sharding is not None else opened.params(dtype=param_dtype)
+        model = opened.family.build(opened.config, params, dtype)
         stale = copies_of_tied(opened.family.table, opened.sources)
         keys = {path: source.key for path, source in opened.sources.items()}
         others = tuple(key for key in opened.others if key not in stale)
@@ -153,6 +166,21 @@ def from_pretrained(source: Name, revision: str | None = None, dtype: DTypeLike 
     )
 
 
+def _sharded(opened: Checkpoint, sharding: Placement, dtype: DTypeLike | None) -> PyTree:
+    """The parameters where rules say, after it is certain that all processes mean the same."""
+    headers = opened.tensors.headers
+    leaves = {
+        path: jax.ShapeDtypeStruct(opened.shapes[path], dtype or numpy_dtype(source.key, headers[source.key]))
+        for path, source in opened.sources.items()
+    }
+    shardings = leaf_shardings(sharding, leaves, opened.config)
+    told = {path: processes.told_sharding(shardings[path], leaf.shape) for path, leaf in leaves.items()}
+    facts = {"config.json": dict(opened.settings), "tensors": headers, "dtype": str(dtype), "sharding": told}
+    processes.check_same(f"load from {opened.name}", facts)
+    with processes.together(f"read {opened.name}"):
+        return opened.params(shardings, dtype)
+
+
 def save_pretrained(
     pretrained: Pretrained,
     folder: str | os.PathLike[str],
@@ -165,6 +193,8 @@ def save_pretrained(
 
     A new folder appears when it is complete. In a folder that holds this model already, with the same
     ``config.json``, the weights are replaced by one rename. A killed run leaves the old or the new model.
+    Of sharded parameters one shard after another is fetched and written to its place; several processes write into the
+    same files, each the shards that it owns, in a folder that all of them see.
 
     Args:
       pretrained: the model; ``pretrained.with_params(edited)`` for one with other parameters.
@@ -179,15 +209,15 @@ def save_pretrained(
     folder = Path(folder)
     family = family_of_config(pretrained.config)
     check_params(pretrained.config, pretrained.params)
-    tensors = to_checkpoint(family.table, pretrained.params, pretrained.keys)
+    leaves = tree.flatten(pretrained.params)
+    sources = sources_of(family.table, leaves, pretrained.keys)
     others = {}
     if pretrained.others and pretrained.folder is not None and has_weights(pretrained.folder):
         with open_checkpoint(pretrained.folder) as like:
             others = {key: like.tensors.map(key) for key in pretrained.others if key in like.tensors.headers}
-    headers = {key: tensor_header(key, tensor, dtype) for key, tensor in tensors.items()}
+    headers = _headers(leaves, sources, dtype)
     settings = settings_with_dtype(pretrained.settings or pretrained.config.to_dict(), headers.values())
     headers |= {key: tensor_header(key, tensor, dtype) for key, tensor in others.items()}
-    tensors |= others
     file_of = plan_shards(headers, max_shard_size)
     if folder.is_dir() and any(folder.iterdir()):
         if len(set(file_of.values())) > 1:
@@ -195,16 +225,40 @@ def save_pretrained(
                 f"{folder} holds a model already, and several files cannot replace it at once: give a new folder, or a "
                 "greater max_shard_size"
             )
-        _replace_model(folder, settings, tensors, dtype)
+        with _replaced_model(folder, settings, headers) as write:
+            _write_all(write, leaves, sources, others)
         copy_files(pretrained.folder, folder)
         if card is not None:
             write_text(folder / _CARD, card)
         return
     with _new_model(folder, headers, file_of, settings, pretrained.folder) as (write, temporary):
-        for key, tensor in tensors.items():
-            write(key, cast(tensor, dtype))
+        _write_all(write, leaves, sources, others)
         if card is not None:
             write_text(temporary / _CARD, card)
+
+
+Write = Callable[..., None]  # of a key, its tensor or a part of it, and the view of the tensor that the part is
+
+
+def _headers(leaves: Mapping[str, Any], sources: Mapping[str, Source], dtype: DTypeLike | None) -> dict[str, Tensor]:
+    """Dtype and shape of the tensors of parameters; of parts of one tensor that are of several dtypes the widest."""
+    headers: dict[str, Tensor] = {}
+    for path, source in sources.items():
+        known = headers.get(source.key)
+        own = np.dtype(leaves[path].dtype)
+        widest = own if known is None else np.promote_types(own, numpy_dtype(source.key, known))
+        stored = jax.ShapeDtypeStruct(source.shape(leaves[path].shape), widest)
+        headers[source.key] = tensor_header(source.key, stored, dtype)
+    return headers
+
+
+def _write_all(
+    write: Write, leaves: Mapping[str, Any], sources: Mapping[str, Source], others: Mapping[str, np.ndarray]
+) -> None:
+    for path, source in sources.items():
+        write(source.key, leaves[path], source.to_ours)
+    for key, tensor in others.items():
+        write(key, tensor)
 
 
 @contextlib.contextmanager
@@ -241,14 +295,7 @@ def write_checkpoint(
         file_of = plan_shards(headers, max_shard_size)
     settings = settings_with_dtype(like.settings, [headers[source.key] for source in sources.values()])
     with _new_model(folder, headers, file_of, settings, like.folder) as (write, temporary):
-        joined = Joined()
-
-        def write_parameter(path: str, array: np.ndarray) -> None:
-            tensor = joined.add(sources[path], array)
-            if tensor is not None:
-                write(sources[path].key, tensor)
-
-        yield write_parameter
+        yield lambda path, array: write(sources[path].key, array, sources[path].to_ours)
         for key in sorted(like.others):
             write(key, tensors.read(key))
         if card is not None:
@@ -262,7 +309,7 @@ def _new_model(
     file_of: Mapping[str, str],
     settings: Settings,
     files: Path | None,
-) -> Iterator[tuple[Callable[[str, np.ndarray], None], Path]]:
+) -> Iterator[tuple[Write, Path]]:
     """Opens a new folder; gives a function that writes a tensor under its key, and the folder as long as it is none."""
     check_new(folder)
     with new_folder(folder) as temporary, contextlib.ExitStack() as stack:
@@ -270,7 +317,7 @@ def _new_model(
         for name in sorted(set(file_of.values())):
             part = {key: header for key, header in headers.items() if file_of[key] == name}
             writers[name] = stack.enter_context(write_tensors(temporary / name, part, {"format": "pt"}))
-        yield lambda key, array: writers[file_of[key]].write(key, array), temporary
+        yield lambda key, *tensor: writers[file_of[key]].write(key, *tensor), temporary
         if set(file_of.values()) != {WEIGHTS}:
             total = sum(tensor_bytes(key, header) for key, header in headers.items())
             count = sum(math.prod(header.shape) for header in headers.values())
@@ -351,7 +398,9 @@ def _without_dtypes(settings: Settings) -> dict[str, Any]:
     return {name: _without_dtypes(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
-def _replace_model(folder: Path, settings: Settings, tensors: Mapping[str, Any], dtype: DTypeLike | None) -> None:
+@contextlib.contextmanager
+def _replaced_model(folder: Path, settings: Settings, headers: Mapping[str, Tensor]) -> Iterator[Write]:
+    """Gives a function that writes a tensor under its key; the file replaces the weights of a folder's model."""
     same = (folder / "config.json").is_file() and read_json(folder / "config.json") == settings
     if has_weights(folder) and not same:
         raise ValueError(
@@ -361,6 +410,7 @@ def _replace_model(folder: Path, settings: Settings, tensors: Mapping[str, Any],
     if not same:
         write_json(folder / "config.json", settings)
     shards = weight_files(folder) if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file() else []
-    save_tensors(folder / WEIGHTS, tensors, {"format": "pt"}, dtype)
+    with write_tensors(folder / WEIGHTS, headers, {"format": "pt"}) as writer:
+        yield writer.write
     for stale in ([folder / INDEX, *shards]) if shards else ():
-        stale.unlink()
+        stale.unlink(missing_ok=True)

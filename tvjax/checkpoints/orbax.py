@@ -33,6 +33,7 @@ from tvjax.checkpoints.sentence_files import sentence_settings
 from tvjax.finite import check_finite
 from tvjax.models.families import family_of_config, family_of_settings
 from tvjax.models.generic import GenericConfig
+from tvjax.sharding import Placement, leaf_shardings
 from tvjax.stages import PyTree
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ def load_orbax(
     config: Any = None,
     subtree: str = "",
     abstract: PyTree = None,
+    sharding: Placement | None = None,
+    param_dtype: DTypeLike | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> Pretrained:
     """Reads a model from an Orbax directory.
@@ -101,6 +104,8 @@ def load_orbax(
         several (``state/params``); nothing else of it is read.
       abstract: the parameters as ``jax.ShapeDtypeStruct`` with the dtype and the sharding that each is to have; None
         gives the dtypes of the files, on the default device.
+      sharding: in the place of `abstract`: where the parameters are to lie, as `tvjax.load` takes it.
+      param_dtype: dtype of the parameters with it; None keeps those of the files.
       dtype: dtype that activations are computed in.
 
     Returns:
@@ -108,7 +113,7 @@ def load_orbax(
 
     Raises:
       ValueError: no such directory, or one that does not fit the config; the message names every parameter that is
-        missing, surplus or of another shape, before anything is read.
+        missing, surplus or of another shape, or that a sharding does not fit, before anything is read.
 
     >>> import tempfile
     >>> from tvjax.models.vit import ViTConfig, modeling, vit
@@ -135,9 +140,18 @@ def load_orbax(
     if isinstance(config, GenericConfig):  # its shapes are those of the file
         config = dataclasses.replace(config, shapes={path: leaf.shape for path, leaf in leaves.items()})
     check_params(config, tree.nest(leaves))
+    if abstract is not None and (sharding is not None or param_dtype is not None):
+        raise ValueError("abstract says where parameters lie and their dtypes: give it, or sharding and param_dtype")
     wanted = tree.flatten(abstract) if abstract is not None else {}
     if abstract is not None:
         check_params(config, abstract)
+    elif sharding is not None or param_dtype is not None:
+        kinds = {path: jax.ShapeDtypeStruct(leaf.shape, param_dtype or leaf.dtype) for path, leaf in leaves.items()}
+        placed = {} if sharding is None else leaf_shardings(sharding, kinds, config)
+        wanted = {
+            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed.get(path))
+            for path, leaf in kinds.items()
+        }
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def target(path: str, leaf: Any) -> jax.ShapeDtypeStruct:

@@ -6,6 +6,7 @@ Arbitrary nested dicts of arrays (task vectors, maps) are exchanged as one file 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -15,17 +16,20 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors
 from jax.typing import ArrayLike, DTypeLike
 
-from tvjax import tree
+from tvjax import processes, tree
 from tvjax.checkpoints.atomic import replacing
-from tvjax.checkpoints.memory import Scratch, aligned_memory, contiguous, to_jax
+from tvjax.checkpoints.memory import Scratch, aligned_memory, to_jax
+from tvjax.checkpoints.shards import View, owned_pieces, read_sharded, runs_of, write_piece
 from tvjax.finite import count_not_finite
 from tvjax.models.key_table import Tensor
+from tvjax.sharding import Placement, leaf_shardings
 from tvjax.stages import PyTree
 
 _DTYPES = {
@@ -152,7 +156,7 @@ class TensorWriter:
     """One safetensors file that is written tensor by tensor, in any order; made by `write_tensors`."""
 
     def __init__(
-        self, file: BinaryIO, pool: ThreadPoolExecutor, headers: Mapping[str, Tensor], metadata: Mapping[str, str]
+        self, descriptor: int, pool: ThreadPoolExecutor, headers: Mapping[str, Tensor], metadata: Mapping[str, str]
     ):
         # As the library orders them: by falling size of the entries, then by key, so that all are aligned.
         keys = sorted(headers, key=lambda key: (-numpy_dtype(key, headers[key]).itemsize, key))
@@ -162,50 +166,58 @@ class TensorWriter:
             start, end = end, end + tensor_bytes(key, headers[key])
             dtype, shape = headers[key]
             self._entries[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
-        self._file, self._pool = file, pool
-        self._metadata, self._left = dict(metadata), set(keys)
+        self._file, self._pool = descriptor, pool
+        self._metadata = dict(metadata)
+        self._left = {key: math.prod(headers[key].shape) for key in keys}  # entries that are not written
         self._scratch = Scratch()
         self._unsynced = 0
         self._syncing: Future[None] | None = None
-        self._start = file.write(self._header())
-        file.truncate(self._start + end)
+        self._start = len(self._header())
+        if processes.is_first():
+            self._write_header()
+            os.ftruncate(descriptor, self._start + end)
 
-    def write(self, key: str, array: np.ndarray) -> None:
-        """Writes one tensor, of the dtype and shape that were announced.
+    def write(self, key: str, array: Any, view: View = lambda tensor: tensor) -> None:
+        """Writes one tensor, or the part of it that a parameter is; of a sharded array one shard after another.
+
+        Args:
+          key: of the tensor.
+          array: of the dtype that was announced, or a floating one that is rounded to it.
+          view: of the tensor to the parameter that the array is.
 
         Raises:
           ValueError: where values are not finite.
         """
-        entry = self._entries[key]
-        assert (_NAMES[array.dtype], list(array.shape)) == (entry["dtype"], entry["shape"]), key
-        array = contiguous(array, None if array.flags.c_contiguous else self._scratch.take("copy", array.nbytes))
-        check_finite(key, array)
-        self._file.seek(self._start + entry["data_offsets"][0])
-        self._file.write(array.reshape(-1).view(np.uint8).data)
-        self._left.discard(key)
-        self._unsynced += array.nbytes
+        dtype, shape, (offset, _) = self._entries[key].values()
+        for index, values in owned_pieces(array):
+            piece = cast(values, _DTYPES[dtype])
+            assert _NAMES[piece.dtype] == dtype, key
+            check_finite(key, piece)
+            write_piece(self._file, self._start + offset, runs_of(view, tuple(shape), index), piece, self._scratch)
+            self._unsynced += piece.nbytes
+        self._left[key] -= math.prod(np.shape(array))
         if self._unsynced > _SYNC_EVERY and (self._syncing is None or self._syncing.done()):
             self._sync()
 
     def _sync(self) -> None:
         """Lets the disk write beside what comes next; at the end there is less to wait for."""
-        self._file.flush()
-        self._syncing, self._unsynced = self._pool.submit(os.fsync, self._file.fileno()), 0
+        self._syncing, self._unsynced = self._pool.submit(os.fsync, self._file), 0
 
     def set_metadata(self, metadata: Mapping[str, str]) -> None:
         """Replaces metadata by others of the same length, such as a fingerprint that is known at the end."""
         self._metadata.update(metadata)
-        header = self._header()
-        assert len(header) == self._start, "metadata of another length"
-        self._file.seek(0)
-        self._file.write(header)
+        assert len(self._header()) == self._start, "metadata of another length"
+        if processes.is_first():
+            self._write_header()
 
     def finish(self) -> None:
         """Every tensor that was announced must have been written."""
-        assert not self._left, sorted(self._left)
+        assert not any(self._left.values()), sorted(key for key, left in self._left.items() if left)
         if self._syncing is not None:
             self._syncing.result()
-        self._file.flush()
+
+    def _write_header(self) -> None:
+        os.pwrite(self._file, self._header(), 0)
 
     def _header(self) -> bytes:
         content = {"__metadata__": self._metadata, **self._entries} if self._metadata else self._entries
@@ -220,7 +232,8 @@ def write_tensors(
 ) -> Iterator[TensorWriter]:
     """Opens a safetensors file to be written tensor by tensor; it replaces an older one when the block ends.
 
-    No more than one tensor is ever in memory.
+    No more than one tensor is ever in memory, and of a sharded one a shard. Several processes open it together, and
+    each writes the shards that it owns.
 
     Args:
       path: where to.
@@ -238,10 +251,16 @@ def write_tensors(
     ...     load_tree(f"{folder}/x.safetensors")
     ({'x': Array([1., 1.], dtype=float32)}, {'sum': '2'})
     """
-    with replacing(path) as temporary, open(temporary, "wb") as file, ThreadPoolExecutor(1) as pool:
-        writer = TensorWriter(file, pool, headers, metadata or {})
-        yield writer
-        writer.finish()
+    processes.check_same("write", {"path": os.fspath(path), "tensors": dict(headers), "metadata": dict(metadata or {})})
+    with replacing(path, shared=True) as temporary, ThreadPoolExecutor(1) as pool:
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            writer = TensorWriter(descriptor, pool, headers, metadata or {})
+            yield writer
+            writer.finish()
+        finally:
+            pool.shutdown()  # nothing is synced after the end
+            os.close(descriptor)
 
 
 def save_tensors(
@@ -264,7 +283,7 @@ def save_tensors(
     headers = {key: tensor_header(key, tensor, dtype) for key, tensor in tensors.items()}
     with write_tensors(path, headers, metadata) as writer:
         for key, tensor in tensors.items():
-            writer.write(key, cast(np.asarray(tensor), dtype))
+            writer.write(key, tensor)
 
 
 def tensor_header(key: str, tensor: Any, dtype: DTypeLike | None = None) -> Tensor:
@@ -347,17 +366,35 @@ def save_tree(
     save_tensors(path, tree.flatten(params), metadata, dtype)
 
 
-def load_tree(path: str | os.PathLike[str]) -> tuple[PyTree, dict[str, str]]:
+def load_tree(path: str | os.PathLike[str], *, sharding: Placement | None = None) -> tuple[PyTree, dict[str, str]]:
     """Reads what `save_tree` wrote.
+
+    Args:
+      path: of the file.
+      sharding: where the leaves are to lie, as `tvjax.load` takes it; to those of a model
+        ``lambda path, leaf: tvjax.tree.get(params, path).sharding``. None: the default device.
 
     Returns:
       The nested dicts of JAX arrays, in the dtypes of the file, and the metadata.
 
     Raises:
-      ValueError: for a file that is absent, is no safetensors file, was cut short, or has values that are not finite.
+      ValueError: for a file that is absent, is no safetensors file, was cut short, or has values that are not finite;
+        or a sharding that does not fit.
     """
     with open_tensors(path) as tensors:
-        return tree.nest({key: to_jax(tensors.read(key)) for key in tensors.headers}), tensors.metadata
+        headers = tensors.headers
+        if sharding is None:
+            return tree.nest({key: to_jax(tensors.read(key)) for key in headers}), tensors.metadata
+        kinds = {key: jax.ShapeDtypeStruct(header.shape, numpy_dtype(key, header)) for key, header in headers.items()}
+        found = leaf_shardings(sharding, kinds)
+        told = {key: processes.told_sharding(found[key], kind.shape) for key, kind in kinds.items()}
+        processes.check_same(f"load from {os.fspath(path)}", {"tensors": headers, "sharding": told})
+        with processes.together(f"read {os.fspath(path)}"):
+            leaves = {
+                key: read_sharded(tensors.map(key), found[key], None, functools.partial(check_finite, key))
+                for key in headers
+            }
+        return tree.nest(leaves), tensors.metadata
 
 
 def map_tree(path: str | os.PathLike[str]) -> tuple[PyTree, dict[str, str]]:
@@ -405,12 +442,14 @@ class Fingerprint:
 def fingerprint(params: PyTree) -> str:
     """The SHA-256 of a tree's paths, dtypes, shapes and values: the identity of a model, however its file is laid out.
 
+    A leaf at a time is on the host, whole: one hash runs over all values in their order.
+
     >>> fingerprint({"a": np.ones(2)}) == fingerprint({"a": np.ones((2, 1))})
     False
     """
     found = Fingerprint()
     for path, leaf in sorted(tree.flatten(params).items()):
-        found.add(path, np.asarray(leaf, order="C"))
+        found.add(path, np.asarray(processes.fetch(leaf), order="C"))
     return found.hexdigest()
 
 

@@ -15,6 +15,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from tvjax import processes
 from tvjax.compose.coefficients import Coefficients, combine, init
 from tvjax.compose.edited import Edited, computed
 from tvjax.compose.objectives import Objective, value
@@ -223,13 +224,14 @@ def train(
             plan, fixed, objective, state.trainable, state.optimiser, jnp.float32(rates[number]), jnp.int32(epoch), key
         )
         trained, optimiser_state = jax.tree.map(like, (trained, optimiser_state), (state.trainable, state.optimiser))
+        losses = processes.fetch(losses)
         found = np.nan if score is None else float(score(_assembled(assemble, fixed, trained)))
         if score is not None and math.isnan(found):
             raise ValueError(f"score: found NaN after epoch {epoch + 1} of learning rate {rates[number]:g}: lower it")
         state = state._replace(
             trainable=trained,
             optimiser=optimiser_state,
-            losses=_written(state.losses, (number, epoch), np.asarray(losses)),
+            losses=_written(state.losses, (number, epoch), losses),
             scores=_written(state.scores, (number, epoch), found),
         )
         # Without a score the last epoch is kept, with one the first of the greatest score.

@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 from tvjax import tree
 from tvjax.placement import automatic
 from tvjax.stages import Batch, Model, PyTree
-from tvjax.tasks.base import check_judged, judge, loss_of
+from tvjax.tasks.base import check_judged, judge_whole, loss_of
 from tvjax.tasks.losses import ClassLoss
 
 
@@ -127,9 +127,7 @@ def of_batch(model: Model, batch: Batch) -> Predictions:
     Raises:
       ValueError: as `predictions` does.
     """
-    judged = judge(model, batch)
-    check_judged(judged)
-    predicted, labels, counted, losses = (np.asarray(part) for part in judged[:4])
+    predicted, labels, counted, losses = (np.asarray(part) for part in judge_whole(model, batch)[:4])
     return Predictions(predicted[counted], labels[counted], losses[counted])
 
 

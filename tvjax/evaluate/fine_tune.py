@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from tvjax import tree
+from tvjax import processes, tree
 from tvjax.evaluate.accuracy import accuracy
 from tvjax.stages import Batch, Model, PyTree
 
@@ -113,7 +113,7 @@ def fine_tune(
             params, state, part = _train(
                 optimiser, steps // checkpoints, batch_size, model, params, state, rate, examples, checkpoint_key
             )
-            losses = np.concatenate([losses, np.asarray(part)])
+            losses = np.concatenate([losses, processes.fetch(part)])
             merged = tree.replace(model.params, params)
             score = accuracy(model.replace(params=merged), validation).fraction if validation else None
             if best is None or (score is not None and best.accuracy is not None and score > best.accuracy):

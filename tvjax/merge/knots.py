@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from tvjax import placement, tree
+from tvjax import placement, processes, tree
 from tvjax.align.decompositions import qr, svd
 from tvjax.align.procrustes import default_rank_tolerance
 from tvjax.align.products import product
@@ -172,7 +172,7 @@ class _Shared(NamedTuple):
 
 def _determined(found: dict[str, _Shared], most: int | None = None) -> dict[str, _Shared]:
     """The directions that are not rounding, one at least; their number is fetched once for all leaves."""
-    ranks = jax.device_get({path: shared.rank for path, shared in found.items()})
+    ranks = processes.fetch({path: shared.rank for path, shared in found.items()})
     cut = {}
     for path, (coordinates, basis, rank) in found.items():
         kept = max(1, int(ranks[path])) if most is None else max(1, min(most, int(ranks[path])))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
+
+from tvjax import processes
 
 
 class MergedLeaf(NamedTuple):
@@ -40,7 +41,7 @@ def tell(
     MergedLeaf(path='up/bias', shape=(8,), rule='averaged', measures={'weights': [1.0, 1.0]})
     """
     if report is not None:
-        numbers = {name: np.asarray(value).tolist() for name, value in jax.device_get(measures or {}).items()}
+        numbers = {name: np.asarray(value).tolist() for name, value in processes.fetch(measures or {}).items()}
         report(MergedLeaf(path, tuple(shape), rule, numbers))
 
 

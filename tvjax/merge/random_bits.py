@@ -24,6 +24,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Key, UInt32
 
+from tvjax import processes
+
 
 def words(key: Key[Array, ""], paths: Sequence[str], vectors: int) -> dict[str, UInt32[Array, " words"]]:
     """The words that key the bits of each leaf: one of the leaf, then one for each vector.
@@ -40,7 +42,7 @@ def words(key: Key[Array, ""], paths: Sequence[str], vectors: int) -> dict[str, 
     numbers = np.array([zlib.crc32(path.encode()) for path in paths], np.uint32)
     found = _words(key, numbers, vectors)
     if not isinstance(found, jax.core.Tracer):  # wherever the key lies, it goes with leaves that lie elsewhere
-        found = jax.device_get(found)
+        found = processes.fetch(found)
     return dict(zip(paths, found, strict=True))
 
 

@@ -20,7 +20,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Shaped, UInt32
 
-from tvjax import tree
+from tvjax import processes, tree
 from tvjax.merge.base import Vectors, over_leaves
 from tvjax.merge.entries import of_shards, sum_entries
 
@@ -158,7 +158,7 @@ def _count(vectors: Vectors, levels: np.ndarray) -> np.ndarray:
     levels = levels.astype(np.uint32)
     total = np.zeros(levels.shape, np.int64)
     for _, counts in over_leaves(vectors, count_at_least, dict.fromkeys(vectors.paths, levels)):
-        total += np.asarray(counts, np.int64)
+        total += np.asarray(processes.fetch(counts), np.int64)
     return total
 
 
@@ -166,7 +166,7 @@ def _first_levels(vectors: Vectors, ranks: Sequence[int]) -> np.ndarray:
     """Patterns around the quantiles of a sample."""
     sizes = [math.prod(vectors.shape(path)) for path in vectors.paths]
     options = (("stride", max(1, sum(sizes) // _SAMPLE)),)
-    found = [np.asarray(sample) for _, sample in over_leaves(vectors, _sample, options=options)]
+    found = [np.asarray(processes.fetch(sample)) for _, sample in over_leaves(vectors, _sample, options=options)]
     samples = np.sort(np.concatenate(found, axis=1), axis=1)
     count = samples.shape[1]
     share = 1 - np.asarray(ranks) / sum(sizes)

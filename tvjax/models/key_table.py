@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
@@ -22,6 +23,8 @@ class Tensor(NamedTuple):
 
 class Source(NamedTuple):
     """Where a parameter is read.
+
+    What turns the tensor into the parameter is a view of it, so either is read and written in pieces by it.
 
     Attributes:
       key: in the checkpoint.
@@ -48,36 +51,6 @@ class Source(NamedTuple):
         if self.part is not None:
             whole[self.part.axis] *= self.part.of
         return self.leaf.to_theirs(np.broadcast_to(np.int8(0), whole)).shape
-
-
-class Joined:
-    """Parameters to the tensors of a checkpoint: parts of one tensor are kept until the last of them is here.
-
-    >>> tensors, kernel = Joined(), KINDS["kernel"][0]
-    >>> tensors.add(Source("qk.weight", kernel, Part(1, 2)), np.ones((1, 1)))
-    >>> tensors.add(Source("qk.weight", kernel, Part(0, 2)), np.zeros((1, 1))).tolist()
-    [[0.0], [1.0]]
-    """
-
-    def __init__(self) -> None:
-        self._parts: dict[str, dict[int, np.ndarray]] = {}
-
-    @property
-    def incomplete(self) -> list[str]:
-        """Keys of the tensors of which parts are missing."""
-        return sorted(self._parts)
-
-    def add(self, source: Source, array: np.ndarray) -> np.ndarray | None:
-        """The tensor of a source's key, once the array of its last part is given; None before."""
-        part = source.part
-        if part is None:
-            return source.leaf.to_theirs(array)
-        parts = self._parts.setdefault(source.key, {})
-        parts[part.number] = np.array(array)  # the memory that is given may be used again
-        if len(parts) < part.of:
-            return None
-        del self._parts[source.key]
-        return source.leaf.to_theirs(np.concatenate([parts[number] for number in range(part.of)], part.axis))
 
 
 FLOATS = ("F32", "F16", "BF16")
@@ -152,10 +125,34 @@ def _spelled(table: LayerTable, key: str) -> str:
     return key
 
 
+def sources_of(
+    table: LayerTable, paths: Iterable[str], keys: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Source]:
+    """Where each parameter of a whole model is written.
+
+    Args:
+      table: the family's layers.
+      paths: of the parameters.
+      keys: of parameters by path, where they are to be others than those of the table.
+
+    Raises:
+      ValueError: for parameters of another model, or a part of a tensor without the rest.
+    """
+    sources, parts = {}, collections.Counter[str]()
+    for path in paths:
+        source = _locate(table, path)
+        sources[path] = source._replace(key=keys.get(path, source.key))
+        parts[sources[path].key] += 1
+    incomplete = {source.key for source in sources.values() if source.part and parts[source.key] < source.part.of}
+    if incomplete:
+        raise ValueError(f"parts of these tensors are missing: {', '.join(sorted(incomplete))}: give all parameters")
+    return sources
+
+
 def to_checkpoint(
     table: LayerTable, params: PyTree, keys: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, np.ndarray]:
-    """The parameters as the tensors of a Hugging Face checkpoint.
+    """The parameters as the tensors of a Hugging Face checkpoint, all in memory.
 
     Args:
       table: the family's layers.
@@ -168,15 +165,11 @@ def to_checkpoint(
     Raises:
       ValueError: for parameters of another model, or a part of a tensor without the rest.
     """
-    tensors, joined = {}, Joined()
-    for path, leaf in tree.flatten(params).items():
-        source = _locate(table, path)
-        source = source._replace(key=keys.get(path, source.key))
-        tensor = joined.add(source, np.asarray(leaf))
-        if tensor is not None:
-            tensors[source.key] = tensor
-    if joined.incomplete:
-        raise ValueError(f"parts of these tensors are missing: {', '.join(joined.incomplete)}: give all parameters")
+    leaves, tensors = tree.flatten(params), dict[str, np.ndarray]()
+    for path, source in sources_of(table, leaves, keys).items():
+        leaf = np.asarray(leaves[path])
+        tensor = tensors.setdefault(source.key, np.empty(source.shape(leaf.shape), leaf.dtype))
+        source.to_ours(tensor)[...] = leaf
     return tensors
 
 

@@ -7,9 +7,9 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
+from tvjax import processes
 from tvjax.data.examples import Examples
 from tvjax.data.loader import Loader
 from tvjax.placement import automatic
@@ -106,8 +106,7 @@ def score(model: Model, batches: Batch | Iterable[Batch]) -> Score:
     """
     parts = []
     for batch in [batches] if isinstance(batches, Batch) else batches:
-        judged = jax.device_get(judge(model, batch))
-        check_judged(judged)
+        judged = judge_whole(model, batch)
         right, counted = judged.predicted == judged.labels, judged.counted
         whole = np.reshape(right | ~counted, (len(right), -1)).all(1)
         losses = float(judged.losses.sum(dtype=np.float64))
@@ -118,9 +117,22 @@ def score(model: Model, batches: Batch | Iterable[Batch]) -> Score:
     return Score(int(examples), int(exact), int(answers), int(right), float(loss))
 
 
+def judge_whole(model: Model, batch: Batch) -> Judged:
+    """What a model predicts for one batch, on the host of every process, and checked.
+
+    Raises:
+      ValueError: as `judge` does; for scores that are not finite, or processes that have other batches.
+    """
+    processes.check_same("evaluate on", {"inputs": batch.inputs, "labels": batch.labels})
+    judged: Judged = processes.fetch(judge(model, batch))
+    check_judged(judged)
+    return judged
+
+
 def check_judged(judged: Judged) -> None:
     """Raises a ValueError where scores that count are NaN or infinite, which say nothing of what is predicted."""
-    wrong = np.asarray(judged.counted) & ~np.asarray(judged.finite)
+    counted, finite = processes.fetch((judged.counted, judged.finite))
+    wrong = np.asarray(counted) & ~np.asarray(finite)
     if wrong.any():
         places = np.flatnonzero(wrong.reshape(len(wrong), -1).any(1))
         raise ValueError(

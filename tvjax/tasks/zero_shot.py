@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from tvjax import tree
+from tvjax import processes, tree
 from tvjax.data.examples import Examples
 from tvjax.data.images import Images
 from tvjax.data.loader import Loader, image_batches
@@ -126,7 +126,7 @@ def unit_embeddings(model: Model, batches: Batch | Iterable[Batch]) -> Float[np.
     [[0.6000000238418579, 0.800000011920929]]
     """
     batches = [batches] if isinstance(batches, Batch) else batches
-    found = [np.asarray(normalise(_embeddings(model(batch.inputs)).astype(jnp.float32))) for batch in batches]
+    found = [processes.fetch(normalise(_embeddings(model(batch.inputs)).astype(jnp.float32))) for batch in batches]
     if not found:
         raise ValueError("there are no examples to embed: give at least one batch")
     embeddings = np.concatenate(found)
@@ -181,7 +181,7 @@ def with_head(
     head = {"classifier": jnp.asarray(classifier), "logit_scale": jnp.asarray(logit_scale, jnp.float32)}
     check_finite(head, "the zero-shot head")
     if not tree.is_traced(head):
-        _, index, place = np.unique(np.asarray(classifier), axis=1, return_index=True, return_inverse=True)
+        _, index, place = np.unique(processes.fetch(head["classifier"]), axis=1, return_index=True, return_inverse=True)
         if len(index) < len(place):
             head["first"] = jnp.asarray(index[place], jnp.int32)
     return model.with_loss(ZERO_SHOT, head)

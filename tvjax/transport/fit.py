@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, get_args
 import jax
 import jax.numpy as jnp
 
-from tvjax import tree
+from tvjax import processes, tree
 from tvjax.align import tokens as token_alignment
 from tvjax.factors import float32
 from tvjax.finite import check_finite
@@ -91,6 +91,8 @@ def fit(
       ValueError: models that cannot be matched, missing labels or loss, no rows, parameters, inputs or gradients of the
         loss that are not finite, or a task vector that is not one of the source; the message names what and where.
     """
+    links = [link.name for link in transport.links]
+    processes.check_same("fit", {"transport": links, "source": source.params, "target": target.params})
     if stream is not None:
         _check_stream(source, stream)
     fitting = Fitting(
@@ -194,6 +196,7 @@ class Fitting:
         known = self._known
         if key not in known:
             views = [views_of(batch) for batch in batches]
+            processes.check_same(f"fit {name} on", {"batches": [(view.source, view.target) for view in views]})
             check_batches(name, views, self.target)
             walks = (
                 Walk(self.source, [view.source for view in views], offload),
@@ -260,7 +263,7 @@ class Fitting:
             found = {info.name: part.measures[info.name]["rows"] for info in part.maps}
             if tree.is_traced(found):
                 continue
-            rows = jax.device_get(found)
+            rows = processes.fetch(found)
             short = [info.name for info in part.maps if rows[info.name] < info.dimensions]
             if short:
                 notes.append(

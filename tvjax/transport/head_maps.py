@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tvjax import tree
+from tvjax import processes, tree
 from tvjax.align import heads, procrustes
 from tvjax.align.heads import HeadPairs, Places
 from tvjax.align.procrustes import OrthogonalMap
@@ -152,7 +152,7 @@ def _match(
     for each, moment in zip(members, moments, strict=True):
         if not each.shared:
             norms = per_layer(len(layers), partial(heads.nuclear_norms, numbers=each.numbers))(moment)
-            shares = np.asarray(jax.device_get(norms), np.float64)
+            shares = np.asarray(processes.fetch(norms), np.float64)
             scores[each.numbers] = scores.get(each.numbers, np.zeros_like(shares)) + shares
     queries = [own for own in numbers if own != groups]
     if len(queries) > 1:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tvjax import tree
+from tvjax import processes, tree
 from tvjax.factors import LowRank, float32
 from tvjax.transport.base import State, Transport
 
@@ -82,7 +82,7 @@ def leaf_report(state: State, forms: Forms = ()) -> list[LeafReport]:
     """
     report = []
     for number, part in enumerate(state.parts):
-        found = jax.device_get(part.measures)
+        found = processes.fetch(part.measures)
         for rule in part.rules:
             measures: dict[str, float] = {}
             for number, piece in enumerate(rule.pieces):

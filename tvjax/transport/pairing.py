@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jax.extend.core import Var
 
-from tvjax import tree
+from tvjax import processes, tree
 from tvjax.align import depth as layers
 from tvjax.align.rows import RowAxes, alignment, arranged, on_tokens, padding_mask
 from tvjax.capture import jaxprs
@@ -112,8 +112,8 @@ def _cka_pairing(
     # The layers of a group have one layout, so each is brought to the common rows once, whatever it is compared with.
     operators = alignment(sides[0][0].axes, sides[1][0].axes, (theirs[0], mine[0]), tokens, overlaps)
     rows = [[_moved(x, operator) for x in side] for side, operator in zip(sides, operators, strict=True)]
-    real = np.asarray(rows[0][0][1] * rows[1][0][1]) > 0
-    likeness = jax.device_get([[layers.linear_cka(x[real], y[real]) for y, _ in rows[1]] for x, _ in rows[0]])
+    real = processes.fetch(rows[0][0][1] * rows[1][0][1]) > 0
+    likeness = processes.fetch([[layers.linear_cka(x[real], y[real]) for y, _ in rows[1]] for x, _ in rows[0]])
     return layers.monotone_pairing(np.array(likeness))
 
 

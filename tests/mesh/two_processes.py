@@ -1,0 +1,150 @@
+"""What `test_processes` runs: in this process on four devices, and in two processes with two devices each."""
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+DEVICES = 4
+
+if __name__ == "__main__":
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2"
+    os.environ |= {"JAX_PLATFORMS": "cpu", "NPROC": "16"}
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import tvjax as tv
+from tvjax import processes, sharding, tree
+from tvjax.checkpoints import Pretrained, fingerprint, load_orbax, save_orbax
+from tvjax.checkpoints.json_files import write_json
+from tvjax.checkpoints.safetensors import TensorWriter
+from tvjax.models import vit
+from tvjax.models.families import shapes_of
+from tvjax.models.vit import ViTConfig
+
+BASE = ViTConfig(16, 32, 1, 4, image_size=8, patch_size=4)
+WIDE = ViTConfig(24, 48, 1, 4, image_size=8, patch_size=4)
+
+
+def write_models(folder):
+    """A base, two fine-tuned from it, and a wider one."""
+    rng = np.random.default_rng(0)
+    for name, config in (("base", BASE), ("one", BASE), ("two", BASE), ("wide", WIDE)):
+        leaves = {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes_of(config).items()}
+        tv.save(Pretrained(vit.vit(config, tree.nest(leaves)), config), folder / name)
+
+
+def the_mesh():
+    return Mesh(np.array(jax.devices()[:DEVICES]), ("fsdp",))
+
+
+def batches(mesh):
+    rng = np.random.default_rng(0)
+    images, labels = rng.normal(size=(16, 8, 8, 3)).astype(np.float32), rng.integers(0, 2, 16).astype(np.int32)
+
+    def spread(x):
+        where = NamedSharding(mesh, PartitionSpec("fsdp"))
+        return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+    return [tv.Batch({"pixels": spread(images)}, spread(labels))]
+
+
+def work(models, output, mesh):
+    """The pipeline of a task vector; what it finds is the same on one process and on several."""
+    base, one, two, wide = (
+        tv.load(models / name, sharding=sharding.fsdp(mesh)) for name in ("base", "one", "two", "wide")
+    )
+    if processes.several():
+        assert not any(leaf.is_fully_addressable for leaf in jax.tree.leaves(base.params))
+    rows = batches(mesh)
+    taus = [tv.task_vector(base.params, tuned.params) for tuned in (one, two)]
+    edited = base.with_params(tv.apply(base.params, tv.merge.ties(taus)))
+    transport = tv.theseus(rank_tolerance=1e-3)
+    state = tv.fit(transport, base.model, wide.model, rows)
+    moved = transport.apply(state, taus[0])
+    tv.save(edited, output / "edited")
+    tv.save_task_vector(output / "moved.safetensors", moved, base.identity(), jnp.bfloat16)
+    save_orbax(edited, output / "orbax")
+    again = load_orbax(output / "orbax", sharding=sharding.fsdp(mesh), param_dtype=jnp.bfloat16)
+    return {
+        "logits": processes.fetch(edited.model(rows[0].inputs)["logits"]).tolist(),
+        "accuracy": list(tv.evaluate.accuracy(edited.model, rows)),
+        "norm": float(tv.tree.norm(taus[0])),
+        "fingerprint": fingerprint(edited.params),
+        "orbax": fingerprint(again.params),
+        "devices": sorted({len(leaf.sharding.device_set) for leaf in tree.flatten(edited.params).values()}),
+    }
+
+
+def refused(call):
+    """The message of a ValueError."""
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("nothing was refused")
+
+
+def misuse(models, output, mesh):
+    """What only several processes can do wrong; all of them are told, and go on."""
+    first, where = processes.is_first(), sharding.fsdp(mesh)
+    base = tv.load(models / "base", sharding=where)
+    rows = tv.Batch({"pixels": np.full((4, 8, 8, 3), float(first), np.float32)}, np.zeros(4, np.int32))
+    kernel = base.params["head"]["kernel"]
+    last = jax.make_array_from_callback(
+        kernel.shape,
+        kernel.sharding,
+        lambda index: (
+            np.full(kernel.shape, np.nan, np.float32)[index]
+            if index[0].stop == kernel.shape[0]
+            else np.asarray(np.zeros(kernel.shape, np.float32)[index])
+        ),
+    )
+    broken = tree.replace(base.params, {"head/kernel": last})
+    return {
+        "load": refused(lambda: tv.load(models / ("base" if first else "wide"), sharding=where)),
+        "accuracy": refused(lambda: tv.evaluate.accuracy(base.model, rows)),
+        "save": refused(lambda: tv.save_task_vector(output / "moved.safetensors", broken)),
+        "folder": refused(lambda: tv.save(base.with_params(broken), output / "broken")),
+    }
+
+
+def killed(models, output, mesh):
+    """One process is killed while both write a model."""
+    base = tv.load(models / "base", sharding=sharding.fsdp(mesh))
+    write = TensorWriter.write
+
+    def write_and_die(self, key, *rest):
+        if key.endswith("classifier.weight"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(self, key, *rest)
+
+    if not processes.is_first():
+        TensorWriter.write = write_and_die
+    tv.save(base, output / "killed")
+
+
+def main(number, port, models, output):
+    """One of two processes."""
+    faulthandler.dump_traceback_later(150, exit=True)
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, number)
+    mesh = the_mesh()
+    write_json(output / "found.json", work(models, output, mesh))
+    told = misuse(models, output, mesh)
+    (output / f"told{number}.json").write_text(json.dumps(told))
+    try:
+        killed(models, output, mesh)
+    except jax.errors.JaxRuntimeError as error:
+        (output / "survivor.txt").write_text(str(error))
+        os._exit(0)  # the other process would be waited for
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]))
