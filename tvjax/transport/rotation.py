@@ -32,10 +32,12 @@ from tvjax.align.heads import MATCHINGS, STRUCTURES
 from tvjax.align.procrustes import OrthogonalMap
 from tvjax.align.products import product, wide
 from tvjax.align.rows import RowAxes, alignment, arranged, check_streams, on_tokens, padding_mask, row_axes
+from tvjax.align.solving import solve
 from tvjax.capture import Captured, Site, SiteTable
 from tvjax.capture.axes import PART
 from tvjax.capture.views import apply_view, restore_view
 from tvjax.factors import LowRank, is_low_rank, scaled
+from tvjax.spread import spread_out
 from tvjax.transport.base import Flat, LeafUse, Link, LinkState, MapInfo, Needs, Rule, Transport, register_state
 from tvjax.transport.factored import rotate_factors
 from tvjax.transport.head_maps import HeadMap, check_heads, solve_heads
@@ -93,20 +95,20 @@ def _fit(name: str, inputs: str, outputs: str, options: Options, pair: Pair) -> 
     table, rules = maps_and_rules(inputs, outputs, options, pair)
     used = {name for rule in rules for piece in rule.pieces for name in (piece.inner, piece.outer)}
     statistics = _observe(options, pair, table)
-    solved: dict[str, tuple[OrthogonalMap, dict[str, jax.Array]]] = {}
-    by_heads = []
+    whole: list[tuple[Map, MomentAccumulator]] = []
+    by_heads: list[HeadMap] = []
     for found in table.maps.values():
         if found.name not in used:
             continue  # asked for by the outputs of a linear layer, for its rows
-        base = table.input_of(found) if found.linear else found
-        rows, factors = statistics[base.rows], _factors(pair, found)
-        if found.heads is not None:
-            by_heads.append(HeadMap(found, rows, factors))
+        rows = statistics[(table.input_of(found) if found.linear else found).rows]
+        if found.heads is None:
+            whole.append((found, rows))
         else:
-            own = rows.solve() if factors is None else rows.solve_outputs(*factors)
-            measures = {"rank": own.rank, "residual": rows.residual(own, factors), "rows": rows.count()}
-            solved[found.name] = own, measures
-    solved |= solve_heads(options, pair.stages, by_heads)
+            by_heads.append(HeadMap(found, rows, _factors(pair, found)))
+    solved: dict[str, tuple[OrthogonalMap, dict[str, jax.Array]]] = {}
+    for group in [whole] if pair.mesh is not None else [[one] for one in whole]:
+        solved |= _solve_maps(pair, group)
+    solved |= solve_heads(options, pair, by_heads)
     infos = []
     for found in table.maps.values():
         if found.name in used:
@@ -121,10 +123,23 @@ def _fit(name: str, inputs: str, outputs: str, options: Options, pair: Pair) -> 
     )
 
 
+def _solve_maps(
+    pair: Pair, maps: list[tuple[Map, MomentAccumulator]]
+) -> dict[str, tuple[OrthogonalMap, dict[str, jax.Array]]]:
+    """Maps, and what is measured of them, from what the two models see; on a mesh side by side."""
+    factors = [_factors(pair, found) for found, _ in maps]
+    problems = [rows.problem(own) for (_, rows), own in zip(maps, factors, strict=True)]
+    solved = {}
+    for (found, rows), own, rotation in zip(maps, factors, solve(problems, pair.mesh), strict=True):
+        measures = {"rank": rotation.rank, "residual": rows.residual(rotation, own), "rows": rows.count()}
+        solved[found.name] = rotation, measures
+    return solved
+
+
 def _observe(options: Options, pair: Pair, table: MapTable) -> dict[str, MomentAccumulator]:
     """What the two models see at the sites of the maps, on all batches; rows of tables as they are."""
     observed = {found.rows: found for found in table.maps.values() if not found.linear}
-    statistics = {rows: MomentAccumulator(options) for rows in observed}
+    statistics = {rows: MomentAccumulator(options, pair.mesh) for rows in observed}
     for rows, found in observed.items():
         if found.table is not None:
             a, b = pair.source_leaves[found.table[0]], pair.target_leaves[found.table[1]]
@@ -147,10 +162,11 @@ def _factors(pair: Pair, found: Map) -> tuple[jax.Array, jax.Array] | None:
     if not found.linear:
         return None
     site_a, site_b = found.sites[0]
-    return (
+    factors = (
         _output_factor(pair.source_leaves, site_a, pair.source_table),
         _output_factor(pair.target_leaves, site_b, pair.target_table),
     )
+    return spread_out(pair.mesh, factors, axis=-2)
 
 
 def _info(found: Map, rotation: OrthogonalMap, rows: int, pair: Pair) -> MapInfo:
