@@ -14,16 +14,20 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from tvjax.factors import LowRank, is_low_rank
+
 PyTree = Any
 
 
 def sharding_of(leaf: Any) -> NamedSharding | None:
-    """How an array or shape lies over a mesh of several devices; None where it does not, or where that is not seen.
+    """How an array or shape (or how it is said) lies over a mesh of several devices; None where it does not.
+
+    Under `jit` with automatic axes it cannot be seen, and is None.
 
     >>> sharding_of(jax.numpy.ones(2)) is None
     True
     """
-    sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+    sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", leaf)
     seen = isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) and sharding.mesh.size > 1
     return sharding if seen else None
 
@@ -89,6 +93,44 @@ def spread_out(mesh: Mesh | None, tree: PyTree, axis: int = 0) -> PyTree:
     if mesh is None:
         return tree
     return jax.tree.map(lambda leaf: laid(leaf, spread(mesh, tuple(leaf.shape), axis)), tree)
+
+
+def lies_elsewhere(tree: PyTree, mesh: Mesh) -> bool:
+    """Whether arrays of a tree are bound to other devices than those of a mesh, or to these in another order."""
+    return any(_lies_elsewhere(leaf, mesh) for leaf in jax.tree.leaves(tree))
+
+
+def brought(tree: PyTree, mesh: Mesh) -> PyTree:
+    """A tree whose arrays on other devices are spread over a mesh."""
+
+    def bring(leaf: Any) -> Any:
+        return laid(leaf, spread(mesh, tuple(leaf.shape))) if _lies_elsewhere(leaf, mesh) else leaf
+
+    return jax.tree.map(bring, tree)
+
+
+def _lies_elsewhere(leaf: Any, mesh: Mesh) -> bool:
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer) or not leaf.committed:
+        return False
+    sharding = sharding_of(leaf)
+    return sharding is None or list(sharding.mesh.devices.flat) != list(mesh.devices.flat)
+
+
+def like_leaf(leaf: Any, sharding: NamedSharding | None) -> Any:
+    """A leaf that lies as it is said, its factors where it is of low rank, each with its own side of the leaf.
+
+    >>> like_leaf(jax.numpy.ones(2), None).tolist()
+    [1.0, 1.0]
+    """
+    if sharding is None:
+        return leaf
+    if not is_low_rank(leaf):
+        return laid(leaf, sharding)
+    spec = (*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec)))
+    first, last = spec[-2:] if leaf.ndim == leaf.layers + 2 else (None, None)
+    left, right = PartitionSpec(*spec[: leaf.layers], first), PartitionSpec(*spec[: leaf.layers], None, last)
+    first, last = (NamedSharding(sharding.mesh, side) for side in (left, right))
+    return LowRank(laid(leaf.left, first), laid(leaf.right, last), leaf.shape)
 
 
 def name_of(mesh: Mesh) -> str:

@@ -22,6 +22,8 @@ from tvjax.spread import laid, spread, spread_out
 
 PyTree = Any
 
+_AXES = (-2, -1, 0)  # along which the fields of a map are spread: the source's units, the target's
+
 
 class Problem(NamedTuple):
     """``function(*options, *arrays)``.
@@ -67,6 +69,13 @@ def solve(problems: Sequence[Problem], mesh: Mesh | None = None) -> list[Any]:
     return [found[place] for place in range(len(problems))]
 
 
+def spread_map(mesh: Mesh, found: PyTree) -> PyTree:
+    """A map, or other arrays that were fitted, spread over a mesh as `solve` spreads them."""
+    if isinstance(found, OrthogonalMap):
+        return OrthogonalMap(*(spread_out(mesh, field, axis) for field, axis in zip(found, _AXES, strict=True)))
+    return spread_out(mesh, found)
+
+
 @partial(jax.jit, static_argnums=0)
 def _one_each(mesh: Mesh, problems: list[PyTree]) -> PyTree:
     """Each device the arrays of one problem; zeros to those for which there is none."""
@@ -103,9 +112,9 @@ def _spread_again(count: int, mesh: Mesh, solved: PyTree) -> list[PyTree]:
         return [spread_out(mesh, stacked[place], axis) for place in range(count)]
 
     if isinstance(solved, OrthogonalMap):
-        return [OrthogonalMap(*own) for own in zip(*map(parts, solved, (-2, -1, 0)), strict=True)]
+        return [OrthogonalMap(*own) for own in zip(*map(parts, solved, _AXES), strict=True)]
     leaves, structure = jax.tree.flatten(solved)
-    return [structure.unflatten(own) for own in zip(*map(parts, leaves), strict=True)]
+    return [jax.tree.unflatten(structure, own) for own in zip(*map(parts, leaves), strict=True)]
 
 
 def _parts_of_all(mesh: Mesh, shape: tuple[int, ...], axis: int) -> NamedSharding:

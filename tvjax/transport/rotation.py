@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from tvjax import tree
 from tvjax.align import moments as mm
@@ -301,18 +302,17 @@ def _rotated(
         found = rotate_factors(rule.pieces, maps, leaf, rule.shape)
         if found is not None:
             return found
-    pieces = [_rotate(piece, maps, jnp.asarray(leaf), rule.shape, options) for piece in rule.pieces]
+    pieces = [_rotate(piece, maps, jnp.asarray(leaf), rule, options) for piece in rule.pieces]
     return sum(pieces[1:], pieces[0])
 
 
-def _rotate(
-    piece: LeafUse, maps: dict[str, OrthogonalMap], leaf: jax.Array, shape: tuple[int, ...], options: Options
-) -> jax.Array:
+def _rotate(piece: LeafUse, maps: dict[str, OrthogonalMap], leaf: jax.Array, rule: Rule, options: Options) -> jax.Array:
+    mesh = None if rule.sharding is None else rule.sharding.mesh
     if piece.kind == "positions":
         table = leaf.reshape(-1, leaf.shape[-1])
         for _, layout_a, layout_b in piece.source_view:  # on another patch grid
             table = tokens.interpolate_positions(table, layout_a, layout_b)
-        return procrustes.apply_right(table, maps[piece.outer or ""]).reshape(shape)
+        return procrustes.apply_right(table, maps[piece.outer or ""]).reshape(rule.shape)
     value = apply_view(piece.source_view, leaf)
     inner, outer = (None if name is None else maps[name] for name in (piece.inner, piece.outer))
     kernel = piece.kind in ("dense", "conv")
@@ -320,23 +320,37 @@ def _rotate(
     if kernel and piece.groups is not None:
         value = per_layer(layers, partial(_rotate_blocks, piece, inner, outer))(value)
     elif kernel:
-        if inner is not None:
-            value = per_layer(layers, partial(_rotate_inputs, piece.taps))(inner, value)
-        if outer is not None:
-            value = per_layer(layers, procrustes.apply_right)(value, outer)
+        value = _rotate_kernel(layers, piece.taps, mesh, inner, outer, value)
     elif piece.kind == "scale" and options.scale_rule == "diagonal" and inner is not None and outer is not None:
-        value = per_layer(layers, _rotate_scale)(inner, outer, value)
+        value = _rotate_scale(layers, mesh, inner, outer, value)
     elif outer is not None:
         value = per_layer(layers, procrustes.apply_right)(value, outer)
-    return restore_view(piece.target_view, value, shape)
+    return restore_view(piece.target_view, value, rule.shape)
 
 
-def _rotate_inputs(taps: int, inner: OrthogonalMap, kernel: jax.Array) -> jax.Array:
-    """``R_in^T K`` at every tap of a kernel ``[channels * taps, d_out]``."""
-    if taps == 1:
-        return procrustes.apply_left(inner, kernel)
-    moved = procrustes.apply_left(inner, kernel.reshape(inner.left.shape[0], -1))
-    return moved.reshape(-1, kernel.shape[-1])
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _rotate_kernel(
+    layers: int,
+    taps: int,
+    mesh: Mesh | None,
+    inner: OrthogonalMap | None,
+    outer: OrthogonalMap | None,
+    kernel: jax.Array,
+) -> jax.Array:
+    """``R_in^T K R_out`` at every tap of kernels ``[*layers, channels * taps, d_out]``; on a mesh no step is whole."""
+
+    def rotate(inner: OrthogonalMap | None, outer: OrthogonalMap | None, kernel: jax.Array) -> jax.Array:
+        if inner is not None:
+            columns = kernel.reshape(inner.left.shape[0], -1)
+            directions = spread_out(mesh, product(inner.left.T, columns))
+            moved = spread_out(mesh, product(inner.right.T, directions))
+            kernel = moved.reshape(-1, kernel.shape[-1])
+        if outer is not None:
+            directions = spread_out(mesh, product(kernel, outer.left))
+            kernel = spread_out(mesh, product(directions, outer.right))
+        return kernel
+
+    return per_layer(layers, rotate)(inner, outer, kernel)
 
 
 def _rotate_blocks(
@@ -357,5 +371,14 @@ def _rotate_blocks(
     return moved.reshape(groups_b, -1, moved.shape[-1])
 
 
-def _rotate_scale(inner: OrthogonalMap, outer: OrthogonalMap, scale: jax.Array) -> jax.Array:
-    return matmul((procrustes.matrix(inner) * procrustes.matrix(outer)).T, scale)
+@partial(jax.jit, static_argnums=(0, 1))
+def _rotate_scale(
+    layers: int, mesh: Mesh | None, inner: OrthogonalMap, outer: OrthogonalMap, scale: jax.Array
+) -> jax.Array:
+    """``(R_in * R_out)^T s``."""
+
+    def rotate(inner: OrthogonalMap, outer: OrthogonalMap, scale: jax.Array) -> jax.Array:
+        both = [spread_out(mesh, procrustes.matrix(rotation)) for rotation in (inner, outer)]
+        return matmul((both[0] * both[1]).T, scale)
+
+    return per_layer(layers, rotate)(inner, outer, scale)

@@ -195,6 +195,8 @@ class MomentAccumulator:
 def _add_rows(
     layers: int, mesh: Mesh | None, moments: Any, a: jax.Array, b: jax.Array, weights: jax.Array
 ) -> mm.Moments:
+    """Every device sums its own rows, then the sums are shared out."""
+    a, b = spread_out(mesh, (a, b), axis=-2)
     return spread_out(mesh, per_layer(layers, partial(mm.update, weights=weights))(moments, a, b))
 
 
