@@ -163,11 +163,10 @@ def _factors(pair: Pair, found: Map) -> tuple[jax.Array, jax.Array] | None:
     if not found.linear:
         return None
     site_a, site_b = found.sites[0]
-    factors = (
-        _output_factor(pair.source_leaves, site_a, pair.source_table),
-        _output_factor(pair.target_leaves, site_b, pair.target_table),
+    return (
+        _output_factor(pair.source_leaves, site_a, pair.source_table, pair.mesh),
+        _output_factor(pair.target_leaves, site_b, pair.target_table, pair.mesh),
     )
-    return spread_out(pair.mesh, factors, axis=-2)
 
 
 def _info(found: Map, rotation: OrthogonalMap, rows: int, pair: Pair) -> MapInfo:
@@ -201,16 +200,19 @@ def _names(maps: list[Map], model: int) -> tuple[frozenset[str], frozenset[str]]
     return frozenset(activations), frozenset(gradients)
 
 
-def _output_factor(leaves: dict[str, jax.Array], site: Site, table: SiteTable) -> jax.Array:
+def _output_factor(leaves: dict[str, jax.Array], site: Site, table: SiteTable, mesh: Mesh | None) -> jax.Array:
     """``[K; b]^T`` of a dense site: ``[*layers, d_out, d_in + 1]``."""
-    kernel = apply_view(site.view, leaves[site.path]).astype(jnp.float32)
     biases = [s for s in table.sites if s.kind == "bias" and s.output == site.output and s.gradient == site.gradient]
-    bias = apply_view(biases[0].view, leaves[biases[0].path]).astype(jnp.float32) if biases else None
-    if bias is None:
-        bias = jnp.zeros((*kernel.shape[:-2], kernel.shape[-1]), jnp.float32)
-    if bias.ndim < kernel.ndim - 1:
-        bias = jnp.broadcast_to(bias, (*kernel.shape[:-2], kernel.shape[-1]))
-    return per_layer(kernel.ndim - 2, mm.output_factor)(kernel, bias)
+    kernel = apply_view(site.view, leaves[site.path])
+    return _with_bias(mesh, kernel, apply_view(biases[0].view, leaves[biases[0].path]) if biases else None)
+
+
+@partial(jax.jit, static_argnums=0)
+def _with_bias(mesh: Mesh | None, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+    kernel = spread_out(mesh, kernel.astype(jnp.float32), axis=-1)
+    bias = jnp.zeros(kernel.shape[-1], jnp.float32) if bias is None else bias.astype(jnp.float32)
+    bias = jnp.broadcast_to(bias, (*kernel.shape[:-2], kernel.shape[-1]))
+    return spread_out(mesh, per_layer(kernel.ndim - 2, mm.output_factor)(kernel, bias), axis=-2)
 
 
 def _aligned_rows(
