@@ -9,19 +9,22 @@ automatic: on the same buffers, by the same programs. What it returns lies over 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from tvjax.tree import is_traced
+
 PyTree = Any
-P = ParamSpec("P")
+F = TypeVar("F", bound=Callable[..., Any])
 R = TypeVar("R")
 
 
-def automatic(like: Callable[P, PyTree]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def automatic(like: Callable[..., PyTree]) -> Callable[[F], F]:
     """A decorator: explicit axes are automatic inside of the function, and its results lie like arguments of it.
 
     An array of the result lies like the array of ``like(*args)`` that has its path and shape; else its first axis lies
@@ -38,18 +41,18 @@ def automatic(like: Callable[P, PyTree]) -> Callable[[Callable[P, R]], Callable[
     True
     """
 
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+    def decorate(function: F) -> F:
         @functools.wraps(function)
-        def placed(*args: P.args, **kwargs: P.kwargs) -> R:
+        def placed(*args: Any, **kwargs: Any) -> Any:
             mesh = explicit_mesh((args, kwargs))
             if mesh is None:
                 return function(*args, **kwargs)
-            with within(mesh):
-                inner_args, inner_kwargs = _to_automatic((args, kwargs))
+            with _inside((args, kwargs), mesh):
+                inner_args, inner_kwargs = as_automatic((args, kwargs))
                 results = function(*inner_args, **inner_kwargs)
             return _back(results, like(*args, **kwargs), mesh)
 
-        return placed
+        return cast(F, placed)
 
     return decorate
 
@@ -85,49 +88,86 @@ def within(mesh: AbstractMesh | None) -> AbstractContextManager[Any]:
     return nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(_automatic(mesh))
 
 
+def as_automatic(tree: PyTree) -> PyTree:
+    """The arrays of a tree, and those that its iterators will give, with automatic axes; concrete ones are views.
+
+    Traced arrays take part in what is computed `within` their mesh.
+    """
+
+    def view(leaf: Any) -> Any:
+        if _is_iterator(leaf):
+            return map(as_automatic, leaf)
+        mesh = _mesh(leaf)
+        if mesh is None or not mesh.explicit_axes:
+            return leaf
+        if isinstance(leaf, jax.core.Tracer):
+            kept = [tuple(n for n in _names(entry) if n not in mesh.explicit_axes) for entry in _spec(leaf)]
+            return jax.sharding.reshard(leaf, NamedSharding(_automatic(mesh), PartitionSpec(*kept)))
+        return jax.device_put(leaf, NamedSharding(_automatic(leaf.sharding.mesh), leaf.sharding.spec))
+
+    return jax.tree.map(view, tree, is_leaf=_is_iterator)
+
+
 def like(x: jax.Array, leaf: Any) -> jax.Array:
-    """An array, placed as another one of its shape lies; unchanged where that is no array over a mesh.
+    """An array, placed as another one lies; unchanged where that does not lie over a mesh.
+
+    The axes of `leaf` are the last ones of the array; one of another length is spread as that of `leaf` where it can be
+    divided so, else it is whole everywhere, as axes before them are.
 
     >>> like(jax.numpy.ones(2), jax.numpy.zeros(2)).tolist()
     [1.0, 1.0]
     """
-    if isinstance(x, jax.core.Tracer) or isinstance(leaf, jax.core.Tracer):
-        sharding = None if _mesh(leaf) is None else jax.typeof(leaf).sharding
-        return jax.sharding.reshard(x, sharding) if sharding is not None and sharding.mesh.explicit_axes else x
-    sharding = getattr(leaf, "sharding", None)
-    if not isinstance(sharding, NamedSharding) or sharding.is_equivalent_to(x.sharding, x.ndim):
+    if isinstance(x, jax.core.Tracer):
         return x
-    return jax.device_put(x, sharding)
+    sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return x
+    mesh, spec = sharding.mesh, [*[None] * (x.ndim - leaf.ndim), *_spec(leaf)] if x.ndim >= leaf.ndim else []
+    for axis, entry in enumerate(spec):
+        if x.shape[axis] % math.prod(mesh.shape[name] for name in _names(entry)):
+            spec[axis] = None
+    wanted = NamedSharding(mesh, PartitionSpec(*spec))
+    return x if wanted.is_equivalent_to(x.sharding, x.ndim) else jax.device_put(x, wanted)
 
 
-def on_one_device(tree: PyTree, turn: int) -> PyTree:
-    """Arrays that are spread over devices, gathered to one of them, chosen in turn; others stay where they are.
+def on_one_device(turn: int, function: Callable[..., R], *args: Any) -> R:
+    """``function(*args)``, on one device, chosen in turn, where its arguments are spread over several.
 
     For what is decomposed: one device does it once, and others can decompose other arrays at the same time. (A program
     that gathers and then decomposes does it on every device; on few CPU cores it can wait for itself for ever.) Arrays
-    of which this process sees a part only are left spread.
+    of which this process sees a part only are left spread, and so is all within `jit`.
 
-    >>> on_one_device({"a": jax.numpy.ones(2)}, 3)["a"].tolist()
-    [1.0, 1.0]
+    >>> on_one_device(3, jax.numpy.linalg.norm, jax.numpy.ones(4)).tolist()
+    2.0
     """
 
     def gathered(leaf: Any) -> Any:
-        if not is_spread(leaf) or not leaf.is_fully_addressable:
+        if devices(leaf) == 1:
             return leaf
-        devices = sorted(leaf.sharding.device_set, key=lambda device: device.id)
-        return jax.device_put(leaf, devices[turn % len(devices)])
+        order = sorted(leaf.sharding.device_set, key=lambda device: device.id)
+        return jax.device_put(leaf, order[turn % len(order)])
 
-    return jax.tree.map(gathered, tree)
+    spread = [leaf for leaf in jax.tree.leaves(args) if devices(leaf) > 1]
+    if not spread or is_traced(args) or not all(leaf.is_fully_addressable for leaf in spread):
+        return function(*args)
+    with jax.set_mesh(None):  # the mesh of the user's context has more devices
+        return function(*jax.tree.map(gathered, args))
 
 
-def is_spread(leaf: Any) -> bool:
-    """Whether a concrete array lies over several devices.
+def devices(leaf: Any) -> int:
+    """Over how many devices a concrete array lies, 1 for all else.
 
-    >>> is_spread(jax.numpy.ones(2))
-    False
+    >>> devices(jax.numpy.ones(2)), devices(3)
+    (1, 1)
     """
     concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
-    return concrete and len(leaf.sharding.device_set) > 1
+    return len(leaf.sharding.device_set) if concrete else 1
+
+
+def _inside(arguments: PyTree, mesh: AbstractMesh) -> AbstractContextManager[Any]:
+    """`within` a mesh where the context, or what is traced, says something else; arrays say it themselves."""
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments, is_leaf=_is_iterator))
+    return within(mesh) if traced or not jax.sharding.get_abstract_mesh().empty else nullcontext()
 
 
 def _is_iterator(leaf: Any) -> bool:
@@ -156,31 +196,17 @@ def _automatic(mesh: Any) -> Any:
     return mesh.update_axis_types(dict(zip(mesh.axis_names, types, strict=True)))
 
 
-def _to_automatic(tree: PyTree) -> PyTree:
-    """The arrays of a tree, and those that its iterators will give, with automatic axes; concrete ones are views."""
-
-    def view(leaf: Any) -> Any:
-        if _is_iterator(leaf):
-            return map(_to_automatic, leaf)
-        mesh = _mesh(leaf)
-        if mesh is None or not mesh.explicit_axes:
-            return leaf
-        if isinstance(leaf, jax.core.Tracer):
-            kept = [tuple(n for n in _names(entry) if n not in mesh.explicit_axes) for entry in _spec(leaf)]
-            return jax.sharding.reshard(leaf, NamedSharding(_automatic(mesh), PartitionSpec(*kept)))
-        return jax.device_put(leaf, NamedSharding(_automatic(leaf.sharding.mesh), leaf.sharding.spec))
-
-    return jax.tree.map(view, tree, is_leaf=_is_iterator)
-
-
 def _back(results: PyTree, patterns: PyTree, mesh: AbstractMesh) -> PyTree:
     """Results over the mesh with its explicit axes."""
     arrays = [(path, x) for path, x in jax.tree_util.tree_leaves_with_path(patterns) if _mesh(x) is not None]
+    inside = {
+        path for path, x in arrays if isinstance(x, jax.core.Tracer) and not jax.typeof(x).sharding.mesh.explicit_axes
+    }
     same = {(path, x.shape): _spec(x) for path, x in arrays}
     first = {x.shape[0]: PartitionSpec(_spec(x)[0]) for _, x in reversed(arrays) if x.ndim}
 
     def place(path: Any, leaf: Any) -> Any:
-        if not isinstance(leaf, jax.Array):
+        if not isinstance(leaf, jax.Array) or path in inside:
             return leaf
         own = leaf.sharding if not isinstance(leaf, jax.core.Tracer) else None
         if own is not None and not isinstance(own, NamedSharding):

@@ -69,6 +69,12 @@ def mesh_of(axes, kind):
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(KINDS[kind],) * len(sizes))
 
 
+@pytest.fixture
+def spread_of():
+    """``(name of the axes, kind) -> Spread``, in no context."""
+    return lambda axes, kind: Spread(mesh_of(axes, kind))
+
+
 @pytest.fixture(
     params=[(axes, kind, False) for axes in AXES for kind in KINDS] + [("three", "explicit", True)],
     ids=lambda p: f"{p[0]}-{p[1]}" + ("-context" if p[2] else ""),

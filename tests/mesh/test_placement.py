@@ -74,7 +74,8 @@ def test_two_meshes_are_refused(arguments):
 
 def test_one_device_in_turn(three, arguments):
     array = three.params(arguments[0]["w"])
-    gathered = [placement.on_one_device(array, turn) for turn in range(2)]
-    assert [len(x.sharding.device_set) for x in gathered] == [1, 1]
-    assert gathered[0].devices() != gathered[1].devices()
-    assert placement.like(gathered[1], array).sharding == array.sharding
+    found = [placement.on_one_device(turn, jnp.negative, array) for turn in range(2)]
+    assert [len(x.sharding.device_set) for x in found] == [1, 1]
+    assert found[0].devices() != found[1].devices()
+    assert placement.like(found[1], array).sharding == array.sharding
+    assert jax.jit(lambda x: placement.on_one_device(0, jnp.negative, x))(array).shape == array.shape

@@ -72,8 +72,14 @@ def flat_region(jaxpr: Any) -> Region:
     """The region of a jaxpr with every `jit` and `closed_call` inlined."""
     region = _open(jaxpr)
     arguments = region.variables[len(region.consts) :]
-    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in arguments]
+    shapes = [_placed_type(v.aval) for v in arguments]
     return _open(jax.make_jaxpr(lambda *args: evaluate(region, args, _inline))(*shapes))
+
+
+def _placed_type(aval: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype, and the sharding where it is part of the type."""
+    sharding = aval.sharding if hasattr(aval, "sharding") and aval.sharding.mesh.explicit_axes else None
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding)
 
 
 def trace(function: Callable[..., Any], *args: Any) -> tuple[Region, Any]:

@@ -6,7 +6,9 @@ A zero *probe* is added to the output of each site; the gradient with respect to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import jax
@@ -14,10 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.core import Literal
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
+from tvjax import placement
 from tvjax.capture import jaxprs
 from tvjax.capture.finder import plan_of
-from tvjax.capture.layout import Instrumentation, from_rows, to_rows
+from tvjax.capture.layout import Instrumentation, Layout, from_rows, to_rows
 from tvjax.capture.sites import Site, SiteTable
 
 PyTree = Any
@@ -70,8 +74,50 @@ def _shared_to_rows(array: jax.Array, site: Site) -> jax.Array:
     return array.reshape(*array.shape[:lead], -1, array.shape[-1])
 
 
+class RowSharding(NamedTuple):
+    """How rows lie over explicit axes: like the examples that they belong to.
+
+    Attributes:
+      mesh: with explicit axes; None: there is nothing to be said.
+      axes: entry of a partition spec.
+    """
+
+    mesh: AbstractMesh | None
+    axes: Any = None
+
+    def place(self, array: jax.Array) -> jax.Array:
+        """``[..., rows, features]`` with the rows in their place, on every device where they cannot be divided."""
+        if self.mesh is None:
+            return array
+        names = self.axes if isinstance(self.axes, tuple) else (self.axes,) if self.axes else ()
+        divisible = array.shape[-2] % math.prod(self.mesh.shape[name] for name in names) == 0
+        spec = PartitionSpec(*[None] * (array.ndim - 2), self.axes if divisible else None, None)
+        return jax.sharding.reshard(array, NamedSharding(self.mesh, spec))
+
+    def context(self) -> AbstractContextManager[Any]:
+        """The mesh."""
+        return nullcontext() if self.mesh is None else jax.sharding.use_abstract_mesh(self.mesh)
+
+
+@placement.automatic(lambda value, probe, layout: value)
+def _with_probe(value: jax.Array, probe: jax.Array, layout: Layout) -> jax.Array:
+    return value + from_rows(probe, layout, value.shape)
+
+
+def _row_sharding(params: PyTree, args: PyTree) -> RowSharding:
+    mesh = placement.explicit_mesh((params, args))
+    if mesh is None:
+        return RowSharding(None)
+    first = (jax.typeof(leaf).sharding.spec for leaf in jax.tree.leaves(args) if jnp.ndim(leaf))
+    return RowSharding(mesh, next((spec[0] for spec in first if spec and spec[0] is not None), None))
+
+
 def run(
-    plan: Instrumentation, arguments: Sequence[Any], probes: dict[str, jax.Array], roles: frozenset[str]
+    plan: Instrumentation,
+    arguments: Sequence[Any],
+    probes: dict[str, jax.Array],
+    roles: frozenset[str],
+    lie: RowSharding,
 ) -> tuple[list[Any], dict[str, jax.Array]]:
     """Evaluates a plan: the results of its region, and the activations whose role is wanted, by name."""
     region = plan.region
@@ -84,18 +130,21 @@ def run(
     def write(variable: Any, value: Any) -> None:
         for name, layout in plan.probes.get(variable, ()):
             if name in probes:
-                value = value + from_rows(probes[name], layout, value.shape)
+                value = _with_probe(value, probes[name], layout)
         values[variable] = value
         for record in plan.records.get(variable, ()):
             if record.role in roles and record.name not in captured:
-                captured[record.name] = to_rows(jnp.asarray(record.make(read)), record.layout)
+                with placement.within(lie.mesh):
+                    seen = record.make(lambda atom: placement.as_automatic(read(atom)))
+                    rows = to_rows(jnp.asarray(seen), record.layout)
+                captured[record.name] = lie.place(rows)
 
     for variable, value in zip(region.variables, (*region.consts, *arguments), strict=True):
         write(variable, value)
     for eqn in region.eqns:
         operands = [read(atom) for atom in eqn.invars]
         if id(eqn) in plan.inner:
-            results, inner = _run_inner(eqn, plan.inner[id(eqn)], operands, probes, roles)
+            results, inner = _run_inner(eqn, plan.inner[id(eqn)], operands, probes, roles, lie)
             captured.update(inner)
         else:
             results = jaxprs.bind(eqn, *operands)
@@ -105,12 +154,17 @@ def run(
 
 
 def _run_inner(
-    eqn: Any, plan: Instrumentation, operands: list[Any], probes: dict[str, jax.Array], roles: frozenset[str]
+    eqn: Any,
+    plan: Instrumentation,
+    operands: list[Any],
+    probes: dict[str, jax.Array],
+    roles: frozenset[str],
+    lie: RowSharding,
 ) -> tuple[list[Any], dict[str, jax.Array]]:
     own = {name: probes[name] for name in plan.shapes if name in probes}
     if eqn.primitive.name in jaxprs.REMAT:
         block = jax.checkpoint(
-            lambda arguments, inner_probes: run(plan, arguments, inner_probes, roles),
+            lambda arguments, inner_probes: run(plan, arguments, inner_probes, roles, lie),
             policy=eqn.params["policy"],
             prevent_cse=eqn.params["prevent_cse"],
         )
@@ -119,7 +173,7 @@ def _run_inner(
     consts = operands[:n_consts]
 
     def body(carry: list[Any], scanned: tuple[list[Any], dict[str, jax.Array]]) -> tuple[list[Any], Any]:
-        results, captured = run(plan, [*consts, *carry, *scanned[0]], scanned[1], roles)
+        results, captured = run(plan, [*consts, *carry, *scanned[0]], scanned[1], roles, lie)
         return results[:n_carry], (results[n_carry:], captured)
 
     carry, (outputs, captured) = lax.scan(
@@ -140,15 +194,17 @@ class Instrumented(NamedTuple):
       table: its sites.
       plan: how it is run.
       output_tree: structure of what the function returns.
+      lie: how what it observes lies.
     """
 
     table: SiteTable
     plan: Instrumentation
     output_tree: Any
+    lie: RowSharding
 
     def probes(self) -> dict[str, jax.Array]:
         """Zero probes for every site."""
-        return {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in self.plan.shapes.items()}
+        return {name: self.lie.place(jnp.zeros(shape.shape, shape.dtype)) for name, shape in self.plan.shapes.items()}
 
     def __call__(
         self,
@@ -163,14 +219,15 @@ class Instrumented(NamedTuple):
         wanted = (("input", inputs), ("output", outputs), ("patches", patches))
         roles = frozenset(role for role, want in wanted if want)
         arguments = jax.tree.leaves((params, *args))
-        results, captured = run(self.plan, arguments, probes or {}, roles)
+        with self.lie.context():
+            results, captured = run(self.plan, arguments, probes or {}, roles, self.lie)
         return jax.tree.unflatten(self.output_tree, results), captured
 
 
 def instrument(function: Callable[..., Any], params: PyTree, *args: Any) -> Instrumented:
     """Traces ``function(params, *args)`` once and finds its sites; call it inside `jit`."""
     plan, table, shapes = plan_of(function, params, *args)
-    return Instrumented(table, plan, jax.tree.structure(shapes))
+    return Instrumented(table, plan, jax.tree.structure(shapes), _row_sharding(params, args))
 
 
 def capture(function: Callable[..., Any], params: PyTree, *args: Any) -> tuple[PyTree, Captured]:

@@ -7,13 +7,14 @@ from typing import Any, Literal, get_args
 
 from jaxtyping import Array, Float
 
-from tvjax.merge.base import PyTree, Vectors, merge_leaves, weighted_sum, wide
+from tvjax.merge.base import PyTree, Vectors, merge_leaves, over_meshes, weighted_sum, wide
 from tvjax.merge.leaf_report import Report
 from tvjax.merge.settings import Settings, require, resolve_each
 
 Over = Literal["weights", "vectors"]
 
 
+@over_meshes
 def average(
     taus: Sequence[PyTree], *, weights: Settings = 1.0, over: Over = "weights", report: Report | None = None
 ) -> PyTree:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from tvjax import tree
+from tvjax import placement, tree
 from tvjax.factors import dense
 from tvjax.finite import check_finite
 from tvjax.merge.leaf_report import Report, tell
@@ -28,6 +28,9 @@ Leaf = Any  # of a JAX or a NumPy array
 Scope = Literal["vector", "leaf"]  # what is measured: the whole task vector, or each leaf by itself
 
 _IN_FLIGHT = 2  # leaves whose programs run at once
+
+over_meshes = placement.automatic(lambda taus, *_, **__: taus[0])
+"""Decorator of a merge: task vectors may lie over any mesh, and the merged one lies like the first."""
 
 
 class Vectors:
@@ -92,6 +95,10 @@ class Vectors:
     def leaves(self, path: str) -> list[Leaf]:
         """That leaf of every vector, as stored."""
         return [flat[path] for flat in self.flat]
+
+    def place(self, path: str, merged: Array) -> Array:
+        """A merged leaf, lying as that of the first vector does."""
+        return placement.like(merged, self.flat[0][path])
 
     def tree(self, merged: Mapping[str, Any]) -> PyTree:
         """The merged leaves in the structure of the first vector."""
@@ -162,7 +169,7 @@ def merge_leaves(
     """
     merged = {}
     for path, (leaf, measures) in over_leaves(vectors, rule, *arguments, options=options):
-        merged[path] = leaf
+        merged[path] = vectors.place(path, leaf)
         tell(report, path, vectors.shape(path), name, measures)
     return vectors.tree(merged)
 

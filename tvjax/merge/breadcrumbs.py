@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt32
 
-from tvjax.merge.base import PyTree, Vectors, merge_leaves, wide
+from tvjax.merge.base import PyTree, Vectors, merge_leaves, over_meshes, wide
 from tvjax.merge.combine import Combine, check_combine, combined
 from tvjax.merge.leaf_report import Report
 from tvjax.merge.settings import Settings, check_votes, require, resolve_each
@@ -18,6 +18,7 @@ from tvjax.merge.threshold import kth_largest, magnitudes, patterns
 from tvjax.renamed import warn
 
 
+@over_meshes
 def breadcrumbs(
     taus: Sequence[PyTree],
     *,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvjax.layers import stack, unstack
+from tvjax.merge.base import over_meshes
 
 PyTree = Any
 
@@ -35,6 +36,7 @@ def by_layer(merge: Callable[..., PyTree], stacks: str | Sequence[str], axis: in
     [[1.0], [1.5], [2.0]]
     """
 
+    @over_meshes
     def merged(taus: Sequence[PyTree], *arguments: Any, **options: Any) -> PyTree:
         return stack(merge([unstack(tau, stacks, axis) for tau in taus], *arguments, **options), stacks, axis)
 

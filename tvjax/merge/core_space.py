@@ -9,16 +9,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tvjax import tree
+from tvjax import placement, tree
 from tvjax.align.decompositions import svd
 from tvjax.align.products import product
 from tvjax.factors import LowRank, is_low_rank
 from tvjax.merge.adapters import Adapter, compress
-from tvjax.merge.base import PyTree, Vectors
+from tvjax.merge.base import PyTree, Vectors, over_meshes
 from tvjax.merge.knots import Merge
 from tvjax.merge.leaf_report import Report, tell
 
 
+@over_meshes
 def core_space(
     taus: Sequence[PyTree], merge: Merge, *, rank: int | None = None, report: Report | None = None
 ) -> PyTree:
@@ -54,8 +55,8 @@ def core_space(
         raise ValueError(f"rank must be 1 or more, found {rank}")
     vectors = Vectors(taus, factors=True)
     shared = {
-        path: _shared([flat[path] for flat in vectors.flat])
-        for path in vectors.paths
+        path: _spread([flat[path] for flat in vectors.flat], turn)
+        for turn, path in enumerate(vectors.paths)
         if all(is_low_rank(flat[path]) for flat in vectors.flat)
         and len({(flat[path].layers, flat[path].cut) for flat in vectors.flat}) == 1
         and any(flat[path].rank for flat in vectors.flat)
@@ -93,6 +94,17 @@ class _Shared(NamedTuple):
     left: Array
     cores: Array
     right: Array
+
+
+def _spread(leaves: Sequence[LowRank], turn: int) -> _Shared:
+    """`_shared` on one device, lying as the leaves do."""
+    found = placement.on_one_device(turn, _shared, list(leaves))
+    return _Shared(
+        *(
+            placement.like(x, leaf)
+            for x, leaf in zip(found, (leaves[0].left, leaves[0].left, leaves[0].right), strict=True)
+        )
+    )
 
 
 @jax.jit

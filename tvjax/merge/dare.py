@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, UInt32
 
-from tvjax.merge.base import PyTree, Vectors, merge_leaves, wide
+from tvjax.merge.base import PyTree, Vectors, merge_leaves, over_meshes, wide
 from tvjax.merge.combine import Combine, check_combine, combined
 from tvjax.merge.leaf_report import Report
 from tvjax.merge.random_bits import entry_bits, words
 from tvjax.merge.settings import Settings, check_votes, densities_of, resolve_each
 
 
+@over_meshes
 def dare(
     taus: Sequence[PyTree],
     *,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, UInt32
 
-from tvjax.merge.base import PyTree, Vectors, merge_leaves, wide
+from tvjax.merge.base import PyTree, Vectors, merge_leaves, over_meshes, wide
 from tvjax.merge.combine import Combine, check_combine, combined
 from tvjax.merge.leaf_report import Report
 from tvjax.merge.random_bits import entry_bits, words
@@ -22,6 +22,7 @@ from tvjax.merge.views import Matrices, leaf_axes
 Ranked = Literal["unit", "leaf"]
 
 
+@over_meshes
 def della(
     taus: Sequence[PyTree],
     *,

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from tvjax import tree
+from tvjax import placement, tree
 from tvjax.finite import check_finite
-from tvjax.merge.base import PyTree, Vectors, merge_leaves, stack, wide
+from tvjax.merge.base import PyTree, Vectors, merge_leaves, over_meshes, stack, wide
 from tvjax.merge.leaf_report import Report
 from tvjax.merge.matrices import total
 from tvjax.merge.settings import Settings, check_votes, resolve_each
@@ -21,6 +21,7 @@ from tvjax.stages import Batch, Model
 from tvjax.walk import Walk
 
 
+@over_meshes
 def fisher(
     taus: Sequence[PyTree],
     fishers: Sequence[PyTree],
@@ -64,6 +65,7 @@ def fisher(
 
 
 @renamed_arguments(host="offload")
+@placement.automatic(lambda model, *_, **__: model.params)
 def diagonal_fisher(
     model: Model,
     batches: Sequence[Batch],

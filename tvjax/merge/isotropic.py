@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from tvjax.align.procrustes import default_rank_tolerance
 from tvjax.align.products import product
-from tvjax.merge.base import PyTree
+from tvjax.merge.base import PyTree, over_meshes
 from tvjax.merge.leaf_report import Report
 from tvjax.merge.matrices import BATCH_BYTES, Others, merge_matrices, total
 from tvjax.merge.settings import Settings
@@ -24,6 +24,7 @@ Method = Literal["gram", "svd"]
 Side = Literal["input", "output"]
 
 
+@over_meshes
 def iso_c(
     taus: Sequence[PyTree],
     *,
@@ -68,6 +69,7 @@ def iso_c(
     )
 
 
+@over_meshes
 def iso_cts(
     taus: Sequence[PyTree],
     *,

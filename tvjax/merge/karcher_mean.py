@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from tvjax.merge.base import PyTree, Scope, Vectors
+from tvjax.merge.base import PyTree, Scope, Vectors, over_meshes
 from tvjax.merge.inner_products import merge_by_products
 from tvjax.merge.leaf_report import Report
 from tvjax.merge.settings import Settings, check_votes, resolve_each
@@ -17,6 +17,7 @@ from tvjax.merge.settings import Settings, check_votes, resolve_each
 _SMALL = 1e-6
 
 
+@over_meshes
 def karcher_mean(
     taus: Sequence[PyTree],
     *,

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from tvjax import tree
+from tvjax import placement, tree
 from tvjax.align.decompositions import qr, svd
 from tvjax.align.procrustes import default_rank_tolerance
 from tvjax.align.products import product
 from tvjax.merge.adapters import Adapter, Adapters, check_adapters
-from tvjax.merge.base import PyTree, Vectors, stack, wide
+from tvjax.merge.base import PyTree, Vectors, over_meshes, stack, wide
 from tvjax.merge.leaf_report import Report, tell
 from tvjax.merge.spectral import Method, check_method, leading
 from tvjax.merge.views import Matrices, Part, as_matrix, from_matrix, join, leaf_axes, parts
@@ -24,6 +24,7 @@ Merge = Callable[[Sequence[PyTree]], PyTree]
 Side = Literal["input", "output"]
 
 
+@over_meshes
 def knots(
     taus: Sequence[PyTree],
     merge: Merge,
@@ -78,13 +79,14 @@ def knots(
     axes = leaf_axes(shapes, matrices)
     inner = {path: _named(parts(path, shapes[path], axes[path])) for path in vectors.paths}
     kernels = [path for path in vectors.paths if "i" in axes[path] and 0 not in shapes[path]]
-    found = _determined(
-        {
-            name: _coordinates([part.of(leaf) for leaf in vectors.leaves(path)], part.axes, side, rank, method)
-            for path in kernels
-            for name, part in inner[path].items()
-        }
-    )
+    found = {}
+    for turn, (name, part) in enumerate((name, part) for path in kernels for name, part in inner[path].items()):
+        leaves = [part.of(leaf) for leaf in vectors.leaves(part.path)]
+        rule = partial(_coordinates, axes=part.axes, side=side, rank=rank, method=method)
+        shared = placement.on_one_device(turn, rule, leaves)
+        basis, coordinates = (placement.like(x, leaves[0]) for x in (shared.basis, shared.coordinates))
+        found[name] = _Shared(coordinates, basis, shared.rank)
+    found = _determined(found)
     given = []
     for number, flat in enumerate(vectors.flat):
         pieces: dict[str, Any] = {
@@ -101,10 +103,13 @@ def knots(
             merged[name] = from_matrix(whole, part.shape, part.axes)
     for path, names in inner.items():
         ranks = [found[name].basis.shape[0] for name in names if name in found]
-        rule = "merged in a shared basis" if ranks else "merged as it is"
-        tell(report, path, shapes[path], rule, {"rank": ranks if len(ranks) > 1 else ranks[0]} if ranks else None)
+        how = "merged in a shared basis" if ranks else "merged as it is"
+        tell(report, path, shapes[path], how, {"rank": ranks if len(ranks) > 1 else ranks[0]} if ranks else None)
     return vectors.tree(
-        {path: join([merged[name] for name in names], shapes[path], axes[path]) for path, names in inner.items()}
+        {
+            path: vectors.place(path, join([merged[name] for name in names], shapes[path], axes[path]))
+            for path, names in inner.items()
+        }
     )
 
 
@@ -187,7 +192,7 @@ def _check(side: str, rank: int | None) -> None:
         raise ValueError(f"rank must be 1 or more, found {rank}")
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+@partial(jax.jit, static_argnames=("axes", "side", "rank", "method"))
 def _coordinates(leaves: Sequence[Any], axes: str, side: Side, rank: int | None, method: Method) -> _Shared:
     """The updates (for the input side their transposes) in a basis of their columns."""
     matrices = stack([as_matrix(leaf, axes) for leaf in wide(leaves)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial, reduce
 from typing import Any, Literal, get_args
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from tvjax import placement
 from tvjax.merge.base import Leaf, PyTree, Vectors, stack, weighted_sum, wide
 from tvjax.merge.leaf_report import Report, tell
 from tvjax.merge.settings import Settings, require, resolve_each
@@ -66,26 +67,50 @@ def merge_matrices(
     kernels = {path: each for path, each in stacks.items() if "i" in axes[path] and 0 not in shapes[path]}
     merged: dict[str, Array] = {}
     pieces: dict[str, list[Array]] = defaultdict(list)
-    for batch in by_shape([part for each in kernels.values() for part in each], len(vectors), batch_bytes):
-        found = run_matrices(
-            _Weighted(rule),
-            tuple(part.axes for part in batch),
-            [[part.of(leaf) for leaf in vectors.leaves(part.path)] for part in batch],
-            np.stack([numbers[part.name] for part in batch]),
-        )
-        jax.block_until_ready(found)  # before the next batch takes memory
+    batches = by_shape([part for each in kernels.values() for part in each], len(vectors), batch_bytes)
+    for batch, found in _side_by_side(_Weighted(rule), batches, vectors, numbers):
         for part, piece in zip(batch, found, strict=True):
             pieces[part.path].append(piece)
             if len(pieces[part.path]) == len(kernels[part.path]):
                 path = part.path
-                merged[path] = join(pieces.pop(path), shapes[path], axes[path])
+                merged[path] = vectors.place(path, join(pieces.pop(path), shapes[path], axes[path]))
                 tell(report, path, shapes[path], _rule(kernels[path], axes[path], matrices))
     for path in vectors.paths:
         if path not in merged:
             factors = _others(others, [numbers[part.name] for part in stacks[path]])
-            merged[path] = weighted(vectors.leaves(path), _along(factors, shapes[path], axes[path]))
+            averaged = weighted(vectors.leaves(path), _along(factors, shapes[path], axes[path]))
+            merged[path] = vectors.place(path, averaged)
             tell(report, path, shapes[path], "zeroed by rule" if others == "zero" else "averaged")
     return vectors.tree(merged)
+
+
+def _side_by_side(
+    rule: Callable[..., Float[Array, "inputs outputs"]],
+    batches: Iterable[list[Part]],
+    vectors: Vectors,
+    numbers: Mapping[str, np.ndarray],
+) -> Iterator[tuple[list[Part], list[Float[Array, "*shape"]]]]:
+    """The rule on one batch of matrices after the other, in order.
+
+    Matrices that are spread over devices are gathered to one of them, in turn: a batch on each device at a time.
+    """
+    devices = max(placement.devices(leaf) for flat in vectors.flat for leaf in flat.values())
+    under_way: deque[tuple[list[Part], list[Leaf], list[Array]]] = deque()
+
+    def finished() -> tuple[list[Part], list[Array]]:
+        batch, first, found = under_way.popleft()
+        jax.block_until_ready(found)
+        return batch, [placement.like(piece, leaf) for piece, leaf in zip(found, first, strict=True)]
+
+    for turn, batch in enumerate(batches):
+        if len(under_way) == devices:  # before the next batch takes memory
+            yield finished()
+        leaves = [[part.of(leaf) for leaf in vectors.leaves(part.path)] for part in batch]
+        axes, weights = tuple(part.axes for part in batch), np.stack([numbers[part.name] for part in batch])
+        found = placement.on_one_device(turn, partial(run_matrices, rule, axes), leaves, weights)
+        under_way.append((batch, [each[0] for each in leaves], found))
+    while under_way:
+        yield finished()
 
 
 def by_shape(pieces: Iterable[Part], vectors: int, batch_bytes: int) -> Iterator[list[Part]]:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tvjax.merge.base import PyTree, Scope, Vectors
+from tvjax.merge.base import PyTree, Scope, Vectors, over_meshes
 from tvjax.merge.inner_products import merge_by_products
 from tvjax.merge.leaf_report import Report
 
 
+@over_meshes
 def model_stock(taus: Sequence[PyTree], *, scope: Scope = "leaf", report: Report | None = None) -> PyTree:
     """``t`` times the mean, with ``t = k cos / (1 + (k - 1) cos)`` of the mean cosine between k task vectors.
 

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from tvjax import tree
+from tvjax import placement, tree
 from tvjax.align import moments
 from tvjax.align.products import product
 from tvjax.align.rows import check_streams, on_tokens, padding_mask, row_axes
 from tvjax.capture import Site, SiteTable
 from tvjax.capture.views import apply_view
 from tvjax.finite import check_finite
-from tvjax.merge.base import PyTree, Vectors, stack, weighted_sum
+from tvjax.merge.base import PyTree, Vectors, over_meshes, stack, weighted_sum
 from tvjax.merge.leaf_report import Report, tell
 from tvjax.merge.matrices import total, weighted
 from tvjax.merge.settings import Settings, check_votes, resolve_each
@@ -41,6 +41,7 @@ class Grams(NamedTuple):
     left_out: dict[str, str]
 
 
+@over_meshes
 def regmean(
     taus: Sequence[PyTree],
     grams: Sequence[Mapping[str, Float[Array, "*layers inputs inputs"]]],
@@ -87,20 +88,22 @@ def regmean(
     check_votes(numbers)
     _check(vectors, grams, shrink, ridge)
     merged = {}
-    for path in vectors.paths:
+    for turn, path in enumerate(vectors.paths):
         shares = numbers[path] / numbers[path].sum()
         if path in grams[0]:
-            matrices = [each[path] for each in grams]
-            merged[path] = _solve(vectors.leaves(path), matrices, shares, np.float32(shrink), np.float32(ridge))
+            arguments = (vectors.leaves(path), [each[path] for each in grams], shares)
+            merged[path] = placement.on_one_device(turn, _solve, *arguments, np.float32(shrink), np.float32(ridge))
             rule = "regression on the inputs"
         else:
             merged[path] = weighted(vectors.leaves(path), shares)
             rule = "averaged: no Gram matrix"
+        merged[path] = vectors.place(path, merged[path])
         tell(report, path, vectors.shape(path), rule)
     return vectors.tree(merged)
 
 
 @renamed_arguments(host="offload")
+@placement.automatic(lambda *_, **__: ())
 def input_grams(
     model: Model,
     batches: Sequence[Batch],

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, UInt32
 
-from tvjax.merge.base import PyTree, Vectors, merge_leaves, weighted_sum, wide
+from tvjax.merge.base import PyTree, Vectors, merge_leaves, over_meshes, weighted_sum, wide
 from tvjax.merge.combine import elected_mean
 from tvjax.merge.entries import sum_entries
 from tvjax.merge.leaf_report import Report
@@ -19,6 +19,7 @@ from tvjax.merge.settings import Setting, require, resolve
 from tvjax.merge.threshold import kept, kth_largest, patterns
 
 
+@over_meshes
 def sce(taus: Sequence[PyTree], *, density: Setting = 0.1, report: Report | None = None) -> PyTree:
     """Keeps the entries on which the vectors differ most, and weighs the vectors by what is left of them.
 

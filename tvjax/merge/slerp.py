@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from tvjax.merge.base import PyTree, Scope, Vectors
+from tvjax.merge.base import PyTree, Scope, Vectors, over_meshes
 from tvjax.merge.inner_products import merge_by_products
 from tvjax.merge.leaf_report import Report
 from tvjax.merge.settings import Setting, require, resolve
@@ -16,6 +16,7 @@ from tvjax.merge.settings import Setting, require, resolve
 _STRAIGHT = 1e-3  # sine of the angle below which the arc is a line
 
 
+@over_meshes
 def slerp(
     taus: Sequence[PyTree],
     *,

@@ -7,11 +7,12 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from tvjax.merge.base import PyTree, Vectors, merge_leaves, weighted_sum, wide
+from tvjax.merge.base import PyTree, Vectors, merge_leaves, over_meshes, weighted_sum, wide
 from tvjax.merge.leaf_report import Report
 from tvjax.merge.settings import Settings, resolve_each
 
 
+@over_meshes
 def task_arithmetic(taus: Sequence[PyTree], *, weights: Settings = 1.0, report: Report | None = None) -> PyTree:
     """``sum_i w_i tau_i``.
 

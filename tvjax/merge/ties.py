@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt32
 
-from tvjax.merge.base import PyTree, Scope, Vectors, check_scope, merge_leaves, wide
+from tvjax.merge.base import PyTree, Scope, Vectors, check_scope, merge_leaves, over_meshes, wide
 from tvjax.merge.combine import Elect, Over, elected_mean, mass
 from tvjax.merge.leaf_report import Report
 from tvjax.merge.settings import Settings, check_votes, require, resolve_each
 from tvjax.merge.threshold import kept, kth_largest, kth_largest_of_all, magnitudes, patterns
 
 
+@over_meshes
 def ties(
     taus: Sequence[PyTree],
     *,

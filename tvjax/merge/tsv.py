@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tvjax.align.products import product
-from tvjax.merge.base import PyTree
+from tvjax.merge.base import PyTree, over_meshes
 from tvjax.merge.leaf_report import Report
 from tvjax.merge.matrices import BATCH_BYTES, Others, merge_matrices
 from tvjax.merge.settings import Settings
@@ -18,6 +18,7 @@ from tvjax.merge.spectral import Method, check_method, leading, one_by_one, pola
 from tvjax.merge.views import Matrices
 
 
+@over_meshes
 def tsv_m(
     taus: Sequence[PyTree],
     *,

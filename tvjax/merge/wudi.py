@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Float
 
 from tvjax.align.products import product
-from tvjax.merge.base import PyTree
+from tvjax.merge.base import PyTree, over_meshes
 from tvjax.merge.leaf_report import Report
 from tvjax.merge.matrices import BATCH_BYTES, Others, merge_matrices, total
 from tvjax.merge.settings import Settings
@@ -22,6 +22,7 @@ from tvjax.merge.views import Matrices
 Solver = Literal["closed", "adam"]
 
 
+@over_meshes
 def wudi(
     taus: Sequence[PyTree],
     *,

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from tvjax import tree
+from tvjax.placement import automatic
 from tvjax.stages import PyTree, Stage, Stream
 
 
@@ -258,8 +259,9 @@ class StageFunction:
         self._name = module_class.__name__
         self.parameters = parameters(module)
 
+    @automatic(lambda self, params, carry: carry)
     def __call__(self, params: PyTree, carry: PyTree) -> PyTree:
-        """Runs the module with these parameters."""
+        """Runs the module with these parameters; what it returns lies like the examples that it is of."""
         return nnx.merge(self._graphdef, nnx.State(params))(carry)
 
     def __repr__(self) -> str:
