@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from flax.core import freeze
 
 import tvjax as tv
 from tvjax import tree
@@ -77,6 +79,51 @@ def test_gradients_pass():
     assert not np.any(grads["norm"]["scale"][0])
 
 
+def test_states_of_nnx_and_frozen_collections_keep_their_kind():
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap
+    def make(rngs):
+        return nnx.Linear(2, 3, rngs=rngs)
+
+    graph, state = nnx.split(nnx.Dict(blocks=make(nnx.Rngs(0))))
+    for params in (state, freeze(nnx.to_pure_dict(state))):
+        apart = tv.unstack(params, "blocks")
+        assert type(apart) is type(params) and apart["blocks"]["2"]["kernel"].shape == (2, 3)
+        assert_same(tv.stack(apart, "blocks"), params)
+    assert nnx.merge(graph, tv.stack(tv.unstack(state, "blocks"), "blocks")).blocks.kernel.shape == (3, 2, 3)
+
+
+def pair_of_layers(params, carry):
+    """The body of a scan whose block holds two unlike layers, local and global."""
+    x = carry["hidden"] + jnp.tanh(carry["hidden"] @ params["local"]["kernel"])
+    return {**carry, "hidden": x * params["global"]["scale"]}
+
+
+def stacked_model(axis, depth=3, function=None):
+    draw = np.random.default_rng(0).normal
+    blocks = [{"local": {"kernel": draw(size=(4, 4))}, "global": {"scale": draw(size=4)}} for _ in range(depth)]
+    params = {"embed": jnp.ones((4, 4)), "decoder": {"layers": jax.tree.map(lambda *x: jnp.stack(x, axis), *blocks)}}
+    stages = (
+        tv.Stage("embed", lambda p, x: {"hidden": x @ p["embed"], "count": jnp.zeros(())}, (("embed", "embed"),)),
+        tv.Stage(
+            "blocks", function or tv.scanned(pair_of_layers, axis), (("", "decoder/layers"),), fixed=("local/kernel",)
+        ),
+    )
+    return tv.Model(jax.tree.map(lambda x: x.astype(jnp.float32), params), stages)
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_a_scanned_stage_becomes_one_for_each_layer(axis):
+    model = stacked_model(axis)
+    apart = tv.unstack(model, "decoder/layers", axis)
+    assert [stage.name for stage in apart.stages] == ["embed", "blocks/0", "blocks/1", "blocks/2"]
+    assert {stage.group for stage in apart.stages[1:]} == {"blocks"} and apart.stages[2].fixed == ("local/kernel",)
+    assert {stage.function for stage in apart.stages[1:]} == {pair_of_layers}
+    x = jnp.eye(4)
+    np.testing.assert_allclose(apart(x)["hidden"], model(x)["hidden"], rtol=1e-6)
+    assert_same(tv.stack(apart.params, "decoder/layers", axis), model.params)
+
+
 ODD = {"w": jnp.ones((2, 3)), "s": jnp.ones(4)}
 BAD = {
     "nothing": (lambda: tv.unstack(scanned()[0], "block"), "'block' matches none of .*nearest: 'blocks'"),
@@ -85,6 +132,14 @@ BAD = {
     "a gap": (lambda: tv.stack({"b": {"0": ODD, "2": ODD}}, "b"), r"holds no layers.*\['0', '2'\]"),
     "no numbers": (lambda: tv.stack({"b": ODD}, "b"), r"holds no layers.*\['s', 'w'\]"),
     "an array": (lambda: tv.stack({"b": jnp.ones(2)}, "b"), "holds no layers.*Array"),
+    "a stage of its own": (
+        lambda: tv.unstack(stacked_model(0, function=pair_of_layers), "decoder/layers"),
+        r"stage 'blocks' reads, in a function of its own, \['decoder/layers'\].*scanned\(layer, axis=0\), \(\('', ",
+    ),
+    "another axis": (
+        lambda: tv.unstack(stacked_model(1, depth=4), "decoder/layers", -1),
+        "stage 'blocks' scans axis 1 of .*axis -1",
+    ),
     "unlike": (lambda: tv.stack({"b": [ODD, {**ODD, "s": jnp.ones(3)}]}, "b"), r"(?s)b/0 and b/1 cannot.*s: "),
 }
 

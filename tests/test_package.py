@@ -13,8 +13,8 @@ import tvjax
 ROOT = Path(tvjax.__file__).parent
 # Each floor imports only from those before it.
 FLOORS = [
-    "tree", "finite", "arithmetic", "layers", "capture", "stages", "walk", "per_example", "align", "transport", "merge",
-    "compose", "models",
+    "tree", "finite", "arithmetic", "stages", "layers", "capture", "walk", "per_example", "align", "transport", "merge",
+    "compose", "models", "interop",
     "checkpoints", "data", "tasks", "evaluate", "report", "jobs", "demo", "cli",
 ]  # fmt: skip
 

@@ -7,7 +7,7 @@ import pytest
 
 import tvjax as tv
 from tvjax import tree
-from tvjax.truncate import truncate
+from tvjax.truncate import not_smaller, truncate
 
 
 def matrix(rows, columns, decay=0.7, seed=0):
@@ -30,6 +30,14 @@ def test_it_is_the_nearest_of_its_rank_and_says_how_near():
         error = np.linalg.norm(np.asarray(leaf) - dense) / np.linalg.norm(dense)
         np.testing.assert_allclose([row.error, error], tail(dense, 3), rtol=1e-4)
     np.testing.assert_allclose(sum(row.share for row in rows), 1, rtol=1e-6)
+
+
+def test_factors_that_are_no_smaller_than_their_matrix_are_named():
+    rows = []
+    tv.low_rank({"wide": matrix(4, 20), "square": matrix(6, 6)}, 3, report=rows.append)
+    (note,) = not_smaller(rows)
+    assert "of 1 of 2 layers" in note and "square: rank 3 of 6x6" in note
+    assert not_smaller(rows[:1] if rows[0].path == "wide" else rows[1:]) == ()
 
 
 def test_energy_is_the_least_rank_that_holds_it():

@@ -4,14 +4,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tvjax import capture, checkpoints, compose, data, evaluate, jobs, merge, models, tasks, transport, tree
+    from tvjax import (
+        capture,
+        checkpoints,
+        compose,
+        data,
+        evaluate,
+        interop,
+        jobs,
+        merge,
+        models,
+        tasks,
+        transport,
+        tree,
+    )
     from tvjax.arithmetic import add, analogy, apply, interpolate, negate, scale, task_vector
     from tvjax.checkpoints import from_pretrained as load
     from tvjax.checkpoints import load_tree as load_task_vector
     from tvjax.checkpoints import save_pretrained as save
     from tvjax.checkpoints import save_tree as save_task_vector
+    from tvjax.citations import cite
     from tvjax.factors import LowRank
-    from tvjax.layers import stack, unstack
+    from tvjax.layers import scanned, stack, unstack
     from tvjax.stages import Batch, Model, Stage, Stream, single_stage
     from tvjax.transport.base import State, Transport, chain, identity, scale_by
     from tvjax.transport.bico import bico
@@ -27,8 +41,9 @@ if TYPE_CHECKING:
 # Public names by module, imported on first use: the command line starts without JAX.
 _NAMES = {
     "arithmetic": ("add", "analogy", "apply", "interpolate", "negate", "scale", "task_vector"),
+    "citations": ("cite",),
     "factors": ("LowRank",),
-    "layers": ("stack", "unstack"),
+    "layers": ("scanned", "stack", "unstack"),
     "stages": ("Batch", "Model", "Stage", "Stream", "single_stage"),
     "transport.plan": ("plan",),
     "truncate": ("low_rank",),
@@ -45,7 +60,8 @@ _HOMES = {name: (f"tvjax.{module}", name) for module, names in _NAMES.items() fo
     "transport_stages": ("tvjax.transport.fit", "transport_stages"),  # an old name, which warns where it is called
 }
 _MODULES = (
-    *("capture", "checkpoints", "compose", "data", "evaluate", "jobs", "merge", "models", "tasks", "transport", "tree"),
+    *("capture", "checkpoints", "compose", "data", "evaluate", "interop", "jobs", "merge", "models", "tasks"),
+    *("transport", "tree"),
 )
 _RENAMED = {"Rows": "Stream"}
 
@@ -87,12 +103,14 @@ __all__ = [
     "capture",
     "chain",
     "checkpoints",
+    "cite",
     "compose",
     "data",
     "evaluate",
     "fit",
     "gradfix",
     "identity",
+    "interop",
     "interpolate",
     "jobs",
     "leaf_report",
@@ -108,6 +126,7 @@ __all__ = [
     "save_task_vector",
     "scale",
     "scale_by",
+    "scanned",
     "single_stage",
     "stack",
     "task_vector",

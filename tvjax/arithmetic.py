@@ -16,12 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tvjax import factors, tree
+from tvjax import factors, placement, tree
 from tvjax.factors import is_low_rank
 
 PyTree = Any
+_like_first = placement.automatic(lambda first, *_, **__: first)
 
 
+@_like_first
 def task_vector(pretrained: PyTree, finetuned: PyTree) -> PyTree:
     """``tau = theta_ft - theta_0``, the leaves in float32 (float64 where stored so).
 
@@ -60,7 +62,7 @@ def task_vector(pretrained: PyTree, finetuned: PyTree) -> PyTree:
     def difference(path: str, before: Any) -> Any:
         after = theta_ft[path]
         if _is_floating(tree.leaf_type(before)):
-            return _wide(after) - _wide(before)
+            return placement.like(_wide(after) - _wide(before), before)
         if not np.array_equal(before, after):
             raise ValueError(
                 f"the integer leaf {path} differs between the two checkpoints: it is no parameter and has no task "
@@ -71,6 +73,7 @@ def task_vector(pretrained: PyTree, finetuned: PyTree) -> PyTree:
     return tree.map_with_path(difference, pretrained)
 
 
+@_like_first
 def apply(params: PyTree, tau: PyTree, scale: float | jax.Array = 1.0) -> PyTree:
     """``theta = theta_0 + scale * tau``, matched by path, in the stored dtype of `params`.
 
@@ -122,11 +125,13 @@ def apply(params: PyTree, tau: PyTree, scale: float | jax.Array = 1.0) -> PyTree
         if path not in changes:
             return leaf
         base, change = _align(_wide(leaf), _wide(changes[path]))
-        return (base + jnp.asarray(scale, base.dtype) * change).astype(tree.leaf_type(leaf).dtype)
+        edited = (base + jnp.asarray(scale, base.dtype) * change).astype(tree.leaf_type(leaf).dtype)
+        return placement.like(edited, leaf)
 
     return tree.map_with_path(edit, params)
 
 
+@_like_first
 def add(*taus: PyTree) -> PyTree:
     """``sum_i tau_i``: one edit that holds several tasks. A leaf that some of them do not cover is the sum of the rest.
 
@@ -161,6 +166,7 @@ def add(*taus: PyTree) -> PyTree:
     return _map(total, *taus)
 
 
+@_like_first
 def negate(tau: PyTree) -> PyTree:
     """``-tau``: forgets the task.
 
@@ -171,6 +177,7 @@ def negate(tau: PyTree) -> PyTree:
     return tree.map_with_path(lambda path, leaf: factors.scaled(leaf, -1), tau)
 
 
+@_like_first
 def scale(tau: PyTree, factor: float | jax.Array | Mapping[str, Any]) -> PyTree:
     """``factor * tau``, with one factor for all leaves or one by path pattern.
 
@@ -225,6 +232,7 @@ def analogy(a: PyTree, b: PyTree, c: PyTree) -> PyTree:
     return add(c, b, negate(a))
 
 
+@_like_first
 def interpolate(a: PyTree, b: PyTree, t: float | jax.Array) -> PyTree:
     """``(1 - t) a + t b``, for parameters or task vectors: leaf by leaf, in the stored dtype of `a`.
 

@@ -17,8 +17,6 @@ from typing import Any, TypeVar, cast
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from tvjax.tree import is_traced
-
 PyTree = Any
 F = TypeVar("F", bound=Callable[..., Any])
 R = TypeVar("R")
@@ -148,7 +146,7 @@ def on_one_device(turn: int, function: Callable[..., R], *args: Any) -> R:
         return jax.device_put(leaf, order[turn % len(order)])
 
     spread = [leaf for leaf in jax.tree.leaves(args) if devices(leaf) > 1]
-    if not spread or is_traced(args) or not all(leaf.is_fully_addressable for leaf in spread):
+    if not spread or _is_traced(args) or not all(leaf.is_fully_addressable for leaf in spread):
         return function(*args)
     with jax.set_mesh(None):  # the mesh of the user's context has more devices
         return function(*jax.tree.map(gathered, args))
@@ -166,8 +164,11 @@ def devices(leaf: Any) -> int:
 
 def _inside(arguments: PyTree, mesh: AbstractMesh) -> AbstractContextManager[Any]:
     """`within` a mesh where the context, or what is traced, says something else; arrays say it themselves."""
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments, is_leaf=_is_iterator))
-    return within(mesh) if traced or not jax.sharding.get_abstract_mesh().empty else nullcontext()
+    return within(mesh) if _is_traced(arguments) or not jax.sharding.get_abstract_mesh().empty else nullcontext()
+
+
+def _is_traced(tree: PyTree) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree, is_leaf=_is_iterator))
 
 
 def _is_iterator(leaf: Any) -> bool:

@@ -19,6 +19,7 @@ import optax
 
 from tvjax import factors
 from tvjax.factors import is_low_rank
+from tvjax.placement import automatic
 
 PyTree = Any
 
@@ -225,6 +226,7 @@ def _with_prefixes(paths: Sequence[str]) -> list[str]:
     return list(prefixes)
 
 
+@automatic(lambda *_: ())
 def norm(tree: PyTree) -> jax.Array:
     """The Euclidean norm of all leaves together, a float32 scalar (float64 if a leaf is).
 
@@ -236,6 +238,7 @@ def norm(tree: PyTree) -> jax.Array:
     return optax.tree.norm(_wide(cores))
 
 
+@automatic(lambda *_: ())
 def dot(a: PyTree, b: PyTree) -> jax.Array:
     """The inner product of two trees of one structure, a float32 scalar (float64 if a leaf is).
 
@@ -270,6 +273,7 @@ def cosine(a: PyTree, b: PyTree) -> jax.Array:
     return jnp.where(zero, 0, dot(a, b) / jnp.where(zero, 1, norms))
 
 
+@automatic(lambda *_: ())
 def sign_agreement(a: PyTree, b: PyTree) -> jax.Array:
     """The share of the entries, among those where neither tree is zero, at which the signs are the same; 0 of none.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -162,6 +162,23 @@ def check_size(rank: int | None, energy: float | None) -> None:
         raise ValueError(f"rank must be a whole number from 1 on, found {rank!r}")
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy must lie in (0, 1], found {energy!r}: the share of the squared norm to hold")
+
+
+def not_smaller(rows: Sequence[Truncated]) -> tuple[str, ...]:
+    """What to say where factors have as many entries as what they stand for, or more.
+
+    >>> not_smaller([Truncated("kernel", (4, 6), "truncated", 3, 0.1, 1.0)])[0][:62]
+    'of 1 of 1 layers the factors are no smaller than the matrix (k'
+    """
+    kept = [row for row in rows if row.rule == "truncated" and len(row.shape) > 1]
+    large = [row for row in kept if row.rank * (math.prod(row.shape[:-1]) + row.shape[-1]) >= math.prod(row.shape)]
+    if not large:
+        return ()
+    shape = "x".join(map(str, large[0].shape))
+    return (
+        f"of {len(large)} of {len(kept)} layers the factors are no smaller than the matrix ({large[0].path}: rank "
+        f"{large[0].rank} of {shape}): a task vector in full takes no more room and loses nothing",
+    )
 
 
 def _count(values: np.ndarray, rank: int | None, energy: float | None) -> int:

@@ -158,11 +158,11 @@ def test_what_cannot_be_merged(task_vectors, tmp_path, capsys, words, message):
 def test_a_leaf_that_only_some_vectors_cover_counts_as_zero_in_the_others(models, tmp_path, capsys, method):
     base = from_pretrained(models["source"]).identity()
     rng, files, whole = np.random.default_rng(0), [], []
-    for number, name in enumerate(("query", "value")):  # the leaves of two adapters, and one that both have
-        leaves = {f"{part}/kernel": rng.normal(size=(8, 8)).astype(np.float32) for part in (name, "out")}
+    for number, name in enumerate(("0/query", "0/value")):  # the leaves of two adapters, and one that both have
+        leaves = {f"{part}/kernel": rng.normal(size=(8, 8)).astype(np.float32) for part in (name, "0/out")}
         files.append(str(tmp_path / f"{number}.safetensors"))
         save_tree(files[-1], tree.nest(leaves), base)
-        zeros = {f"{part}/kernel": np.zeros((8, 8), np.float32) for part in ("query", "value")}
+        zeros = {f"{part}/kernel": np.zeros((8, 8), np.float32) for part in ("0/query", "0/value")}
         whole.append(str(tmp_path / f"whole{number}.safetensors"))
         save_tree(whole[-1], tree.nest(zeros | leaves), base)
     merged = []
@@ -170,14 +170,29 @@ def test_a_leaf_that_only_some_vectors_cover_counts_as_zero_in_the_others(models
     for inputs, output in ((files, tmp_path / "merged.safetensors"), (whole, tmp_path / "expected.safetensors")):
         assert run(["merge", *inputs, *words, "--output", str(output)]) == 0
         merged.append(tree.flatten(load_tree(output)[0]))
-        assert ("2 leaves (query/kernel, ...) are not covered" in capsys.readouterr().out) == (inputs is files)
-    assert merged[0].keys() == merged[1].keys() == {"query/kernel", "value/kernel", "out/kernel"}
+        assert ("2 leaves (0/query/kernel, ...) are not covered" in capsys.readouterr().out) == (inputs is files)
+    assert merged[0].keys() == merged[1].keys() == {"0/query/kernel", "0/value/kernel", "0/out/kernel"}
     for path, leaf in merged[1].items():
         np.testing.assert_array_equal(merged[0][path], leaf)
         assert np.isfinite(leaf).all()
     rows = json.loads((tmp_path / "merged.leaf_report.json").read_text())["leaves"]
     covered = {row["path"]: row["measures"].get("covered_by") for row in rows}
-    assert covered == {"out/kernel": None, "query/kernel": [0], "value/kernel": [1]}
+    assert covered == {"0/out/kernel": None, "0/query/kernel": [0], "0/value/kernel": [1]}
+
+
+def test_a_merge_around_one_that_draws_at_random_gives_it_the_seed(tmp_path):
+    files, merged = [], []
+    for number in range(2):
+        files.append(str(tmp_path / f"{number}.safetensors"))
+        kernel = np.random.default_rng(number).normal(size=(8, 8)).astype(np.float32)
+        save_tree(files[-1], {"blocks": {"0": {"kernel": kernel}}})
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        output = tmp_path / f"{name}.safetensors"
+        words = ["--method", "lines", "--options", "merge=dare", "--options", "alpha=0.5", "--seed", str(seed)]
+        assert run(["merge", *files, *words, "--output", str(output), "--quiet"]) == 0
+        merged.append(load_tree(output)[0]["blocks"]["0"]["kernel"])
+    np.testing.assert_array_equal(merged[0], merged[1])
+    assert (merged[0] != merged[2]).any()
 
 
 def test_a_merge_never_replaces_its_inputs(task_vectors, tmp_path, capsys):

@@ -1,11 +1,17 @@
 """`tvjax convert`: there and back again, dtypes, and state dicts of open_clip."""
 
+import shutil
+
 import numpy as np
 import pytest
 
 from tvjax import tree
-from tvjax.checkpoints import fingerprint, from_pretrained, load_orbax
+from tvjax.checkpoints import Pretrained, fingerprint, from_pretrained, load_orbax, save_pretrained
+from tvjax.checkpoints.code_trees import find_code_tree
+from tvjax.checkpoints.orbax import stored_tree
 from tvjax.cli.main import run
+from tvjax.models.families import shapes_of
+from tvjax.models.llama import LlamaConfig, Rope, llama
 
 
 def test_orbax_and_back(models, tmp_path, capsys):
@@ -41,6 +47,8 @@ def test_another_dtype(models, tmp_path, kind):
         (["model.pt", "--like", "{source}"], "is a pickle, which is opened only where you say so (--allow-pickle"),
         (["model.pt", "--like", "{source}", "--allow-pickle"], "there is no file 'model.pt'"),
         (["model.pt", "--revision", "main"], "has no revision"),
+        (["{source}", "--to", "tunix"], "known for the model types llama, qwen2, qwen3, found 'CLIPConfig'"),
+        (["{source}", "--no-scan-layers"], "say how trees of MaxText are laid out"),
     ],
 )
 def test_what_cannot_be_converted(models, images, tmp_path, capsys, words, message):
@@ -49,6 +57,46 @@ def test_what_cannot_be_converted(models, images, tmp_path, capsys, words, messa
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    """A Llama whose heads have a power of two for their root, so that nothing is rounded on its way."""
+    rope = Rope(
+        kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=9
+    )
+    config, draw = LlamaConfig(20, 16, 24, 2, 4, 2, head_dim=4, rope=rope), np.random.default_rng(0).normal
+    params = tree.nest({path: draw(size=shape).astype(np.float32) for path, shape in shapes_of(config).items()})
+    folder = tmp_path_factory.mktemp("decoder") / "model"
+    save_pretrained(Pretrained(llama(config, params), config), folder)
+    return folder
+
+
+def test_maxtext_and_tunix_and_back(decoder, tmp_path, capsys):
+    words = [("maxtext", []), ("tunix", []), ("maxtext", ["--no-scan-layers"]), ("huggingface", [])]
+    source = decoder
+    for number, (kind, more) in enumerate(words):
+        assert run(["convert", str(source), "--output", str(tmp_path / str(number)), "--to", kind, *more]) == 0
+        assert f"as {kind}, 4560 parameters, float32" in capsys.readouterr().out
+        source = tmp_path / str(number)
+    assert fingerprint(from_pretrained(source).params) == fingerprint(from_pretrained(decoder).params)
+    stacked = find_code_tree(tmp_path / "0")
+    assert stacked == ("maxtext", tmp_path / "0/0/items", "params/params")
+    assert find_code_tree(tmp_path / "1/0/model_params") == ("tunix", tmp_path / "1/0/model_params", "")
+    shapes = {path: leaf.shape for path, leaf in tree.flatten(stored_tree(stacked.directory)).items()}
+    assert shapes["params/params/decoder/layers/self_attention/query/kernel"] == (16, 2, 4, 4)
+    shutil.move(tmp_path / "0/0/items", tmp_path / "items")  # as a training run leaves it: no config.json
+    for words, message in (
+        ([], "has no config.json"),
+        (["--interleaved", "--like", str(decoder), "--revision", "main"], "has no revision"),
+    ):
+        assert run(["convert", str(tmp_path / "items"), "--output", str(tmp_path / "out"), *words]) == 2
+        assert message in capsys.readouterr().err
+    assert run(["convert", str(tmp_path / "items"), "--output", str(tmp_path / "out"), "--like", str(decoder)]) == 0
+    assert fingerprint(from_pretrained(tmp_path / "out").params) == fingerprint(from_pretrained(decoder).params)
+    shutil.copytree(tmp_path / "2/0", tmp_path / "2/1")
+    assert run(["convert", str(tmp_path / "2"), "--output", str(tmp_path / "third")]) == 2
+    assert "several checkpoints: 0/items 1/items" in " ".join(capsys.readouterr().err.split())
 
 
 def open_clip_tensors(params):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tvjax.data.batches import as_batch, split
-from tvjax.evaluate.scale import choose_scale
+from tvjax.evaluate.scale import choose_scale, choose_scales
 from tvjax.stages import Model, Stage
 
 
@@ -35,6 +35,15 @@ def test_curve_and_choice_match_brute_force(problem):
     assert chosen.scales.tolist() == sorted(scales)
     assert chosen.scale == sorted(scales)[int(np.argmax(curve))] and chosen.accuracy == max(curve)
     assert chosen.accuracy > curve[0]
+
+
+def test_several_task_vectors_are_chosen_for_in_one_pass(problem):
+    model, tau, inputs, labels = problem
+    half = jax.tree.map(lambda leaf: leaf / 2, tau)
+    once = iter(split(as_batch(inputs, labels), 25))  # a second pass would find nothing
+    one, other = choose_scales(model, [(tau, (0.0, 0.5, 1.0)), (half, (1.0, 2.0))], once)
+    assert one.curve[1:].tolist() == other.curve.tolist() and one.scales.tolist() == [0.0, 0.5, 1.0]
+    assert one.curve.tolist() == choose_scale(model, tau, (0, 0.5, 1), as_batch(inputs, labels)).curve.tolist()
 
 
 def test_ties_go_to_the_smallest_scale(problem):

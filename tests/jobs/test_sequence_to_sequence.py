@@ -212,6 +212,15 @@ def test_both_streams_of_other_tokens_are_matched_by_characters(t5s, texts, tmp_
     assert all(np.isfinite(leaf).all() for leaf in edited.values())
 
 
+@pytest.mark.parametrize("command", ["transport", "plan"])
+def test_rotary_maps_of_a_t5_are_refused_before_any_weight_is_read(t5s, texts, tmp_path, capsys, monkeypatch, command):
+    monkeypatch.setattr("tvjax.checkpoints.safetensors.Tensors.read", lambda *_: pytest.fail("weights were read"))
+    given = {"source": t5s["source"], "finetuned": t5s["finetuned"], "target": t5s["foreign"], "method": "theseus"}
+    given |= {"data": texts["answered"], "options": "heads=rotary", "output": str(tmp_path / "out")}
+    assert run([command, *(text for name, value in given.items() for text in (f"--{name}", value))]) == 2
+    assert "no position of the source rotates its heads: use heads='blocks'" in capsys.readouterr().err
+
+
 def test_texts_without_answers_are_refused_before_any_weight_is_read(t5s, texts, capsys, monkeypatch):
     monkeypatch.setattr("tvjax.checkpoints.safetensors.Tensors.read", lambda *_: pytest.fail("weights were read"))
     assert run(["evaluate", t5s["source"], "--data", texts["plain"], "--quiet"]) == 2

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tvjax import jobs, tree
-from tvjax.checkpoints import Pretrained, from_pretrained, save_pretrained
+from tvjax.checkpoints import Pretrained, from_pretrained, save_pretrained, save_tree
 from tvjax.cli.main import run
 from tvjax.data import Encoder
 from tvjax.data.embedded import model_folder
@@ -315,3 +315,36 @@ def test_evaluation_of_what_cannot_be_is_one_line(llamas, texts, capsys, monkeyp
 def test_other_tokenizers_are_no_matter_where_the_answers_are_classes(llamas, texts):
     found = jobs.evaluate(jobs.EvaluateConfig(models=[llamas["wider"], llamas["reordered"]], data=texts["labelled"]))
     assert [row["total"] for row in found.models] == [4, 4] and len(found.pairs) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [("transfusion", "made from Python: tvjax.transfusion"), ("identity", "the method 'identity' is called 'naive'")],
+)
+def test_methods_that_only_python_knows_are_named_with_the_way_out(llamas, capsys, method, message):
+    assert run(["plan", "--source", llamas["source"], "--target", llamas["same"], "--method", method]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_speaks_of_what_it_knows(llamas, texts, tmp_path, capsys):
+    """Of its own methods and options, also where a task vector does not fit."""
+    names = {name: str(tmp_path / f"{name}.safetensors") for name in ("own", "other")}
+    for name, pair in (("own", ("source", "finetuned")), ("other", ("wider", "padded"))):
+        before, after = (from_pretrained(llamas[one]).params["blocks"] for one in pair)
+        save_tree(names[name], {"blocks": jax.tree.map(lambda x, y: y - x, before, after)}, {})
+    given = ["--any-base", "--quiet"]
+    assert (
+        run(["evaluate", llamas["source"], "--task-vector", names["other"], "--data", texts["labelled"], *given]) == 2
+    )
+    assert run(["merge", *names.values(), "--method", "ties", "--output", str(tmp_path / "m.safetensors"), *given]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tvjax: error: ")]
+    assert all("tvjax transport)" in line and "tvjax.fit" not in line for line in lines) and len(lines) == 2
+    found = jobs.transport(
+        jobs.TransportConfig(
+            source=llamas["source"], finetuned=llamas["finetuned"], target=llamas["same"], method="naive",
+            data="nowhere.jsonl", output=tmp_path / "naive",
+        )
+    )  # fmt: skip
+    assert "--data nowhere.jsonl is not read: naive looks at no examples" in found.notes
+    planned = jobs.plan(jobs.PlanConfig(source=llamas["source"], target=llamas["same"], method="naive"))
+    assert {leaf["link"] for leaf in planned.leaves} == {"naive"}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tvjax import merge, tree
+from tvjax import Batch, Model, Stage, merge, tree
 
 KEY = jax.random.key(7)
 
@@ -59,6 +59,18 @@ def with_grams(taus, **options):
     return merge.regmean(taus, grams, **options)
 
 
+def narrow(params, rows):
+    return (rows @ params["kernel"] + params["bias"])[:, :24]
+
+
+def with_rows(taus, **options):
+    """RegMean++ of a linear model of the two blocks, whose base is zero: so it scales with the vectors."""
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape), SHAPES, is_leaf=lambda x: isinstance(x, tuple))
+    model = Model(zeros, tuple(Stage(f"blocks/{i}", narrow, (("", f"blocks/{i}"),)) for i in range(2)))
+    draw = lambda i: jnp.asarray(np.random.default_rng(i).normal(size=(40, 24)), jnp.float32)  # noqa: E731
+    return merge.regmean_plus_plus(taus, model, [[Batch(draw(i))] for i in range(len(taus))], **options)
+
+
 def with_fishers(taus, **options):
     def information(number, leaf):
         return np.random.default_rng(number).uniform(0.1, 1, np.shape(leaf)).astype(np.float32)
@@ -74,6 +86,10 @@ METHODS = {
         merge.slerp, one=None, two={"t": 0.3}, least=2, most=2, tolerance=1e-5, settings={"t": FRACTION[1:] + (1.1,)}
     ),
     "slerp-vector": Method(partial(merge.slerp, scope="vector"), one=None, two={}, least=2, most=2, tolerance=1e-5),
+    "nuslerp": Method(
+        merge.nuslerp, one=None, two={}, least=2, most=2, tolerance=1e-5, settings={"weights": (-1.0, 0.0)}
+    ),
+    "multi_slerp": Method(merge.multi_slerp, two={}, tolerance=1e-5, settings={"weights": VOTES}),
     "karcher_mean": Method(merge.karcher_mean, two={}, tolerance=1e-5, settings={"weights": VOTES}),
     "karcher_mean-vector": Method(partial(merge.karcher_mean, scope="vector"), two={}, tolerance=1e-5),
     "ties": Method(
@@ -121,11 +137,17 @@ METHODS = {
     "iso_c": matrix(merge.iso_c, one=None, zeros="matrices", settings={"weights": ()}),
     "iso_cts": matrix(merge.iso_cts, one=None, settings={"weights": ()}),
     "wudi": matrix(merge.wudi, zeros="matrices", settings={"weights": ()}),
+    "ace": matrix(
+        partial(merge.ace, epsilon=0.0, balance=False), one=None, zeros="matrices", settings={"weights": ()},
+    ),
+    "lines": Method(merge.lines, two={"merge": merge.average}, tolerance=1e-5),
+    "svc": matrix(merge.svc, two={"merge": merge.average}),
     "knots": matrix(
         partial(merge.knots, merge=merge.task_arithmetic), zeros="all", traced=False,
     ),
     "core_space": Method(partial(merge.core_space, merge=merge.task_arithmetic), two=None, zeros="all"),
     "regmean": matrix(with_grams, symmetric=False, two={}, settings={"weights": ()}),
+    "regmean_plus_plus": matrix(with_rows, symmetric=False, two={}),
     "fisher": Method(with_fishers, symmetric=False, two={}, tolerance=1e-5, settings={"weights": ()}),
 }  # fmt: skip
 SHAPES = {

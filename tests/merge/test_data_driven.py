@@ -277,6 +277,54 @@ def test_merged_layer_serves_both_tasks_better_than_the_average():
     assert error(merge.regmean(taus, grams)) < 0.8 * error(merge.average(taus))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_regmean_plus_plus_reads_what_merged_stages_make(tied):
+    """Stage by stage against numpy: every kernel on the inputs that merged stages before it and its own task give."""
+    base, data = make_model(tied), [make_batches((4, 3)), make_batches((6,))]  # of rank 3 in 4 dimensions
+    data[1][0].inputs["x"] *= jnp.asarray([4.0, 0.1, 1.0])
+    taus = [jax.tree.map(lambda leaf, i=i: 0.3 * draw(50 + i, *leaf.shape), base.params) for i in range(2)]
+    rows, told = [], []
+    found = merge.regmean_plus_plus(
+        taus, base, data, weights=[2.0, 1.0], shrink=0.9, report=rows.append, progress=lambda *step: told.append(step)
+    )
+    flat = tree.flatten(found)
+    for stage in ("embed", "blocks/0", "blocks/1", "head"):
+        seen = []
+        for tau, batches in zip(taus, data, strict=True):
+            own = {path: leaf for path, leaf in tree.flatten(tau).items() if path.startswith(stage)}
+            params = jax.tree.map(jnp.add, base.params, tree.replace(found, own))
+            if tied and stage == "head":
+                break
+            seen.append(activations(base.replace(params=params), batches)[0])
+        for path in flat:
+            if seen and path.startswith(stage) and path in seen[0]:
+                kernels = [tree.flatten(tau)[path] for tau in taus]
+                assert_near(flat[path], np_regmean(kernels, [gram(each[path]) for each in seen], (2, 1), 0.9), 1e-4)
+    np.testing.assert_allclose(flat["head/scale"], (2 * taus[0]["head"]["scale"] + taus[1]["head"]["scale"]) / 3)
+    rules = {row.path: row.rule for row in rows}
+    assert rules.keys() == flat.keys() and len(rows) == len(flat)
+    assert {path for path, rule in rules.items() if rule != "regression on the inputs"} == {
+        "blocks/0/up/bias", "blocks/1/up/bias", "head/scale",
+    }  # fmt: skip
+    assert [name for _, _, name in told] == ["embed", "blocks/0", "blocks/1", "head"]
+
+
+def test_regmean_plus_plus_of_a_model_of_one_stage_is_regmean():
+    model = single_stage(lambda p, x: x @ p["kernel"], {"kernel": jnp.asarray(draw(0, 6, 5))})
+    taus = [{"kernel": draw(1 + i, 6, 5)} for i in range(2)]
+    data = [[Batch(jnp.asarray(draw(9 + i, 7, 6)))] for i in range(2)]
+    found = merge.regmean_plus_plus(taus, model, data)["kernel"]
+    grams = [{"kernel": gram(batch.inputs)} for (batch,) in data]
+    assert_near(found, merge.regmean(taus, grams)["kernel"], 1e-5)
+    with pytest.raises(ValueError, match=r"needs batches of its task, found \[1\]"):
+        merge.regmean_plus_plus(taus, model, data[:1])
+    for option, value in (("shrink", 2.0), ("ridge", float("nan")), ("weights", -1.0), ("weights", [1.0])):
+        with pytest.raises(ValueError, match=option):
+            merge.regmean_plus_plus(taus, model, data, **{option: value})
+    with pytest.raises(ValueError, match="the base has no such leaf"):
+        merge.regmean_plus_plus([{"other": tau["kernel"]} for tau in taus], model, data)
+
+
 def test_gram_matrices_need_batches():
     with pytest.raises(ValueError, match="need batches"):
         merge.input_grams(make_model(), [])

@@ -52,11 +52,11 @@ def column(numbers, x):
     return np.reshape(numbers, (-1, *[1] * (x.ndim - 1)))
 
 
-def disjoint_mean(x, weights):
+def disjoint_mean(x, weights, divided=True):
     w = column(weights, x)
     agrees = np.sign(x) == np.sign((w * x).sum(0))
     agrees &= x != 0
-    return (w * x * agrees).sum(0) / np.maximum((w * agrees).sum(0), 1e-300)
+    return (w * x * agrees).sum(0) / (np.maximum((w * agrees).sum(0), 1e-300) if divided else 1)
 
 
 def kth(x, rank):
@@ -241,7 +241,7 @@ def test_della_without_a_spread_is_dare():
         assert_is(della, flat([merge.dare(TAUS, key=KEY, density=0.25, combine=combine)])[0])
 
 
-@pytest.mark.parametrize("combine", ["linear", "ties"])
+@pytest.mark.parametrize("combine", ["linear", "ties", "ties_sum"])
 def test_breadcrumbs(combine):
     expected = {}
     for path, x in leaves():
@@ -251,7 +251,7 @@ def test_breadcrumbs(combine):
             stays = order[int(0.7 * y.size) : y.size - int(0.04 * y.size)]
             kept.append(np.where(np.isin(np.arange(y.size), stays).reshape(y.shape), y, 0))
         total = (column(WEIGHTS, x) * np.stack(kept)).sum(0)
-        expected[path] = total if combine == "linear" else disjoint_mean(np.stack(kept), WEIGHTS)
+        expected[path] = total if combine == "linear" else disjoint_mean(np.stack(kept), WEIGHTS, combine == "ties")
     found = merge.breadcrumbs(TAUS, density=0.26, gamma=0.04, weights=WEIGHTS, combine=combine)
     assert_is(found, expected)
     assert float(found["scale"]) != 0  # a leaf of one entry keeps it

@@ -9,9 +9,9 @@ import pytest
 
 from tvjax import merge
 
-SHAPES = {"up": {"kernel": (16, 24), "bias": (24,)}, "down": {"kernel": (24, 16)}, "stack": (2, 8, 16), "scale": ()}
-LETTERS = {"up/kernel": "io", "down/kernel": "io", "stack": "lio"}
-INNER = {"knots": merge.task_arithmetic, "core_space": merge.task_arithmetic}
+SHAPES = {"0": {"kernel": (16, 24), "bias": (24,)}, "down": {"kernel": (24, 16)}, "stack": (2, 8, 16), "scale": ()}
+LETTERS = {"0/kernel": "io", "down/kernel": "io", "stack": "lio"}
+INNER = dict.fromkeys(("knots", "core_space", "lines", "svc"), merge.task_arithmetic)
 
 
 def vectors(count, seed=0):
@@ -24,7 +24,7 @@ def arguments_of(name, count):
     """What a merge takes beside the vectors."""
     if name == "regmean":
         rows = np.random.default_rng(1).normal(size=(count, 40, 16)).astype(np.float32)
-        return ([{"up/kernel": jnp.asarray(x.T @ x)} for x in rows],)
+        return ([{"0/kernel": jnp.asarray(x.T @ x)} for x in rows],)
     return ([jax.tree.map(jnp.square, tau) for tau in vectors(count, 2)],) if name == "fisher" else ()
 
 
@@ -36,7 +36,7 @@ def merged(name, taus, *arguments):
 
 
 def placed_and_expected(name, spread):
-    count = 2 if name == "slerp" else 3
+    count = 2 if name in ("slerp", "nuslerp") else 3
     taus, others = vectors(count), arguments_of(name, count)
     return [spread.params(tau) for tau in taus], spread.params(others), lambda: merged(name, taus, *others)
 

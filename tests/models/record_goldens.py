@@ -100,6 +100,14 @@ def decoder(family: str, **changes: Any) -> torch.nn.Module:
     return getattr(transformers, f"{family}ForCausalLM")(config)
 
 
+def gemma3(**changes: Any) -> torch.nn.Module:
+    """Positions of their own for sliding blocks, which all but every second are."""
+    ropes = {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 30.0}}
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    shape = DECODER | dict(layer_types=kinds, rope_parameters=ropes, pad_token_id=0, final_logit_softcapping=4.0)
+    return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**shape | changes))
+
+
 def encoder(family: str, kind: str = "Model", **changes: Any) -> torch.nn.Module:
     shape = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4, vocab_size=30)
     config = getattr(transformers, f"{family}Config")(**shape | dict(max_position_embeddings=11) | changes)
@@ -147,6 +155,21 @@ CASES = {
     "dinov2_with_registers": lambda: dinov2(
         "WithRegistersForImageClassification", image_size=8, patch_size=4, num_register_tokens=3, hidden_act="relu"
     ),
+    "gemma2": lambda: decoder(
+        "Gemma2", head_dim=8, sliding_window=3, query_pre_attn_scalar=5, attn_logit_softcapping=2.0, pad_token_id=0
+    ),
+    "gemma2_untied": lambda: decoder(
+        "Gemma2",
+        head_dim=6,
+        sliding_window=4,
+        attention_bias=True,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        attn_logit_softcapping=None,
+        final_logit_softcapping=None,
+        layer_types=["full_attention"] * 3,
+    ),
+    "gemma3": lambda: gemma3(head_dim=8, sliding_window=3, query_pre_attn_scalar=6, rms_norm_eps=1e-3),
     "gpt2": lambda: gpt2(),
     "gpt2_untied": lambda: gpt2(
         tie_word_embeddings=False, n_inner=20, activation_function="relu", layer_norm_epsilon=1e-3
@@ -194,7 +217,8 @@ def build(case: str) -> torch.nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name not in ("logit_scale", "logit_bias"):
-                offset = 1.0 if re.search(r"norm|ln_", name.lower()) and name.endswith("weight") else 0.0
+                is_scale = re.search(r"norm|ln_", name.lower()) and name.endswith("weight")
+                offset = 1.0 if is_scale and not case.startswith("gemma") else 0.0  # which adds one to its scales
                 size = 0.1 if name.endswith("Attention.q.weight") else 0.3  # T5 does not scale the scores
                 parameter.copy_(offset + size * torch.randn(parameter.shape, generator=generator))
     return model

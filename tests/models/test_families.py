@@ -16,6 +16,7 @@ from tvjax.models.bert import Bert, BertConfig, MPNetConfig, RobertaConfig
 from tvjax.models.clip import CLIP, CLIPConfig
 from tvjax.models.dinov2 import Dinov2, Dinov2Config, Dinov2WithRegistersConfig
 from tvjax.models.families import family_of_config
+from tvjax.models.gemma import Gemma, GemmaConfig
 from tvjax.models.gpt2 import GPT2, GPT2Config
 from tvjax.models.llama import Llama, LlamaConfig
 from tvjax.models.siglip import Siglip, SiglipConfig
@@ -40,7 +41,7 @@ one_of_each = pytest.mark.parametrize(
     "golden",
     [
         *("clip_quick_gelu", "dinov2_with_registers", "gpt2", "siglip", "vit_without_qkv_bias", "qwen2", "qwen3"),
-        *("bert_classifier", "mpnet", "t5", "umt5"),
+        *("bert_classifier", "mpnet", "t5", "umt5", "gemma2_untied"),
     ],
     indirect=True,
 )
@@ -48,6 +49,7 @@ MODULES = {
     CLIPConfig: CLIP,
     Dinov2Config: Dinov2,
     Dinov2WithRegistersConfig: Dinov2,
+    GemmaConfig: Gemma,
     GPT2Config: GPT2,
     LlamaConfig: Llama,
     SiglipConfig: Siglip,

@@ -8,7 +8,8 @@ from tvjax import tree
 from tvjax.models.bert import BertConfig, MPNetConfig, RobertaConfig
 from tvjax.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from tvjax.models.dinov2 import Dinov2Config
-from tvjax.models.families import BERT, CLIP, DINOV2, GPT2, LLAMA, MPNET, ROBERTA, SIGLIP, T5, UMT5, VIT
+from tvjax.models.families import BERT, CLIP, DINOV2, GEMMA, GPT2, LLAMA, MPNET, ROBERTA, SIGLIP, T5, UMT5, VIT
+from tvjax.models.gemma import GemmaConfig
 from tvjax.models.gpt2 import GPT2Config
 from tvjax.models.key_table import Tensor, check_copies, find_sources, kernels_by_module, to_checkpoint
 from tvjax.models.layer_table import KINDS, LayerTable, Row
@@ -17,6 +18,7 @@ from tvjax.models.siglip import SiglipConfig, SiglipTextConfig, SiglipVisionConf
 from tvjax.models.t5 import T5Config, UMT5Config
 from tvjax.models.vit import ViTConfig
 
+GEMMA_LAYERS = {"layer_types": ("sliding_attention", "full_attention")}
 FAMILIES = {
     "clip": (
         CLIP,
@@ -27,6 +29,10 @@ FAMILIES = {
     ),
     "dinov2": (DINOV2, Dinov2Config(8, 2, 2, 2, image_size=8, patch_size=4, num_labels=3)),
     "dinov2 gated": (DINOV2, Dinov2Config(8, 2, 2, 2, image_size=8, patch_size=4, use_swiglu_ffn=True)),
+    "gemma": (
+        GEMMA,
+        GemmaConfig(16, 8, 12, 2, 2, 1, 4, **GEMMA_LAYERS, model_type="gemma3_text", tie_word_embeddings=False),
+    ),
     "gpt2": (GPT2, GPT2Config(16, 8, 12, 2, 2, max_position_embeddings=6, tie_word_embeddings=False)),
     "llama": (
         LLAMA,

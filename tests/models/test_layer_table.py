@@ -8,6 +8,7 @@ from tvjax.models.bert import BertConfig, MPNetConfig, RobertaConfig
 from tvjax.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from tvjax.models.dinov2 import Dinov2Config, Dinov2WithRegistersConfig
 from tvjax.models.families import family_of_config
+from tvjax.models.gemma import GemmaConfig
 from tvjax.models.gpt2 import GPT2Config
 from tvjax.models.layer_table import Space, fix_outputs, in_towers, spaces_of
 from tvjax.models.llama import LlamaConfig
@@ -24,6 +25,13 @@ CONFIGS = {
     ),
     "dinov2": Dinov2Config(8, 2, 2, 2, image_size=8, patch_size=4, use_swiglu_ffn=True, num_labels=3),
     "dinov2 backbone": Dinov2WithRegistersConfig(8, 2, 2, 2, image_size=8, patch_size=4),
+    "gemma": GemmaConfig(
+        *(16, 8, 12, 2, 4, 2, 6),
+        attention_bias=True,
+        tie_word_embeddings=False,
+        layer_types=("sliding_attention", "full_attention"),
+        model_type="gemma3_text",
+    ),
     "gpt2": GPT2Config(16, 8, 12, 2, 4, max_position_embeddings=6),
     "llama": LlamaConfig(16, 8, 12, 2, 4, 2, head_dim=6, attention_bias=True, mlp_bias=True, qk_norm=True),
     "siglip": SiglipConfig(

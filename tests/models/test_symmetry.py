@@ -12,7 +12,7 @@ from tvjax.align.permutations import axes, groups, invert, permute, random_permu
 from tvjax.align.weight_matching import match_weights
 from tvjax.checkpoints import from_pretrained
 from tvjax.data.embedded import MODELS, model_folder
-from tvjax.models import bert, clip, dinov2, gpt2, llama, siglip, vit
+from tvjax.models import bert, clip, dinov2, gemma, gpt2, llama, siglip, vit
 from tvjax.models.families import FAMILIES, family_of_config
 from tvjax.models.symmetry import symmetry_of_config
 
@@ -35,6 +35,15 @@ CONFIGS = {
 }
 
 DECODERS = {
+    "gemma": gemma.GemmaConfig(
+        *(20, 16, 24, 2, 4, 2, 6),
+        sliding_window=4,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+        layer_types=("sliding_attention", "full_attention"),
+        local_rope=llama.Rope(theta=50.0),
+        model_type="gemma3_text",
+    ),
     "gpt2": gpt2.GPT2Config(20, 16, 24, 2, 4, max_position_embeddings=7),
     "llama": llama.LlamaConfig(20, 16, 24, 2, 4, 4, head_dim=6, attention_bias=True),
     "llama with grouped queries": llama.LlamaConfig(20, 16, 24, 2, 8, 4, head_dim=6, qk_norm=True),

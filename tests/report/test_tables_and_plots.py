@@ -1,3 +1,4 @@
+import io
 import itertools
 
 import numpy as np
@@ -7,7 +8,7 @@ from rich.console import Console
 
 from tvjax.evaluate.accuracy import Accuracy, Predictions
 from tvjax.report import records
-from tvjax.report.measurements import Measurement, compare
+from tvjax.report.measurements import Comparison, Difference, Measurement, compare
 from tvjax.report.plots import Curve, plot_methods, plot_scale_curve, plot_scales
 from tvjax.report.tables import (
     accuracy_table,
@@ -109,3 +110,23 @@ def test_plots_are_images(measurements, tmp_path):
     for file in tmp_path.iterdir():
         with Image.open(file) as image:
             assert image.format == "PNG" and image.size[0] > 700 and np.asarray(image.convert("L")).std() > 5
+
+
+def test_no_number_of_a_narrow_table_is_cut_and_two_pairs_have_no_interval():
+    rows = [
+        Measurement(task, "B", method, 0, 0, 1.0, accuracy)
+        for method, found in (("zero_shot", (0.383, 0.488)), ("orthogonal_shift", (0.598, 0.593)))
+        for task, accuracy in zip(("topics", "reviews"), found, strict=True)
+    ]
+    pairs = Difference(0.16, 0.715, 2)
+    table = accuracy_table(rows, [Comparison("B", "orthogonal_shift", "zero_shot", pairs, pairs)], "B", "B")
+    console = Console(width=60, record=True, file=io.StringIO())
+    console.print(table)
+    text = console.export_text()
+    assert "…" not in text and "±" not in text
+    assert all(number in text for number in ("38.3", "48.8", "59.8", "59.3", "+16.0"))
+    three = accuracy_table(
+        rows, [Comparison("B", "orthogonal_shift", "zero_shot", pairs._replace(pairs=3), pairs)], "B", ""
+    )
+    console.print(three)
+    assert "71.5" in console.export_text()

@@ -86,7 +86,7 @@ def whole(params, inputs):
 
 def lossy(params, carry):
     losses, predicted, finite = chunked(carry["hidden"], params["kernel"], carry["wanted"], 5)
-    return {"losses": losses, "predicted": predicted, "finite": finite}
+    return {"losses": losses, "predicted": predicted, "finite": finite, "mask": carry["mask"]}
 
 
 @pytest.fixture(scope="module")
@@ -243,9 +243,10 @@ def test_answers_are_the_names_of_classes_where_there_is_no_other():
 
 
 def test_label_words(lm, one_stage_lm):
-    task = tasks.label_words(ENCODER, ["yes", "no"], "{one}+{two}: ")
+    task = tasks.label_words(ENCODER, ["y", "n"], "{one}+{two}: ")
     batches = list(task.batches(pairs(), 2))
     model = task.model(lm)
+    assert model.stages == lm.stages and batches[0].inputs["tokens"].ndim == 2
     rows = letters(["a+b: ", "c c+d: ", "e+ff: "])["input_ids"]
     alone = [logits[-1] for logits in logits_of(one_stage_lm, rows)]
     expected = [int(scores[ord("n")] > scores[ord("y")]) for scores in alone]
@@ -255,6 +256,93 @@ def test_label_words(lm, one_stage_lm):
     loss = model.loss(model.loss_params, model(batches[1].inputs), batches[1].labels)
     two = jnp.array([alone[2][ord("y")], alone[2][ord("n")]])
     np.testing.assert_allclose(loss, -jax.nn.log_softmax(two)[:1], rtol=1e-4)
+
+
+def said(logits, word, first):
+    """The log-probability of a word whose first token is said at a place."""
+    rows = jax.nn.log_softmax(logits[first : first + len(word)])
+    return float(sum(row[ord(letter)] for row, letter in zip(rows, word, strict=True)))
+
+
+SHARED = ["yes", "yet", "no"]  # words of several tokens, of which two begin alike
+
+
+def named(count, rows=(("a", "b"), ("c c", "d"), ("e", "ff"))):
+    labels = np.arange(len(rows)) % count
+    names = tuple("abcd"[:count])
+    return Texts("named", range(len(rows)), rows.__getitem__, labels, names, columns=("one", "two"))
+
+
+def test_words_of_several_tokens_are_scored_as_a_whole(lm):
+    task = tasks.label_words(ENCODER, SHARED, "{one}+{two}: ")
+    batch = task.batches(named(3), 3).whole()
+    prompts = ["a+b: ", "c c+d: ", "e+ff: "]
+    tokens = ENCODER([prompt + word for prompt in prompts for word in SHARED])
+    logits = iter(lm({"tokens": tokens.ids, "mask": tokens.mask})["logits"])
+    expected = [[said(next(logits), word, len(prompt)) for word in SHARED] for prompt in prompts]
+    losses = -jax.nn.log_softmax(jnp.array(expected))[jnp.arange(3), batch.labels]
+    for last in (head, unmade, lossy):
+        model = task.model(causal_lm(last=last))
+        outputs = model(batch.inputs)
+        np.testing.assert_allclose(model.loss.scores(model.loss_params, outputs), expected, rtol=1e-4)
+        np.testing.assert_allclose(model.loss(model.loss_params, outputs, batch.labels), losses, rtol=1e-3)
+    assert task.score(task.model(lm), batch).examples == 3
+
+
+def test_words_of_several_tokens_said_by_a_decoder(translator):
+    task = tasks.label_words(ENCODER, SHARED, "{one} {two}", start=1)
+    (batch,) = task.batches(named(3), 3)
+    model = task.model(translator)
+    texts = letters(["a b", "c c d", "e ff"])["input_ids"]
+    for found, text in zip(model.loss.scores(model.loss_params, model(batch.inputs)), texts, strict=True):
+        for score, word in zip(found, SHARED, strict=True):
+            given = {"tokens": [text], "mask": [[1] * len(text)], "decoder_tokens": [[1, *map(ord, word[:-1])]]}
+            logits = translator(jax.tree.map(jnp.array, given, is_leaf=lambda x: isinstance(x, list)))["logits"][0]
+            np.testing.assert_allclose(score, said(logits, word, 0), rtol=1e-4)
+
+
+def test_what_closes_every_text_is_no_part_of_a_word():
+    def closed(texts):
+        rows = [[*map(ord, text), 4] for text in texts]
+        return {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
+
+    for start in (None, 1):
+        task = tasks.label_words(Encoder(closed), ["y", "no"], start=start)
+        assert task.model(Model({}, ())).loss_params["words"].tolist() == [[ord("y"), 0], [ord("n"), ord("o")]]
+        assert (
+            tasks.label_words(Encoder(closed), ["y", "n"], start=start).model(Model({}, ())).loss_params["words"].ndim
+            == 1
+        )
+
+
+def test_a_text_is_cut_so_that_a_word_fits_behind_it(lm):
+    encoder = Encoder(letters, length=8, shortest=4)
+    task = tasks.label_words(encoder, SHARED, "{one}{two}")
+    batches = task.batches(named(3, [("abcdefgh", "i"), ("a", "b")]), 2)
+    (batch,) = batches
+    assert batch.inputs["tokens"].shape == (2, 3, 8) and len(batches.notes) == 1
+    for row, (word, text) in enumerate((word, text) for text in ("abcde", "ab") for word in SHARED):
+        one = {name: x.reshape(6, *x.shape[2:])[row] for name, x in batch.inputs.items()}
+        assert [*one["tokens"][one["mask"]]] == [2, *map(ord, text + word[:-1])]
+        assert one["wanted"][one["last"]] == ord(word[-1])
+    assert task.score(task.model(lm), batch).examples == 2
+
+
+def test_transport_with_gradients_of_words_of_several_tokens():
+    task = tasks.label_words(ENCODER, SHARED, "{one}+{two}: ")
+    model = task.model(causal_lm(8, 5, lossy))
+    batch = next(iter(task.batches(named(3), 1)))
+    tau = {"blocks": jax.tree.map(lambda leaf: jnp.ones_like(leaf), model.params["blocks"])}
+    rebase = tv.chain(tv.bico(), tv.gradfix())
+    moved = rebase.apply(tv.fit(rebase, model, model, [(batch, batch)]), tau)["blocks"]
+
+    def loss(params):
+        return model.loss(model.loss_params, model.replace(params=params)(batch.inputs), batch.labels).sum()
+
+    gradient = jax.grad(loss)(model.params)["blocks"]
+    for kept, slope in zip(jax.tree.leaves(moved), jax.tree.leaves(gradient), strict=True):
+        clear = jnp.abs(slope) > 1e-5 * jnp.abs(slope).max()
+        assert jnp.abs(kept).max() > 0 and (kept * slope <= 0)[clear].all()  # masked by the votes of this loss
 
 
 def test_label_words_have_the_tokens_that_they_have_within_a_text():
@@ -273,7 +361,8 @@ def test_label_words_have_the_tokens_that_they_have_within_a_text():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["yes", "yet"], "'yet' begins with the same token as 'yes'"),
+        (["yes", "no", "yesterday"], "'yesterday' begins with all tokens of 'yes'"),
+        (["yes", "no", "yes"], "'yes' and 'yes' are the same tokens"),
         (["yes", ""], "'' has no token of its own"),
         (["yes"], "expected one for each of two classes or more"),
     ],
@@ -347,7 +436,7 @@ def test_every_named_task_of_texts_on_a_small_file_of_its_columns(lm, tmp_path, 
         task = tasks.label_words(encoder, known.words, template)
         assert texts.labels.tolist() == values
     (batch,) = task.batches(texts, 2)
-    assert "a {" in "".join(map(chr, batch.inputs["tokens"][0]))  # braces of a text stay
+    assert "a {" in "".join(map(chr, batch.inputs["tokens"][0].ravel()))  # braces of a text stay
     assert task.score(task.model(lm), batch).examples == 2
 
 

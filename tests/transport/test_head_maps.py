@@ -413,6 +413,12 @@ def test_models_that_do_not_say_their_heads_are_refused():
         fit(theseus(heads="blocks"), model, model, [Batch(jnp.eye(3))])
 
 
+def test_rotary_maps_need_positions_that_rotate():
+    model = single_stage(lambda p, x: x @ p["w"], {"w": jnp.eye(3)}, heads={"w": (None, HeadAxis("a:query_key", 3))})
+    with pytest.raises(ValueError, match="no position of the source rotates its heads: use heads='blocks'"):
+        fit(theseus(heads="rotary"), model, model, [Batch(jnp.eye(3))])
+
+
 def test_heads_that_do_not_divide_a_layer_are_refused():
     heads = {"w": (None, HeadAxis("heads:units", 2))}
     model = single_stage(lambda p, x: x @ p["w"], {"w": jnp.eye(3)}, heads=heads)

@@ -102,6 +102,8 @@ def check_streams(stage: Stage, table: SiteTable) -> None:
 def padding_mask(stage: Stage, carry: Any, rows: RowAxes) -> Array | None:
     """The mask ``[examples, tokens]`` of some rows, True at real tokens; None where every row is real.
 
+    Where a text has several axes of tokens they are in row-major order.
+
     Raises:
       ValueError: the mask is not in the carry, or has other tokens than the rows.
     """
@@ -115,6 +117,7 @@ def padding_mask(stage: Stage, carry: Any, rows: RowAxes) -> Array | None:
             f"{sorted(tree.flatten(carry))}"
         )
     mask = masks[layout.mask]
+    mask = mask.reshape(len(mask), -1)  # texts of several parts, such as one for each class
     shape = tuple(rows.count(axes) for axes in (rows.examples, rows.tokens))
     if tuple(mask.shape) == shape:
         return mask

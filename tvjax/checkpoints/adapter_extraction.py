@@ -23,7 +23,7 @@ from tvjax.checkpoints.provenance import check_configs
 from tvjax.checkpoints.side_by_side import Progress, SideBySide
 from tvjax.factors import LowRank
 from tvjax.models.families import GENERIC
-from tvjax.truncate import Truncated, check_size, truncate
+from tvjax.truncate import Truncated, check_size, not_smaller, truncate
 
 
 class ExtractedAdapter(NamedTuple):
@@ -72,7 +72,8 @@ def extract_low_rank(
       finetuned: theta_ft.
       folder: where to; a new folder, which appears when it is complete.
       rank: of each kernel, at most.
-      energy: the least rank that holds this share of a kernel's squared norm; see `tvjax.low_rank`.
+      energy: the least rank that holds this share of a kernel's squared norm, with `rank` too at most that; see
+        `tvjax.low_rank`.
       key: for large matrices, which are then decomposed by randomised SVD.
       subtree: the part of the model, "" for all of it.
       allow_config_differences: take the difference although the two configs differ in what the models compute.
@@ -123,7 +124,7 @@ def extract_low_rank(
             notes = (*notes, "the weights of the base are taken for [out, in], as torch has them")
     parameters = sum(leaf.left.size + leaf.right.size for leaf in kept.values())
     norm = float(tree.norm(tree.nest(kept)))
-    told = (*notes, *_told(truncated, error))
+    told = (*notes, *_told(truncated, error), *not_smaller(truncated))
     by_leaf = tuple(row._asdict() for row in truncated)
     return ExtractedAdapter(len(kept), parameters, norm, error, by_leaf, metadata, tuple(changed), left, told)
 

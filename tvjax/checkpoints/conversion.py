@@ -1,4 +1,4 @@
-"""Models from one kind of checkpoint into another: Hugging Face folders, Orbax, and state dicts of open_clip.
+"""Models from one kind of checkpoint into another: Hugging Face, Orbax, MaxText, Tunix, state dicts of open_clip.
 
 A state dict is a pickle, which is opened only where the caller allows it, by torch, and with ``weights_only``: nothing
 but tensors is made of it.
@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import numpy as np
 from jax.typing import DTypeLike
 
 from tvjax import tree
+from tvjax.checkpoints.code_trees import CODES, find_code_tree, load_code_tree, save_code_tree
 from tvjax.checkpoints.folder import open_checkpoint
 from tvjax.checkpoints.huggingface import (
     MAX_SHARD_SIZE,
@@ -27,7 +28,7 @@ from tvjax.checkpoints.huggingface import (
 )
 from tvjax.checkpoints.memory import Scratch, contiguous, to_jax
 from tvjax.checkpoints.model_card import model_card
-from tvjax.checkpoints.orbax import PARAMS, load_orbax, save_orbax
+from tvjax.checkpoints.orbax import METADATA, PARAMS, load_orbax, save_orbax
 from tvjax.checkpoints.safetensors import Fingerprint, cast, check_finite, fingerprint, tensor_header
 from tvjax.checkpoints.torch_files import load_tensors
 from tvjax.models.clip.config import CLIPConfig
@@ -35,6 +36,7 @@ from tvjax.models.families import shapes_of
 from tvjax.models.key_table import check_copies, find_sources
 from tvjax.models.layer_table import LayerTable, Part, Row
 
+Kind = Literal["huggingface", "orbax", "maxtext", "tunix"]
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 # fmt: off
@@ -87,26 +89,33 @@ def convert(
     source: str | os.PathLike[str],
     folder: str | os.PathLike[str],
     *,
-    to: Literal["huggingface", "orbax"] = "huggingface",
+    to: Kind = "huggingface",
     dtype: DTypeLike | None = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
     like: str | os.PathLike[str] | None = None,
     allow_pickle: bool = False,
     revision: str | None = None,
+    scan_layers: bool = True,
+    interleaved: bool | None = None,
 ) -> Converted:
     """Writes a model as another kind of checkpoint, or in another dtype.
 
     From one Hugging Face folder to another it goes tensor by tensor: a few of them are in memory at once.
 
     Args:
-      source: a Hugging Face folder or hub id; a folder of `save_orbax`; or the file of a state dict.
+      source: a Hugging Face folder or hub id; a folder of `save_orbax`; a checkpoint of MaxText or Tunix (the folder of
+        its one step, of its ``items`` or ``model_params``); or the file of a state dict.
       folder: where to; it appears when it is complete.
       to: the kind of checkpoint to write.
       dtype: dtype of the parameters; None keeps that of each.
       max_shard_size: of one safetensors file, in bytes or like ``5GB``.
-      like: for a state dict, the folder or hub id whose ``config.json`` and processors fit it.
+      like: for a state dict, or a checkpoint of MaxText or Tunix without a ``config.json``, the folder or hub id whose
+        ``config.json`` and processors fit it.
       allow_pickle: open a state dict, see `load_state_dict`.
       revision: branch, tag or commit of a hub repository.
+      scan_layers: for MaxText, whether the layers are written as one stack.
+      interleaved: for MaxText, both ways, whether the pairs that positions rotate lie side by side; None: as
+        `tvjax.interop.to_maxtext`.
 
     Returns:
       What was written.
@@ -115,13 +124,17 @@ def convert(
       ValueError: a source that is no model, or a folder that is taken; before anything is written.
     """
     check_new(folder)
-    if to not in ("huggingface", "orbax"):
-        raise ValueError(f"to is {to!r}, expected huggingface or orbax")
-    is_orbax = (Path(source) / PARAMS / "_METADATA").is_file()
+    if to not in get_args(Kind):
+        raise ValueError(f"to is {to!r}, expected {' or '.join(get_args(Kind))}")
+    is_orbax = (Path(source) / PARAMS / METADATA).is_file()
     is_state_dict = Path(source).suffix in PICKLES and not Path(source).is_dir()
-    if (is_orbax or is_state_dict) and revision is not None:
+    found_code = None if is_orbax or is_state_dict else find_code_tree(source)
+    codes = {to, found_code.code if found_code else ""}
+    if "maxtext" not in codes and not (scan_layers and interleaved is None):
+        raise ValueError("scan_layers and interleaved say how trees of MaxText are laid out: there is none here")
+    if (is_orbax or is_state_dict or found_code) and revision is not None:
         raise ValueError(f"{os.fspath(source)!r} has no revision {revision!r}: leave the revision out")
-    if not is_orbax and not is_state_dict and to == "huggingface":
+    if not is_orbax and not is_state_dict and not found_code and to == "huggingface":
         return _rewrite(source, folder, dtype, max_shard_size, revision)
     left: Mapping[str, str] = {}
     if is_state_dict:
@@ -131,6 +144,9 @@ def convert(
                 "folder or hub id of the same shape (like), such as openai/clip-vit-base-patch32"
             )
         model = load_state_dict(source, like, allow_pickle=allow_pickle)
+    elif found_code is not None:
+        options = {"interleaved": interleaved} if found_code.code == "maxtext" else {}
+        model = load_code_tree(found_code, source, like, **options)
     elif is_orbax:
         model = load_orbax(source)
     else:
@@ -146,6 +162,9 @@ def convert(
     found = Converted(sum(leaf.size for leaf in arrays), dtypes, fingerprint(model.params), left)
     if to == "orbax":
         save_orbax(model, folder)
+    elif to in CODES:
+        written: dict[str, Any] = {"interleaved": interleaved} if to == "maxtext" else {}
+        save_code_tree(model, folder, to, **written, **({} if scan_layers else {"scan_axis": None}))
     else:
         card = _card(folder, model.name, model.revision, dtype, found)
         save_pretrained(model, folder, max_shard_size=max_shard_size, card=card)

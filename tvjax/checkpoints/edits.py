@@ -62,7 +62,7 @@ class Origin(NamedTuple):
 
     def check(self, base: Checkpoint, taus: Sequence[PyTree]) -> None:
         """Raises a ValueError unless the task vectors fit a model, as far as shapes and configs tell."""
-        _check_fit(base, taus, self.names)
+        check_fit(base, taus, self.names)
         made_for = check_same_base(self.names, self.metadata, self.any_base)
         check_same_config(made_for, base, self.names, self.any_base)
 
@@ -207,7 +207,8 @@ def _edit(theta: np.ndarray, parts: Sequence[Any], leaf: str, scale: float, scra
         return np.add(theta, total, out=total, casting="same_kind")
 
 
-def _check_fit(base: Checkpoint, taus: Sequence[PyTree], names: Sequence[str]) -> None:
+def check_fit(base: Checkpoint, taus: Sequence[PyTree], names: Sequence[str]) -> None:
+    """Raises a ValueError where a task vector has leaves that a model does not have, or of other shapes."""
     problems = []
     for name, tau in zip(names, taus, strict=True):
         leaves = tree.flatten(tau)

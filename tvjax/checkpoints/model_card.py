@@ -13,8 +13,11 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from tvjax.citations import cite, is_cited
+
 _CONFIGS = ("config", "base_config")  # the model has its own beside the card
 _PACKAGES = ("tvjax", "jax", "numpy", "safetensors")
+_CITED = ("method", "objective")  # settings whose value is a name that `tvjax.cite` may know
 
 
 def model_card(
@@ -38,7 +41,7 @@ def model_card(
       action: what was done, a sentence.
       base: identity of the model that was edited, as `Pretrained.identity` gives it.
       inputs: metadata of the task vectors by name of their file.
-      settings: of the command or function.
+      settings: of the command or function; the papers behind a ``method`` or an ``objective`` are cited at the end.
       results: what came out, such as the fingerprint and the number of parameters.
       license: the hub's identifier of one.
       library: that loads it; ``peft`` for adapters.
@@ -67,6 +70,8 @@ def model_card(
         if known:
             rows = "\n".join(f"| {key} | {_cell(value)} |" for key, value in known.items())
             parts.append(f"## {heading}\n\n| | |\n|---|---|\n{rows}\n")
+    used = [str(value) for key, value in (settings or {}).items() if key in _CITED]
+    parts.append(f"## Citation\n\n```bibtex\n{cite(*filter(is_cited, used))}\n```\n")
     return "\n".join(parts)
 
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
 PARAMS = "params"
-_METADATA = "_METADATA"  # in every Orbax directory
+METADATA = "_METADATA"  # in every Orbax directory
 _VALUE = "/value"  # where NNX has the array of a variable
 _RANDOM = re.compile(r"(^|/)(count|key)/value$")  # of a stream of random numbers
 
@@ -54,8 +54,23 @@ def save_orbax(pretrained: Pretrained, folder: str | os.PathLike[str]) -> None:
     Raises:
       ValueError: parameters that do not fit the config, and a folder that is taken.
     """
-    check_new(folder)
     check_params(pretrained.config, pretrained.params)
+    write_orbax(pretrained, folder, PARAMS, pretrained.params)
+
+
+def write_orbax(pretrained: Pretrained, folder: str | os.PathLike[str], item: str, held: PyTree) -> None:
+    """Writes a new folder with a model's ``config.json`` and processors, and an Orbax directory.
+
+    Args:
+      pretrained: the model.
+      folder: where to; it appears when it is complete.
+      item: path of the Orbax directory in it.
+      held: what the directory is to hold: the parameters.
+
+    Raises:
+      ValueError: a folder that is taken.
+    """
+    check_new(folder)
     headers = [tensor_header(path, leaf) for path, leaf in tree.flatten(pretrained.params).items()]
     settings = pretrained.settings or pretrained.config.to_dict()
     if type(pretrained.config).from_dict(settings) != pretrained.config:  # some of it was read off the tensors
@@ -64,8 +79,8 @@ def save_orbax(pretrained: Pretrained, folder: str | os.PathLike[str]) -> None:
     with new_folder(folder) as temporary:
         write_json(temporary / "config.json", settings)
         copy_files(pretrained.folder, temporary)
-        with _checkpointer() as checkpointer:
-            checkpointer.save(temporary.absolute() / PARAMS, jax.tree.map(jnp.asarray, pretrained.params))
+        with new_checkpointer() as checkpointer:
+            checkpointer.save(temporary.absolute() / item, jax.tree.map(jnp.asarray, held))
 
 
 def load_orbax(
@@ -104,8 +119,6 @@ def load_orbax(
     ...     load_orbax(f"{parent}/model").params["head"]["kernel"].shape
     (8, 2)
     """
-    import orbax.checkpoint as ocp
-
     folder = Path(folder).absolute()
     settings: dict[str, Any] | None = None
     where = folder
@@ -117,7 +130,7 @@ def load_orbax(
         except ValueError as error:
             raise ValueError(f"{folder / 'config.json'}: {error}") from error
     where, subtree = _item(where, subtree)
-    stored, is_nnx = _without_random_state(tree.get(_stored(where), subtree))
+    stored, is_nnx = _without_random_state(tree.get(stored_tree(where), subtree))
     leaves = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in _leaves(stored, is_nnx).items()}
     if isinstance(config, GenericConfig):  # its shapes are those of the file
         config = dataclasses.replace(config, shapes={path: leaf.shape for path, leaf in leaves.items()})
@@ -133,15 +146,8 @@ def load_orbax(
         sharding = getattr(asked, "sharding", None) if path in wanted else None
         return jax.ShapeDtypeStruct(leaf.shape, asked.dtype, sharding=sharding or here)
 
-    item = tree.put({}, subtree, tree.map_with_path(target, stored))
-    with _checkpointer() as checkpointer:
-        arguments = ocp.args.PyTreeRestore(
-            item,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-            partial_restore=bool(subtree) or is_nnx,
-        )
-        restored = checkpointer.restore(where, args=arguments)
-    params = tree.nest(_leaves(tree.get(restored, subtree), is_nnx))
+    restored = restore_tree(where, subtree, tree.map_with_path(target, stored), partial=bool(subtree) or is_nnx)
+    params = tree.nest(_leaves(restored, is_nnx))
     check_finite(params, f"the checkpoint {folder}")
     model = family_of_config(config).build(config, params, dtype)
     return Pretrained(model, config, str(folder), "", folder if settings else None, settings)
@@ -153,9 +159,9 @@ def _item(folder: Path, subtree: str) -> tuple[Path, str]:
     Raises:
       ValueError: several, none, or a folder of steps.
     """
-    if (folder / _METADATA).is_file() or not folder.is_dir():
+    if (folder / METADATA).is_file() or not folder.is_dir():
         return folder, subtree
-    items = sorted(path.parent.name for path in folder.glob(f"*/{_METADATA}"))
+    items = sorted(path.parent.name for path in folder.glob(f"*/{METADATA}"))
     name, _, rest = subtree.partition("/")
     if name in items:
         return folder / name, rest
@@ -163,7 +169,7 @@ def _item(folder: Path, subtree: str) -> tuple[Path, str]:
         return folder / items[0], subtree
     if items:
         raise ValueError(f"{folder} holds {', '.join(items)}: name the one with the parameters (subtree={items[0]!r})")
-    parents = {path.parent.parent for path in folder.glob(f"*/*/{_METADATA}")}
+    parents = {path.parent.parent for path in folder.glob(f"*/*/{METADATA}")}
     steps = sorted((int(number[0]), step) for step in parents if (number := re.findall(r"\d+$", step.name)))
     if steps:
         names = tree.list_some([step.name for _, step in steps])
@@ -186,16 +192,36 @@ def _leaves(stored: PyTree, is_nnx: bool) -> dict[str, Any]:
     return {path.removesuffix(_VALUE): leaf for path, leaf in leaves.items()} if is_nnx else leaves
 
 
-def _stored(folder: Path) -> Mapping[str, Any]:
-    """What the directory holds, as a tree of shapes and dtypes."""
-    if not (folder / _METADATA).is_file():
-        raise ValueError(f"{folder} is no complete Orbax directory: give the one that holds _METADATA")
-    with _checkpointer() as checkpointer:
+def stored_tree(folder: Path) -> Mapping[str, Any]:
+    """What an Orbax directory holds, as a tree of shapes and dtypes."""
+    if not (folder / METADATA).is_file():
+        raise ValueError(f"{folder} is no complete Orbax directory: give the one that holds {METADATA}")
+    with new_checkpointer() as checkpointer:
         metadata = checkpointer.metadata(folder).item_metadata
     return metadata.tree
 
 
-def _checkpointer() -> ocp.Checkpointer:
+def restore_tree(folder: Path, subtree: str, abstract: PyTree, *, partial: bool) -> PyTree:
+    """A subtree of what an Orbax directory holds.
+
+    Args:
+      folder: the directory.
+      subtree: path of the subtree; "" for all.
+      abstract: the subtree as ``jax.ShapeDtypeStruct``, with the dtype and the sharding that each array is to have.
+      partial: whether the directory holds more than that.
+    """
+    import orbax.checkpoint as ocp
+
+    item = tree.put({}, subtree, abstract)
+    arguments = ocp.args.PyTreeRestore(
+        item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=partial
+    )
+    with new_checkpointer() as checkpointer:
+        return tree.get(checkpointer.restore(folder, args=arguments), subtree)
+
+
+def new_checkpointer() -> ocp.Checkpointer:
+    """What reads and writes Orbax directories; to be closed."""
     import orbax.checkpoint as ocp
 
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())

@@ -3,11 +3,14 @@
 The schema is the config of the command's job (`tvjax.jobs`): a key is the name of one of its fields.
 
     tvjax transport --config configs/bico.yaml scale=1.5 --output edited
+
+A recipe of mergekit is read too (`tvjax.jobs.mergekit`): ``tvjax merge --config FILE --output FOLDER``.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from typing import Any
 import typer
 from typer.main import get_command
 
+from tvjax.jobs.mergekit import is_mergekit, translate
 from tvjax.jobs.recipes import COMMAND, dump, load, read_yaml, short
 from tvjax.jobs.schema import check_key
 
@@ -45,6 +49,11 @@ def read(app: typer.Typer, arguments: Sequence[str]) -> tuple[list[str], dict[st
     else:
         file = Path(word.removeprefix("--config="))
     recipe = load(file)
+    if is_mergekit(recipe):
+        keys, notes = translate(recipe, str(file))
+        recipe = {COMMAND: "merge", **keys}
+        if "--quiet" not in rest:
+            print(*(f"note: {note}" for note in notes), sep="\n", end="\n" if notes else "", file=sys.stderr)
     overrides = [word for word in rest if re.fullmatch(r"[A-Za-z_][\w.-]*=.*", word, re.DOTALL)]
     rest = [word for word in rest if word not in overrides]
     overridden = set()

@@ -9,7 +9,7 @@ from tvjax.jobs.configs import ConvertConfig
 
 @command(ConvertConfig)
 def convert(config: ConvertConfig, quiet: Quiet = False, json: Json = False) -> None:
-    """Write a model as a Hugging Face folder or an Orbax directory, or in another dtype."""
+    """Write a model for Hugging Face, Orbax, MaxText or Tunix, or in another dtype."""
     from tvjax import jobs
     from tvjax.jobs import inputs
 

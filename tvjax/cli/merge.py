@@ -12,7 +12,8 @@ from tvjax.jobs.configs import MergeConfig
 def merge(config: MergeConfig, json: Json = False, quiet: Quiet = False) -> None:
     """Merge task vectors of one model into one, and write it or the model with it.
 
-    A leaf that only some of them cover, as with adapters of different target modules, counts as zero in the others.
+    A leaf that only some of them cover, as with adapters of different target modules, counts as zero in the others. A
+    YAML recipe of mergekit is taken too: tvjax merge --config FILE --output PATH.
     """
     from tvjax import jobs
 

@@ -38,7 +38,9 @@ def _texts(found: Planned, config: PlanConfig) -> list[Any]:
     from rich.table import Table
 
     title = f"{config.source} to {config.target} by {config.method}"
-    leaves = Table("link", "what becomes of a leaf", "leaves", "such as", title=title)
+    leaves = Table(title=title)
+    for column in ("link", "what becomes of a leaf", "leaves", "such as"):
+        leaves.add_column(column, overflow="fold", no_wrap=column == "leaves")
     example = {(x["link"], x["action"], x["why"]): x["target"] or x["source"] for x in reversed(found.leaves)}
     for row, number in Counter((x["link"], x["action"], x["why"]) for x in found.leaves).items():
         link, action, why = row

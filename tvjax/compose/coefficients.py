@@ -24,6 +24,7 @@ from tvjax.arithmetic import apply
 from tvjax.compose.layout import Blocks, Layout, Place, Stacked, group_names, layer_paths, stems_of
 from tvjax.compose.partitions import partition_ids
 from tvjax.factors import dense
+from tvjax.placement import automatic
 
 PyTree = Any
 
@@ -129,6 +130,7 @@ def init(
     return Coefficients(jnp.full((len(flat), len(order), partitions), value, jnp.float32), layout)
 
 
+@automatic(lambda params, *_, **__: params)
 def combine(params: PyTree, taus: Sequence[PyTree], coefficients: Coefficients) -> PyTree:
     """``theta_0 + sum_i Lambda_i tau_i`` in the stored dtypes of the parameters.
 
@@ -155,6 +157,7 @@ def combine(params: PyTree, taus: Sequence[PyTree], coefficients: Coefficients) 
     return apply(params, weighted_sum(taus, coefficients))
 
 
+@automatic(lambda taus, *_, **__: taus[0])
 def weighted_sum(taus: Sequence[PyTree], coefficients: Coefficients) -> PyTree:
     """``sum_i Lambda_i tau_i``: the composition as one task vector, to be saved, scaled or transported.
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from tvjax import tree
 from tvjax.compose.objectives import Objective, value
+from tvjax.placement import automatic
 
 PyTree = Any
 
@@ -36,6 +37,7 @@ class Kept(NamedTuple):
     kept: bool
 
 
+@automatic(lambda params, taus, *_, **__: (list(taus), ()))
 def select_informative(
     params: PyTree,
     taus: Sequence[PyTree],

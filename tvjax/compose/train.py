@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from tvjax.compose.coefficients import Coefficients, combine, init
 from tvjax.compose.edited import Edited, computed
 from tvjax.compose.objectives import Objective, value
+from tvjax.placement import automatic, devices, like
 
 PyTree = Any
 Schedule = Callable[[Array], Array]
@@ -92,6 +93,7 @@ def patience(epochs: int) -> Stop:
     return stop
 
 
+@automatic(lambda *_, **__: ())
 def learn(
     params: PyTree,
     taus: Sequence[PyTree],
@@ -137,6 +139,7 @@ def learn(
     return train(_edited, (params, list(taus)), start, objective, key=key, **options)
 
 
+@automatic(lambda *_, **__: ())
 def train(
     assemble: Callable[[PyTree, PyTree], PyTree],
     fixed: PyTree,
@@ -163,7 +166,7 @@ def train(
     score; ties go to the smaller learning rate, then to fewer epochs. Another learning rate compiles nothing.
 
     Examples that lie over a mesh (a `NamedSharding` of their first axis) are trained on in batches that lie over it
-    too; everything else is then on every device of that mesh.
+    too; what is trained lies as it was given, that on one device on all of that mesh.
 
     Args:
       assemble: ``(fixed, trainable) -> params``, or an `Edited`; a module-level function.
@@ -196,7 +199,7 @@ def train(
     sizes, steps = _sizes(objective, batch_size, batches_per_epoch, micro_batches)
     placements = tuple(_placements(term.examples) for term in objective)
     objective, fixed = jax.tree.map(jnp.asarray, (objective, fixed))
-    trainable = _replicated(jax.tree.map(jnp.asarray, trainable), placements)
+    trainable = _on_mesh(jax.tree.map(jnp.asarray, trainable), placements)
     plan = _Plan(assemble, optimiser, schedule, epochs, steps, sizes, micro_batches, placements)
     fresh = _transformation(plan, jnp.float32(0)).init(trainable)
     shape = (len(rates), epochs)
@@ -219,6 +222,7 @@ def train(
         trained, optimiser_state, losses = _epoch(
             plan, fixed, objective, state.trainable, state.optimiser, jnp.float32(rates[number]), jnp.int32(epoch), key
         )
+        trained, optimiser_state = jax.tree.map(like, (trained, optimiser_state), (state.trainable, state.optimiser))
         found = np.nan if score is None else float(score(_assembled(assemble, fixed, trained)))
         if score is not None and math.isnan(found):
             raise ValueError(f"score: found NaN after epoch {epoch + 1} of learning rate {rates[number]:g}: lower it")
@@ -424,10 +428,13 @@ def _placements(examples: PyTree) -> tuple[NamedSharding | None, ...]:
     return tuple(placement(leaf) for leaf in jax.tree.leaves(examples))
 
 
-def _replicated(trainable: PyTree, placements: tuple[tuple[NamedSharding | None, ...], ...]) -> PyTree:
-    """On every device of the mesh of the examples, if they have one, so that the first epoch compiles for all."""
+def _on_mesh(trainable: PyTree, placements: tuple[tuple[NamedSharding | None, ...], ...]) -> PyTree:
+    """What lies on one device goes to all of the mesh of the examples, so that the first epoch compiles for all."""
     meshes = {sharding.mesh for term in placements for sharding in term if sharding is not None}
-    return jax.device_put(trainable, NamedSharding(meshes.pop(), PartitionSpec())) if len(meshes) == 1 else trainable
+    if len(meshes) != 1:
+        return trainable
+    everywhere = NamedSharding(meshes.pop(), PartitionSpec())
+    return jax.tree.map(lambda leaf: leaf if devices(leaf) > 1 else jax.device_put(leaf, everywhere), trainable)
 
 
 def _identity(rates: list[float], plan: _Plan, key: Array, trainable: PyTree, objective: Objective) -> int:

@@ -24,6 +24,7 @@ from tvjax.compose.coefficients import Coefficients, combine, init
 from tvjax.compose.edited import Edited
 from tvjax.compose.objectives import Objective, value
 from tvjax.compose.train import Optimiser, Schedule, Trained, clipped_adamw, train
+from tvjax.placement import automatic
 
 PyTree = Any
 SCALES = tuple(np.linspace(0, 5, 21).round(2).tolist())
@@ -40,6 +41,7 @@ class Tuned(NamedTuple):
     coefficients: Coefficients
     leaves: dict[str, Array]
 
+    @automatic(lambda self, params, taus: params)
     def combine(self, params: PyTree, taus: Sequence[PyTree]) -> PyTree:
         """The parameters ``theta_0 + delta + sum_i Lambda_i tau_i`` in the stored dtypes of the parameters."""
 
@@ -49,6 +51,7 @@ class Tuned(NamedTuple):
         return jax.tree.map(stored, params, combine(tree.replace(params, self.leaves), taus, self.coefficients))
 
 
+@automatic(lambda *_, **__: ())
 def tune(
     params: PyTree,
     taus: Sequence[PyTree],
@@ -98,7 +101,7 @@ def tune(
     jax.eval_shape(combine, params, list(taus), start)  # they fit, or it says what does not
     flat = tree.flatten(params)
     if leaves is None:
-        chosen = sorted({path for tau in taus for path, leaf in tree.flatten(tau).items() if np.any(leaf)})
+        chosen = sorted({path for tau in taus for path, leaf in tree.flatten(tau).items() if _moves(leaf)})
     else:
         chosen = sorted({path for pattern in leaves for path in tree.match(list(flat), pattern)})
     wrong = [path for path in chosen if path in flat and not jnp.issubdtype(flat[path].dtype, jnp.floating)]
@@ -108,6 +111,7 @@ def tune(
     return train(_assemble, (params, list(taus)), tuned, objective, key=key, optimiser=_optimiser(share), **options)
 
 
+@automatic(lambda *_, **__: ())
 def best_start(
     params: PyTree,
     taus: Sequence[PyTree],
@@ -158,6 +162,10 @@ def _objective_at(
     objective: Objective, params: PyTree, tau: PyTree, scale: Float[Array, ""], key: Array
 ) -> Float[Array, ""]:
     return value(objective, apply(params, tau, scale), [term.examples for term in objective], key)
+
+
+def _moves(leaf: Any) -> bool:
+    return bool(jnp.any(leaf) if isinstance(leaf, jax.Array) else np.any(leaf))
 
 
 def _assemble(fixed: tuple[PyTree, list[PyTree]], tuned: Tuned) -> Edited:

@@ -137,6 +137,15 @@ class SpanTokenizer:
         return CLOSING if token in self._closing else OTHER
 
 
+def behind(codes: Sequence[int]) -> list[int]:
+    """Codes of a text that stands behind another: of characters that no token of the other covers.
+
+    >>> decoded(np.array([behind([5 << 10 | 3])]), np.ones((1, 1), bool)).start.item() > 2**18
+    True
+    """
+    return [code + (2 ** (_PLACE - 1) << _LENGTH) if code >= 0 else code for code in codes]
+
+
 def decoded(codes: Int[np.ndarray, "texts tokens"], mask: Bool[np.ndarray, "texts tokens"]) -> Spans:
     """The spans of codes that a `SpanTokenizer` gave.
 

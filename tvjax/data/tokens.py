@@ -118,6 +118,13 @@ class Encoder:
         """
         return dataclasses.replace(self, tokenizer=SpanTokenizer(self.tokenizer)) if self.knows_spans else self
 
+    @property
+    def of_ids(self) -> Encoder:
+        """The encoder that `of_spans` was made of; another is its own."""
+        if not isinstance(self.tokenizer, SpanTokenizer):
+            return self
+        return dataclasses.replace(self, tokenizer=self.tokenizer.tokenizer)
+
     def _rows(
         self, texts: tuple[list[str], ...], options: Mapping[str, Any]
     ) -> tuple[list[list[int]], list[list[int]]]:

@@ -178,9 +178,7 @@ def footnotes(findings: Findings) -> list[str]:
         f"{settings.draws} draw(s). ± is the standard deviation over draws, in a difference half its 95 % interval.",
     ]
     if settings.draws * len(settings.tasks) < 6:
-        lines.append(
-            "So few tasks and draws say little, hence intervals of that width: tvjax demo --full measures more."
-        )
+        lines.append("So few tasks and draws say little, and two of them no interval: tvjax demo --full measures more.")
     return lines
 
 

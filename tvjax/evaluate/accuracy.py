@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from tvjax import tree
+from tvjax.placement import automatic
 from tvjax.stages import Batch, Model, PyTree
 from tvjax.tasks.base import check_judged, judge, loss_of
 from tvjax.tasks.losses import ClassLoss
@@ -44,6 +45,7 @@ class Accuracy(NamedTuple):
         return float(found.low), float(found.high)
 
 
+@automatic(lambda model, inputs: inputs)
 def predict(model: Model, inputs: PyTree) -> Int[Array, " batch"]:
     """The class of the greatest score, for each example; of equal scores the first.
 

@@ -51,10 +51,25 @@ def choose_scale(model: Model, tau: PyTree, scales: Sequence[float], batches: Ba
     >>> chosen.scale, chosen.curve.tolist()
     (2.0, [0.0, 0.5, 1.0, 1.0])
     """
-    grid = np.unique(np.asarray(scales, np.float64))
-    curve = np.array([found.accuracy.fraction for found in scale_curve(model, tau, grid.tolist(), batches)])
-    best = int(curve.argmax())
-    return ChosenScale(float(grid[best]), float(curve[best]), grid, curve)
+    return choose_scales(model, [(tau, scales)], batches)[0]
+
+
+def choose_scales(
+    model: Model, edits: Sequence[tuple[PyTree, Sequence[float]]], batches: Batch | Iterable[Batch]
+) -> list[ChosenScale]:
+    """`choose_scale` for each of several task vectors with its grid, in one pass through the batches.
+
+    Raises:
+      ValueError: as `choose_scale` does.
+    """
+    grids = [np.unique(np.asarray(scales, np.float64)) for _, scales in edits]
+    taus = [tau for tau, _ in edits]
+    chosen = []
+    for grid, found in zip(grids, _curves(model, taus, [grid.tolist() for grid in grids], batches), strict=True):
+        curve = np.array([at.accuracy.fraction for at in found])
+        best = int(curve.argmax())
+        chosen.append(ChosenScale(float(grid[best]), float(curve[best]), grid, curve))
+    return chosen
 
 
 def scale_curve(
@@ -77,13 +92,22 @@ def scale_curve(
     Raises:
       ValueError: for no scales, values or scores that are not finite, no batches, or one without labels.
     """
-    if not len(scales) or not np.isfinite(np.asarray(scales, np.float64)).all():
-        raise ValueError(f"scales: found {list(scales)}, expected at least one finite number")
-    parts: list[list[Predictions]] = [[] for _ in scales]
+    return _curves(model, [tau], [scales], batches)[0]
+
+
+def _curves(
+    model: Model, taus: Sequence[PyTree], grids: Sequence[Sequence[float]], batches: Batch | Iterable[Batch]
+) -> list[list[Predictions]]:
+    """`scale_curve` for each of several task vectors, in one pass through the batches."""
+    for scales in grids:
+        if not len(scales) or not np.isfinite(np.asarray(scales, np.float64)).all():
+            raise ValueError(f"scales: found {list(scales)}, expected at least one finite number")
+    parts: list[list[list[Predictions]]] = [[[] for _ in scales] for scales in grids]
     for batch in [batches] if isinstance(batches, Batch) else batches:
-        for scale, part in zip(scales, parts, strict=True):
-            part.append(of_batch(_edited(model, tau, float(scale)), batch))
-    return [joined(part) for part in parts]
+        for tau, scales, own in zip(taus, grids, parts, strict=True):
+            for scale, part in zip(scales, own, strict=True):
+                part.append(of_batch(_edited(model, tau, float(scale)), batch))
+    return [[joined(part) for part in own] for own in parts]
 
 
 @jax.jit

@@ -18,6 +18,7 @@ from tvjax.jobs.configs import (
     PlanConfig,
     TransportConfig,
 )
+from tvjax.jobs.mergekit import FromMergekit, from_mergekit
 from tvjax.jobs.recipes import read_recipe
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ __all__ = [
     "ConvertConfig",
     "EvaluateConfig",
     "ExtractConfig",
+    "FromMergekit",
     "InspectConfig",
     "MergeConfig",
     "PlanConfig",
@@ -55,6 +57,7 @@ __all__ = [
     "convert",
     "evaluate",
     "extract",
+    "from_mergekit",
     "inspect",
     "merge",
     "plan",

@@ -10,7 +10,7 @@ from tvjax.jobs.schema import Progress
 
 
 def convert(config: ConvertConfig, progress: Progress | None = None) -> Converted:
-    """Writes a model as a Hugging Face folder or an Orbax directory, or in another dtype.
+    """Writes a model as a Hugging Face folder, an Orbax directory, or a checkpoint of MaxText or Tunix.
 
     Args:
       config: the model, and what becomes of it.

@@ -7,6 +7,7 @@ import itertools
 from typing import Any, NamedTuple
 
 from tvjax.checkpoints import map_tree
+from tvjax.checkpoints.edits import check_fit
 from tvjax.checkpoints.json_files import write_json
 from tvjax.data.images import Images
 from tvjax.data.loader import Loader
@@ -64,7 +65,9 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evalua
     """Accuracy with its 95 % interval (Wilson), and how sure a difference is.
 
     It is zero-shot, by a model's own head, or by the words that a language model says next; on texts without classes it
-    is that of the next token, with the perplexity. With ``harness`` lm-evaluation-harness measures instead
+    is that of the next token, with the perplexity. Without a template a language model reads the text as it is, and the
+    words are the names of the classes: behind a space where a causal model continues the text, alone where a decoder
+    answers. With ``harness`` lm-evaluation-harness measures instead
     (`tvjax.jobs.harness`).
 
     Args:
@@ -108,6 +111,7 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evalua
             head, loader = with_task(whole, task), task.batches(found, config.batch_size)
             loaders.append(loader)
             if config.task_vector is not None and name == config.models[0]:
+                check_fit(one.checkpoint, [tau], [str(config.task_vector)])
                 inputs.check_base(about, one.pretrained, [config.task_vector], config.any_base)
                 *curve, seen[name] = scale_curve(head, tau, (*grid, 0.0), loader)
             else:

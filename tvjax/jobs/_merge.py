@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from tvjax import arithmetic, tree
 from tvjax import merge as methods
@@ -17,6 +19,7 @@ from tvjax.checkpoints.adapters import open_adapter
 from tvjax.checkpoints.folder import Checkpoint, open_checkpoint
 from tvjax.checkpoints.huggingface import check_new
 from tvjax.checkpoints.json_files import write_json
+from tvjax.checkpoints.memory import Scratch
 from tvjax.checkpoints.provenance import check_same_base
 from tvjax.factors import is_low_rank
 from tvjax.jobs import inputs
@@ -24,10 +27,10 @@ from tvjax.jobs.configs import MergeConfig
 from tvjax.jobs.merges import find_merge
 from tvjax.jobs.recipes import recipe_of, write_recipe
 from tvjax.jobs.schema import Progress
-from tvjax.jobs.task_vectors import is_adapter, read_adapter
+from tvjax.jobs.task_vectors import is_adapter, is_model, read_adapter
 from tvjax.merge import MergedLeaf
 from tvjax.stages import PyTree
-from tvjax.truncate import Truncated, low_rank
+from tvjax.truncate import Truncated, low_rank, not_smaller
 
 _LINEAR = ("average", "task_arithmetic")
 
@@ -74,22 +77,30 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> Merged:
     """
     function = find_merge(config.method, config.options, config.seed)
     _check_output(config)
+    on_models = config.options.get("base") is True
+    if on_models and config.model is None:
+        raise ValueError("base=true merges the models that the task vectors were made of: give --model")
     files = [str(file) for file in config.task_vectors]
     adapters = [is_adapter(file) for file in files]
     if all(adapters) and not config.dense and config.method in _LINEAR:  # the same result, and it has factors
         function = functools.partial(methods.core_space, merge=function)
     with contextlib.ExitStack() as stack:
         base = None
-        if config.model is not None and (any(adapters) or config.output.suffix != ".safetensors"):
+        needed = on_models or any(adapters) or any(map(is_model, files)) or config.output.suffix != ".safetensors"
+        if config.model is not None and needed:
             base = stack.enter_context(open_checkpoint(config.model))
-        loaded, made, told = _loaded(config, base)
+        loaded, made, told = _loaded(config, base, stack)
         metadata = check_same_base(files, made, config.any_base)
         if base is not None and "base_fingerprint" not in metadata:
             metadata = {name: value for name, value in base.identity("").items() if value}
         origin = streaming.Origin(files, made, config.any_base)
         if base is not None:
             origin.check(base, loaded)
+        _check_shapes(files, loaded)
         taus, partly = methods.cover(loaded)
+        if on_models and base is not None:
+            params = {path: base.read(path, Scratch(), keep=True) for path in tree.flatten(taus[0])}
+            function = functools.partial(function, base=tree.nest(params))
         tau, rows = _merged(function, taus, partly, progress)
         form = _form(config, all(adapters), tau)
         if form == "adapter":
@@ -135,7 +146,7 @@ def _write(
 ) -> Mapping[str, str]:
     """Writes what was merged; returns why tensors of the model take no part."""
     count = len(origin.names)
-    settings = {"method": config.method, **config.options}
+    settings = {"method": config.method, **{f"option {name}": value for name, value in config.options.items()}}
     if form == "task vector":
         save_tree(config.output, arithmetic.scale(tau, config.scale), metadata, config.dtype)
         return {}
@@ -159,14 +170,21 @@ def _write(
 
 
 def _loaded(
-    config: MergeConfig, base: Checkpoint | None
+    config: MergeConfig, base: Checkpoint | None, stack: contextlib.ExitStack
 ) -> tuple[tuple[PyTree, ...], tuple[dict[str, str], ...], list[str]]:
     """The task vectors, what their files say of their model, and what the user should know."""
     loaded: list[PyTree] = []
     made: list[dict[str, str]] = []
     told: list[str] = []
     for file in map(str, config.task_vectors):
-        if is_adapter(file):
+        if is_model(file):
+            if base is None:
+                raise ValueError(f"{file!r} is a model: give --model, the one that it was fine-tuned from")
+            tau, metadata, notes = _differences(file, base, config.output, stack)
+            told += notes
+            loaded.append(tau)
+            made.append(metadata)
+        elif is_adapter(file):
             if base is None:
                 raise ValueError(f"{file!r} is an adapter, which names layers as its model does: give --model")
             with open_adapter(file, base, any_base=config.any_base) as opened:
@@ -178,6 +196,20 @@ def _loaded(
             loaded.append(tau)
             made.append(metadata)
     return tuple(loaded), tuple(made), told
+
+
+def _differences(
+    model: str, base: Checkpoint, output: Path, stack: contextlib.ExitStack
+) -> tuple[PyTree, dict[str, str], tuple[str, ...]]:
+    """A fine-tuned model as a task vector, made leaf by leaf into a file that lasts as long as the stack."""
+    if Path(model).resolve() == base.folder.resolve():  # a single zero, seen as all entries
+        return tree.nest({path: np.broadcast_to(np.float32(0), shape) for path, shape in base.shapes.items()}), {}, ()
+    near = next(folder for folder in output.resolve().parents if folder.is_dir())
+    file = (
+        Path(stack.enter_context(tempfile.TemporaryDirectory(dir=near, prefix=".tvjax-"))) / "differences.safetensors"
+    )
+    notes = streaming.extract(base, model, file, subtree="").notes
+    return *map_tree(file), notes
 
 
 def _form(config: MergeConfig, adapters: bool, tau: PyTree) -> str:
@@ -195,7 +227,24 @@ def _shortened(config: MergeConfig, tau: PyTree) -> tuple[PyTree, list[str]]:
     rows: list[Truncated] = []
     short = low_rank(tau, config.rank, key=jax.random.key(config.seed), report=rows.append)
     lost = sum(row.error**2 * row.share for row in rows)
-    return short, [f"rank {config.rank} holds {1 - lost:.2%} of the merged task vector's squared norm"]
+    told = f"rank {config.rank} holds {1 - lost:.2%} of the merged task vector's squared norm"
+    return short, [told, *not_smaller(rows)]
+
+
+def _check_shapes(files: Sequence[str], taus: Sequence[PyTree]) -> None:
+    """Raises a ValueError where the task vectors have leaves of one path and different shapes."""
+    shapes = [{path: tuple(np.shape(leaf)) for path, leaf in tree.flatten(tau).items()} for tau in taus]
+    for file, found in zip(files[1:], shapes[1:], strict=True):
+        wrong = [
+            f"{path}: {shapes[0][path]} and {found[path]}"
+            for path in found
+            if shapes[0].get(path, found[path]) != found[path]
+        ]
+        if wrong:
+            raise ValueError(
+                f"{files[0]!r} and {file!r} are of models of other shapes, {len(wrong)} leaves differ:\n"
+                f"{tree.list_some(wrong)}\nmove one to the other's model first (tvjax transport)"
+            )
 
 
 def report_name(output: Path) -> Path:

@@ -16,7 +16,7 @@ from tvjax.checkpoints.json_files import write_json
 from tvjax.checkpoints.processors import processor_fingerprint
 from tvjax.data.loader import Loader
 from tvjax.data.texts import Texts
-from tvjax.evaluate.scale import ChosenScale, choose_scale
+from tvjax.evaluate.scale import ChosenScale, choose_scales
 from tvjax.factors import is_low_rank
 from tvjax.jobs import inputs
 from tvjax.jobs.asking import float32, with_task
@@ -105,8 +105,7 @@ def transport(config: TransportConfig, progress: Progress | None = None) -> Tran
         if ready.held_out is not None:
             task = ready.way.task(target, ready.held_out, ready.prompts)
             scored = with_task(target, task), task.batches(ready.held_out, config.batch_size)
-            chosen = choose_scale(scored[0], moved, scales_of(ready.moving), scored[1])
-            copy = _copied(tau, target, *scored)
+            chosen, copy = _chosen(moved, tau, target, ready, *scored)
             if chosen.scale == 0:
                 nothing = "no scale does better than none on the validation examples: the target is written as it was"
                 state = dataclasses.replace(state, notes=(*state.notes, nothing))
@@ -205,13 +204,19 @@ def _fitted(
     return dataclasses.replace(state, notes=(*inputs.notes_of(loader), *state.notes))
 
 
-def _copied(tau: PyTree, target: Opened, scored: Model, held_out: Loader) -> dict[str, Any] | None:
-    """What the task vector does as it is, the baseline that every transport must beat where shapes agree."""
+def _chosen(
+    moved: PyTree, tau: PyTree, target: Opened, ready: Prepared, scored: Model, held_out: Loader
+) -> tuple[ChosenScale, dict[str, Any] | None]:
+    """The best scale, and what the task vector does as it is: the baseline that every transport must beat.
+
+    There is none where shapes do not agree. The examples are read once for both.
+    """
+    edits = [(moved, scales_of(ready.moving))]
     as_it_is = copied(tau, target.pretrained.params)
-    if isinstance(as_it_is, str):
-        return None
-    chosen = choose_scale(scored, as_it_is, scales_of(identity()), held_out)
-    return {"scale": chosen.scale, "accuracy": chosen.accuracy}
+    if not isinstance(as_it_is, str):
+        edits.append((as_it_is, scales_of(identity())))
+    best, *copies = choose_scales(scored, edits, held_out)
+    return best, {"scale": copies[0].scale, "accuracy": copies[0].accuracy} if copies else None
 
 
 def _curve(chosen: ChosenScale, held_out: Any) -> dict[str, Any]:
@@ -259,7 +264,8 @@ def _card(config: TransportConfig, result: Transported, models: Models) -> str:
             "scale": result.scale,
             "depth": config.depth,
             "tokens": config.tokens,
-            **config.options,
+            # A method may have an option of a name that stands above, such as ``method``.
+            **{f"option {name}": value for name, value in config.options.items()},
         },
         results=None if result.examples is None else {"examples": result.examples},
         library="peft" if result.form == "adapter" else "transformers",

@@ -55,6 +55,9 @@ def prepare(config: TransportConfig | PlanConfig, models: Models) -> Prepared:
     source, target = models[config.source], models[config.target]
     check_pair(moving, source, target)
     part, way = find_part(source, config.part), asking(target)
+    for link in moving.links:
+        if link.check is not None:
+            link.check(*(way.shapes(model, None, Prompts(None, ())) for model in (source, target)))
     if config.validation is not None and not way.can_score(target):
         raise ValueError(f"--validation needs a score, but {config.target!r} {way.lacks}")
     notes: tuple[str, ...] = ()
@@ -79,6 +82,8 @@ def prepare(config: TransportConfig | PlanConfig, models: Models) -> Prepared:
         if compare or any(link.needs.source for link in moving.links if link.needs.activations or link.needs.gradients):
             share = way.partnered(source, target, found, prompts)
         notes += () if share is None else (matching.note(share),)
+    if found is None and config.data is not None and not isinstance(config, PlanConfig):
+        notes += (f"--data {config.data} is not read: {moving.name} looks at no examples",)
     if config.validation is not None:
         held_out = inputs.read_examples(config.validation, labelled, (target,), "choosing a scale")
         check_labels(target, held_out.class_names, config.classes is not None)

@@ -18,8 +18,9 @@ SOURCES = (
 )
 TRANSPORTS = ("naive", "orthogonal_shift", "gradfix", "theseus", "bico")  # and those of one's own, by register
 MERGES = (
-    *("average", "task_arithmetic", "slerp", "karcher_mean", "ties", "dare", "della", "breadcrumbs", "model_stock"),
-    *("sce", "tsv_m", "iso_c", "iso_cts", "knots", "wudi", "core_space"),
+    *("average", "task_arithmetic", "slerp", "nuslerp", "multi_slerp", "karcher_mean", "ties", "dare", "della"),
+    *("breadcrumbs", "model_stock", "sce", "tsv_m", "iso_c", "iso_cts", "knots", "wudi", "ace", "core_space"),
+    *("lines", "svc"),
 )
 
 MODEL, FILE, FOLDER, NUMBERS = Typed("MODEL"), Typed("FILE"), Typed("FOLDER"), Typed("NUMBERS")
@@ -72,7 +73,8 @@ class Examples(Config):
     """Class names, one a line, in the labels' order; default: of the task, head or images."""
     templates: Annotated[File | None, FILE] = None
     """Prompts with {} for the name, one a line; for a language model one, with {} or {column} for the text. Default: of
-    the task, or 'a photo of a {}.' for images; a sentence encoder reads the names alone."""
+    the task, or 'a photo of a {}.' for images; a sentence encoder reads the names alone, a language model the text
+    alone, and is asked whether the class name (or with --task its answer) comes next."""
     length: Annotated[int, Field(ge=1, le=LARGEST_COUNT)] = 512
     """Tokens that are kept of a text."""
 
@@ -244,7 +246,7 @@ class MergeConfig(Config):
     """What `tvjax.jobs.merge` merges: task vectors of one model."""
 
     task_vectors: Annotated[Several[File], Typed("FILE...", argument=True), Field(min_length=1)]
-    """Task vectors of one model: files, or folders of LoRA adapters (with --model)."""
+    """Task vectors of one model: files; or with --model folders of LoRA adapters, or of models fine-tuned from it."""
     method: Annotated[str, Field(description=f"One of {', '.join(MERGES)}.")]
     output: Annotated[File, Typed("PATH")]
     """A task vector (.safetensors); or, with --model, a folder: of the edited model, or of an adapter where all inputs
@@ -279,9 +281,9 @@ class ExtractConfig(Config):
     """The part of the model to take, such as text; '' for all of it. Default: vision of a CLIP or a ViT, all of another
     model."""
     rank: Annotated[int | None, Field(ge=1)] = None
-    """Write the best LoRA adapter of this rank, as PEFT loads it."""
+    """Write the best LoRA adapter of this rank, as PEFT loads it; with --energy too, of this rank at most."""
     energy: Annotated[float | None, Field(gt=0, le=1)] = None
-    """Write the LoRA adapter of the least ranks that hold this share of each layer's squared norm."""
+    """Write the LoRA adapter of the least ranks that hold this share of each layer's squared norm, --rank at most."""
     seed: Seed = 0
     dtype: DType = "float32"
     """Of the task vector."""
@@ -324,10 +326,10 @@ class ConvertConfig(Config):
     """What `tvjax.jobs.convert` writes: a model as another kind of checkpoint."""
 
     source: Annotated[str, Typed("MODEL", argument=True)]
-    """Hugging Face or Orbax folder, hub id, or .pt file."""
+    """Hugging Face, Orbax, MaxText or Tunix folder, hub id, or .pt file."""
     output: Annotated[File, FOLDER]
     """Where the model goes."""
-    to: Literal["huggingface", "orbax"] = "huggingface"
+    to: Literal["huggingface", "orbax", "maxtext", "tunix"] = "huggingface"
     """The kind of checkpoint."""
     dtype: DType | None = None
     """Default: that of the model."""
@@ -336,9 +338,13 @@ class ConvertConfig(Config):
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     like: Annotated[str | None, MODEL] = None
-    """For a .pt file: a model of the same shape, for its config."""
+    """For a .pt file, MaxText or Tunix: a model of the same shape, for its config."""
     allow_pickle: bool = False
     """Open a .pt file that you trust; needs torch."""
+    scan_layers: bool = True
+    """For MaxText: write the layers as one stack."""
+    interleaved: bool | None = None
+    """For MaxText: rotary pairs lie side by side. Default: as MaxText has them."""
 
 
 class InspectConfig(Config):

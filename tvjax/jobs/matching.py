@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,15 +25,30 @@ def overlaps_of(a: Batch, b: Batch) -> dict[str, np.ndarray]:
     found = {}
     for name, mask in _MASKS.items():
         if name in b.inputs:
-            spans = (decoded(_opened(name, one.inputs[name]), np.asarray(one.inputs[mask])) for one in (a, b))
-            found[mask] = token_overlap(*spans)
+            found[mask] = _overlap(*((_opened(name, one.inputs[name]), np.asarray(one.inputs[mask])) for one in (a, b)))
     return found
+
+
+def _overlap(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """The overlap of codes under masks, ``[texts, tokens]``, or ``[texts, classes, tokens]``: of each class its own."""
+    rows = [[x.reshape(-1, x.shape[-1]) for x in side] for side in (a, b)]
+    found = token_overlap(*(decoded(*side) for side in rows))
+    if a[0].ndim == 2:
+        return found
+    texts, classes = a[0].shape[:2]
+    own = np.einsum(
+        "ncba,cd->ncbda", found.reshape(texts, classes, *found.shape[1:]), np.eye(classes, dtype=np.float32)
+    )
+    return own.reshape(texts, classes * found.shape[1], classes * found.shape[2])
 
 
 def overlap_shapes(a: Batch, b: Batch) -> dict[str, tuple[int, ...]]:
     """The shapes of `overlaps_of`."""
     names = {name: mask for name, mask in _MASKS.items() if name in b.inputs}
-    return {mask: (*b.inputs[name].shape, a.inputs[name].shape[1]) for name, mask in names.items()}
+    return {
+        mask: (len(b.inputs[name]), *(math.prod(side.inputs[name].shape[1:]) for side in (b, a)))
+        for name, mask in names.items()
+    }
 
 
 def partnered(batches: Iterable[tuple[Batch, Batch]]) -> float:
@@ -58,5 +74,5 @@ def _opened(name: str, codes: Any) -> np.ndarray:
     """The codes of tokens, a decoder's first, which stands for no text, as one that opens it."""
     codes = np.array(codes)
     if name == "decoder_tokens":
-        codes[:, 0] = -OPENING
+        codes[..., 0] = -OPENING
     return codes

@@ -15,8 +15,8 @@ from tvjax import merge as methods
 from tvjax.merge import registry
 
 KINDS: dict[Any, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}  # by annotation
-WITH_DATA = ("regmean", "fisher")
-GIVEN = ("taus", "key", "base", "report")  # arguments that no option sets
+WITH_DATA = ("regmean", "regmean_plus_plus", "fisher")
+GIVEN = ("taus", "key", "report")  # arguments that no option sets
 
 
 def find_merge(name: str, options: Mapping[str, Any], seed: int) -> Callable[..., Any]:
@@ -26,6 +26,8 @@ def find_merge(name: str, options: Mapping[str, Any], seed: int) -> Callable[...
       name: of a merge of `tvjax.merge`, or of one's own (`tvjax.merge.register`).
       options: hyperparameters by name.
       seed: of methods that draw at random.
+
+    The option ``base`` says whether the models themselves are merged; their base is given by the job, later.
 
     Raises:
       ValueError: no such merge, one that needs data, or hyperparameters that it does not have.
@@ -39,10 +41,18 @@ def find_merge(name: str, options: Mapping[str, Any], seed: int) -> Callable[...
             )
         raise ValueError(f"there is no merge {name!r}: choose among {', '.join(known)}")
     function = known[name]
+    parameters = inspect.signature(function).parameters
     check_options(name, function, options, GIVEN)
     arguments = read_settings(options)
-    if "key" in inspect.signature(function).parameters:
+    if not isinstance(arguments.pop("base", False), bool):
+        raise ValueError(
+            f"{name}: base is {options['base']!r}, expected true (the models are merged) or false (their task vectors)"
+        )
+    if "key" in parameters:
         arguments["key"] = jax.random.key(seed)
+    inner = arguments.get("merge")  # of a merge around another
+    if inner is not None and "key" in inspect.signature(inner).parameters:
+        arguments["merge"] = functools.partial(inner, key=jax.random.key(seed))
     return functools.partial(function, **arguments)
 
 

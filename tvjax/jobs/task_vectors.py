@@ -26,6 +26,15 @@ def is_adapter(name: str) -> bool:
     return (Path(name) / CONFIG).is_file() or not (Path(name).exists() or name.endswith(".safetensors"))
 
 
+def is_model(name: str) -> bool:
+    """Whether a task vector is given as the folder of a fine-tuned model.
+
+    >>> is_model("tau.safetensors")
+    False
+    """
+    return (Path(name) / "config.json").is_file() and not is_adapter(name)
+
+
 def check_given(name: str, source: Opened, part: Part, any_base: bool) -> tuple[str, ...]:
     """Checks a task vector against its model by headers alone.
 

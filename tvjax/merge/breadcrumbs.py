@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt32
 
 from tvjax.merge.base import PyTree, Vectors, merge_leaves, over_meshes, wide
-from tvjax.merge.combine import Combine, check_combine, combined
+from tvjax.merge.combine import MANNER, Combine, check_combine, combined
 from tvjax.merge.leaf_report import Report
 from tvjax.merge.settings import Settings, check_votes, require, resolve_each
 from tvjax.merge.threshold import kth_largest, magnitudes, patterns
@@ -41,10 +41,10 @@ def breadcrumbs(
       density: share of the entries that stays, in (0, 1]; a number, by path pattern or by depth, or a list of these.
       gamma: share of the largest entries that is dropped (the paper's 1 - gamma), in [0, 1); the two together at most
         1. What is left, the paper's beta, are the smallest.
-      weights: a number, by path pattern or by depth, or a list of these; with ``combine="ties"`` not negative, and of
-        positive sum.
+      weights: a number, by path pattern or by depth, or a list of these; not negative and of positive sum unless
+        ``combine="linear"``.
       combine: ``"linear"``, the weighted sum, as published; or ``"ties"``, the election and disjoint mean of
-        `tvjax.merge.ties`.
+        `tvjax.merge.ties`; or ``"ties_sum"``, the sum of those that agree (mergekit's `breadcrumbs_ties`).
       smallest: an old name: ``1 - density - gamma``.
       largest: the old name of gamma; either of the two takes the place of the density, and 0.85 that of the smallest.
       report: called for each merged leaf, with the two thresholds.
@@ -64,13 +64,13 @@ def breadcrumbs(
     check_combine(combine)
     vectors = Vectors(taus)
     numbers = resolve_each(weights, vectors.paths, len(vectors), "weights")
-    if combine == "ties":
+    if combine != "linear":
         check_votes(numbers)
     low, high = _dropped_shares(vectors, density, gamma, smallest, largest)
     ranks = {path: _ranks(math.prod(vectors.shape(path)), low[path], high[path]) for path in vectors.paths}
     return merge_leaves(
         vectors,
-        "smallest and largest dropped, " + ("added" if combine == "linear" else "elected mean"),
+        "smallest and largest dropped, " + MANNER[combine],
         _between,
         numbers,
         ranks,

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 
 from tvjax.merge.base import weighted_sum
 
-Combine = Literal["linear", "ties"]
+Combine = Literal["linear", "ties", "ties_sum"]
+MANNER = {"linear": "added", "ties": "elected mean", "ties_sum": "elected sum"}  # for the report
 Elect = Literal["weighted", "sum", "count"]  # by sum_i w_i tau_i, by sum_i tau_i, or by the number of each sign
 Over = Literal["weights", "count", "vectors", "none"]  # what a sum is divided by
 
@@ -28,8 +29,10 @@ def check_combine(combine: str) -> None:
 def combined(
     leaves: Sequence[Float[Array, "*shape"]], weights: Float[Array, " vectors"], combine: Combine
 ) -> Float[Array, "*shape"]:
-    """``sum_i w_i tau_i``, or `elected_mean`; call it inside `jit`."""
-    return weighted_sum(leaves, weights) if combine == "linear" else elected_mean(leaves, weights)
+    """``sum_i w_i tau_i``; `elected_mean`; or that sum of those that agree, not divided. Call it inside `jit`."""
+    if combine == "linear":
+        return weighted_sum(leaves, weights)
+    return elected_mean(leaves, weights, over="weights" if combine == "ties" else "none")
 
 
 def mass(

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, UInt32
 
 from tvjax.merge.base import PyTree, Vectors, merge_leaves, over_meshes, wide
-from tvjax.merge.combine import Combine, check_combine, combined
+from tvjax.merge.combine import MANNER, Combine, check_combine, combined
 from tvjax.merge.leaf_report import Report
 from tvjax.merge.random_bits import entry_bits, words
 from tvjax.merge.settings import Settings, check_votes, densities_of, resolve_each
@@ -38,10 +38,10 @@ def dare(
       taus: task vectors of one base.
       key: from `jax.random.key`.
       density: d, in (0, 1]; a number, by path pattern or by depth, or a list of these. Resolved to 2^-32.
-      weights: a number, by path pattern or by depth, or a list of these; with ``combine="ties"`` not negative, and of
-        positive sum.
+      weights: a number, by path pattern or by depth, or a list of these; not negative and of positive sum unless
+        ``combine="linear"``.
       combine: ``"linear"``, the weighted sum, as task arithmetic; or ``"ties"``, the election and disjoint mean of
-        `tvjax.merge.ties` on the rescaled entries.
+        `tvjax.merge.ties` on the rescaled entries; ``"ties_sum"``, the sum of those that agree.
       rescale: False leaves the entries that stay as they are (the paper's ablation): the mean over keys is then
         d times the merge without dropping.
       rate: the old name of ``1 - density``, whose place it takes.
@@ -61,12 +61,12 @@ def dare(
     check_combine(combine)
     vectors = Vectors(taus)
     numbers = resolve_each(weights, vectors.paths, len(vectors), "weights")
-    if combine == "ties":
+    if combine != "linear":
         check_votes(numbers)
     shares = densities_of(density, rate, vectors.paths, len(vectors), "dare")
     return merge_leaves(
         vectors,
-        "dropped at random, " + ("added" if combine == "linear" else "elected mean"),
+        "dropped at random, " + MANNER[combine],
         _dropped,
         numbers,
         {path: np.minimum(np.rint((1 - d) * 2**32), 2**32 - 1).astype(np.uint32) for path, d in shares.items()},

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, UInt32
 
 from tvjax.merge.base import PyTree, Vectors, merge_leaves, over_meshes, wide
-from tvjax.merge.combine import Combine, check_combine, combined
+from tvjax.merge.combine import MANNER, Combine, check_combine, combined
 from tvjax.merge.leaf_report import Report
 from tvjax.merge.random_bits import entry_bits, words
 from tvjax.merge.settings import Settings, check_votes, densities_of, require, resolve_each
-from tvjax.merge.views import Matrices, leaf_axes
+from tvjax.merge.views import Axes, Matrices, leaf_axes
 
 Ranked = Literal["unit", "leaf"]
 
@@ -49,7 +47,8 @@ def della(
       density: d, the share that stays on the mean; a number, by path pattern or by depth, or a list of these.
       epsilon: the spread of the probabilities, 0 or more (0: `dare`); ``d +- epsilon / 2`` must lie in (0, 1].
       weights: as in `dare`.
-      combine: ``"ties"``, the election and disjoint mean of `tvjax.merge.ties`, as published; or ``"linear"``.
+      combine: ``"ties"``, the election and disjoint mean of `tvjax.merge.ties`, as published; ``"ties_sum"``, the
+        sum of those that agree; or ``"linear"``.
       ranked: together: the entries of one ``"unit"`` (a column of a kernel seen as [in, out], as published; all of a
         vector), or those of the ``"leaf"``.
       matrices: for ``"unit"``, how leaves are matrices, the letters of their axes by path pattern; None: by the rule
@@ -81,7 +80,7 @@ def della(
     if ranked == "unit":
         axes = leaf_axes(shapes, matrices)
     numbers = resolve_each(weights, vectors.paths, len(vectors), "weights")
-    if combine == "ties":
+    if combine != "linear":
         check_votes(numbers)
     shares = densities_of(density, rate, vectors.paths, len(vectors), "della")
     spreads = resolve_each(epsilon, vectors.paths, len(vectors), "epsilon")
@@ -95,24 +94,16 @@ def della(
             )
     return merge_leaves(
         vectors,
-        "dropped by rank, " + ("added" if combine == "linear" else "elected mean"),
+        "dropped by rank, " + MANNER[combine],
         _dropped,
         numbers,
         {path: (1 - d).astype(np.float32) for path, d in shares.items()},
         spreads,
         words(key, vectors.paths, len(vectors)),
-        {path: _Axes(letters) for path, letters in axes.items()},
+        {path: Axes(letters) for path, letters in axes.items()},
         options=(("combine", combine), ("rescale", rescale)),
         report=report,
     )
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Axes:
-    """The letters of the axes of a leaf, known to the compiler."""
-
-    letters: str
 
 
 def _dropped(
@@ -121,7 +112,7 @@ def _dropped(
     rates: Float[Array, " vectors"],
     spreads: Float[Array, " vectors"],
     keyed: UInt32[Array, " words"],
-    axes: _Axes,
+    axes: Axes,
     combine: Combine,
     rescale: bool,
 ) -> tuple[Float[Array, "*shape"], dict[str, Array]]:

@@ -50,7 +50,7 @@ def merge_by_products(
       ValueError: an unknown scope, or a base that does not fit.
     """
     check_scope(scope)
-    origin = _origin(vectors, base)
+    origin = origin_leaves(vectors, base)
     products: dict[str, Array | None] = dict.fromkeys(vectors.paths)
     if scope == "vector":
         total = sum(found for _, found in over_leaves(vectors, _products, origin))
@@ -59,8 +59,12 @@ def merge_by_products(
     return merge_leaves(vectors, name, _merge, origin, products, parameters, options=options, report=report)
 
 
-def _origin(vectors: Vectors, base: PyTree) -> dict[str, Leaf | None]:
-    """The leaves of the base that the vectors cover, None without a base."""
+def origin_leaves(vectors: Vectors, base: PyTree) -> dict[str, Leaf | None]:
+    """The leaves of the base that the vectors cover, None without a base.
+
+    Raises:
+      ValueError: a base that does not fit.
+    """
     if base is None:
         return dict.fromkeys(vectors.paths)
     params = tree.flatten(base)

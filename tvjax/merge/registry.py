@@ -17,8 +17,9 @@ Merge = Callable[..., Any]
 _MERGES: dict[str, Merge] = {
     name: getattr(methods, name)
     for name in (
-        *("average", "task_arithmetic", "slerp", "karcher_mean", "ties", "dare", "della", "breadcrumbs"),
-        *("model_stock", "sce", "tsv_m", "iso_c", "iso_cts", "knots", "wudi", "core_space"),
+        *("average", "task_arithmetic", "slerp", "nuslerp", "multi_slerp", "karcher_mean", "ties", "dare", "della"),
+        *("breadcrumbs", "model_stock", "sce", "tsv_m", "iso_c", "iso_cts", "knots", "wudi", "ace", "core_space"),
+        *("lines", "svc"),
     )
 }
 

@@ -92,7 +92,7 @@ def regmean(
         shares = numbers[path] / numbers[path].sum()
         if path in grams[0]:
             arguments = (vectors.leaves(path), [each[path] for each in grams], shares)
-            merged[path] = placement.on_one_device(turn, _solve, *arguments, np.float32(shrink), np.float32(ridge))
+            merged[path] = placement.on_one_device(turn, regression, *arguments, np.float32(shrink), np.float32(ridge))
             rule = "regression on the inputs"
         else:
             merged[path] = weighted(vectors.leaves(path), shares)
@@ -142,32 +142,15 @@ def input_grams(
     sums: dict[str, tuple[Array, Array]] = {}
     left_out: dict[str, str] = {}
     for index, stage in enumerate(model.stages):
-        owners = owner_paths(stage, model.params)
-        table = walk.table(index)
-        check_streams(stage, table)
-        kernels, reasons = _kernels(table, {local: leaves[path] for local, path in owners.items()})
-        left_out.update({owners[local]: reason for local, reason in reasons.items()})
-        found: dict[str, moments.Moments] = {}
-        names = frozenset(site.input for site, _ in kernels if site.input is not None)
-        for batch in range(len(batches)):
-            seen = walk.observe(index, batch, names, frozenset())
-            rows = {site.key: row_axes(site) for site in walk.table(index, batch).sites}
-            carry = walk.carries(index)[batch]
-            for name in sorted(names):
-                site = next(site for site, _ in kernels if site.input == name)
-                x = seen.input(site)
-                assert x is not None
-                axes = rows[site.key]
-                found[name] = _add(found.get(name), *on_tokens(x, axes, None, padding_mask(stage, carry, axes)))
-        for site, order in kernels:
-            gram, count = _matrix(found[site.input or ""], order)
-            path = owners[site.path]
+        found, reasons = stage_grams(walk, index)
+        left_out.update(reasons)
+        for path, (gram, count) in found.items():
             sums[path] = (sums[path][0] + gram, sums[path][1] + count) if path in sums else (gram, count)
         walk.release_before(index + 1)
         if progress is not None:
             progress(index + 1, len(model.stages), stage.name)
     return Grams(
-        {path: _per_row(*parts) for path, parts in sums.items() if path not in left_out},
+        {path: per_row(*parts) for path, parts in sums.items() if path not in left_out},
         {path: reason for path, reason in left_out.items() if jnp.ndim(leaves[path]) >= 2}
         | {
             path: "no stage reads it"
@@ -177,6 +160,43 @@ def input_grams(
     )
 
 
+def check_options(shrink: float, ridge: float) -> None:
+    """Raises a ValueError for options out of range.
+
+    >>> check_options(0.95, 1e-6)
+    """
+    if not 0 <= shrink <= 1 or not ridge >= 0:
+        raise ValueError(f"shrink must lie in [0, 1] and ridge be 0 or more, found {shrink} and {ridge}")
+
+
+def stage_grams(walk: Walk, index: int) -> tuple[dict[str, tuple[Array, Array]], dict[str, str]]:
+    """Of the kernels that a stage reads: ``X^T X`` and the number of rows, by path; and why other leaves have none."""
+    stage = walk.model.stages[index]
+    owners = owner_paths(stage, walk.model.params)
+    table = walk.table(index)
+    check_streams(stage, table)
+    leaves = tree.flatten(walk.params(index))
+    kernels, reasons = _kernels(table, leaves)
+    found: dict[str, moments.Moments] = {}
+    names = frozenset(site.input for site, _ in kernels if site.input is not None)
+    for batch in range(len(walk.batches)):
+        seen = walk.observe(index, batch, names, frozenset())
+        rows = {site.key: row_axes(site) for site in walk.table(index, batch).sites}
+        carry = walk.carries(index)[batch]
+        for name in sorted(names):
+            site = next(site for site, _ in kernels if site.input == name)
+            x = seen.input(site)
+            assert x is not None
+            axes = rows[site.key]
+            found[name] = _add(found.get(name), *on_tokens(x, axes, None, padding_mask(stage, carry, axes)))
+    sums: dict[str, tuple[Array, Array]] = {}
+    for site, order in kernels:
+        gram, count = _matrix(found[site.input or ""], order)
+        path = owners[site.path]
+        sums[path] = (sums[path][0] + gram, sums[path][1] + count) if path in sums else (gram, count)
+    return sums, {owners[local]: reason for local, reason in reasons.items()}
+
+
 def _check(vectors: Vectors, grams: Sequence[Mapping[str, Any]], shrink: float, ridge: float) -> None:
     if not isinstance(grams, Sequence) or len(grams) != len(vectors):
         found = len(grams) if isinstance(grams, Sequence) else type(grams).__name__
@@ -184,8 +204,7 @@ def _check(vectors: Vectors, grams: Sequence[Mapping[str, Any]], shrink: float, 
     wrong = [type(each).__name__ for each in grams if not isinstance(each, Mapping)]
     if wrong:
         raise ValueError(f"Gram matrices are given by path, input_grams(...).matrices, found {wrong[0]}")
-    if not 0 <= shrink <= 1 or ridge < 0:
-        raise ValueError(f"shrink must lie in [0, 1] and ridge be 0 or more, found {shrink} and {ridge}")
+    check_options(shrink, ridge)
     problems = []
     for path in vectors.paths:
         shape = vectors.shape(path)
@@ -217,13 +236,14 @@ def _split(kernel: tuple[int, ...], gram: tuple[int, ...] | str) -> tuple[int, .
 
 
 @jax.jit
-def _solve(
+def regression(
     leaves: Sequence[Any],
     grams: Sequence[Any],
     shares: Float[Array, " vectors"],
     shrink: Float[Array, ""],
     ridge: Float[Array, ""],
 ) -> Float[Array, "*shape"]:
+    """One kernel of `regmean`, from that of each vector and its Gram matrices; `shares` add up to one."""
     shape = jnp.shape(leaves[0])
     matrix = _split(shape, jnp.shape(grams[0]))
     assert matrix is not None
@@ -264,7 +284,8 @@ def _kernels(table: SiteTable, leaves: dict[str, Any]) -> tuple[list[tuple[Site,
 def _input_order(site: Site, shape: tuple[int, ...]) -> np.ndarray | None:
     """For each input of a site, its number among the inputs of the leaf ``[*layers, *inputs, *outputs]``; else None."""
     numbers = np.arange(int(np.prod(shape))).reshape(shape)
-    seen = np.asarray(apply_view(site.view, jnp.asarray(numbers, jnp.int32)))
+    with jax.ensure_compile_time_eval():  # inside `jit` too
+        seen = np.asarray(apply_view(site.view, jnp.asarray(numbers, jnp.int32)))
     inputs, outputs = seen.shape[-2:]
     layers = seen.size // (inputs * outputs)
     width = numbers.size // (layers * inputs)  # outputs of the whole leaf, of which a site may see a part
@@ -305,5 +326,6 @@ def _matrix(sums: moments.Moments, order: Array) -> tuple[Float[Array, "*layers 
 
 
 @jax.jit
-def _per_row(gram: Array, count: Array) -> Float[Array, "*layers inputs inputs"]:
+def per_row(gram: Array, count: Array) -> Float[Array, "*layers inputs inputs"]:
+    """A Gram matrix divided by the number of its rows."""
     return gram / jnp.where(count > 0, count, 1)[..., None, None]

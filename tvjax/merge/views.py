@@ -18,11 +18,13 @@ stacked cannot be seen from its shape.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -73,6 +75,14 @@ class Part(NamedTuple):
     def of(self, leaf: Any) -> Any:
         """This part of a leaf; NumPy arrays and memory maps are not copied."""
         return leaf[self.where] if self.where else leaf
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """The letters of the axes of a leaf, known to the compiler."""
+
+    letters: str
 
 
 def parts(path: str, shape: Shape, axes: str) -> list[Part]:

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
-@partial(jax.jit, static_argnums=3)
+@partial(jax.jit, static_argnums=(3, 4))
 def chunked(
     hidden: Float[Array, "batch tokens width"],
     unembedding: Float[Array, "width vocabulary"],
     tokens: Int[Array, "batch tokens"],
     chunk: int = 1024,
+    cap: float | None = None,
 ) -> tuple[Float[Array, "batch tokens"], Int[Array, "batch tokens"], Bool[Array, "batch tokens"]]:
     """Losses, greatest tokens, and whether the scores are finite, of ``hidden @ unembedding``, never held as a whole.
 
@@ -27,6 +28,7 @@ def chunked(
       unembedding: kernel of the head.
       tokens: what is right.
       chunk: tokens at a time.
+      cap: of the logits, see `capped`.
 
     >>> losses, greatest, _ = chunked(jnp.eye(3)[None], 9 * jnp.eye(3), jnp.array([[0, 1, 1]]), 2)
     >>> greatest.tolist(), (losses[0] < 0.01).tolist()
@@ -40,7 +42,7 @@ def chunked(
 
     @jax.checkpoint
     def one(rows: Array, wanted: Array, kernel: Array) -> tuple[Array, Array, Array]:
-        logits = jnp.matmul(rows, kernel.astype(rows.dtype), preferred_element_type=jnp.float32)
+        logits = capped(jnp.matmul(rows, kernel.astype(rows.dtype), preferred_element_type=jnp.float32), cap)
         at = jnp.take_along_axis(logits, wanted[:, None], axis=-1)[:, 0]
         finite = jnp.isfinite(jnp.max(logits, axis=-1))
         return jax.nn.logsumexp(logits, axis=-1) - at, jnp.argmax(logits, axis=-1), finite
@@ -55,6 +57,7 @@ def token_scores(
     hidden: Float[Array, "batch tokens width"],
     kernel: Float[Array, "width vocabulary"],
     replaced: Collection[str],
+    cap: float | None = None,
 ) -> dict[str, Array]:
     """What a head returns: the logits; where the carry names the tokens that are ``wanted``, how likely these are.
 
@@ -63,6 +66,7 @@ def token_scores(
       hidden: the last activations.
       kernel: of the head.
       replaced: what of the carry is not handed on, ``wanted`` apart.
+      cap: of the logits, see `capped`.
 
     Returns:
       The rest of the carry, with float32 ``logits``, or ``losses``, ``predicted`` and ``finite``.
@@ -72,6 +76,15 @@ def token_scores(
     """
     rest = {name: leaf for name, leaf in carry.items() if name not in (*replaced, "wanted")}
     if "wanted" in carry:
-        losses, predicted, finite = chunked(hidden, kernel, carry["wanted"])
+        losses, predicted, finite = chunked(hidden, kernel, carry["wanted"], cap=cap)
         return {**rest, "losses": losses, "predicted": predicted, "finite": finite}
-    return {**rest, "logits": (hidden @ kernel.astype(hidden.dtype)).astype(jnp.float32)}
+    return {**rest, "logits": capped(hidden @ kernel.astype(hidden.dtype), cap).astype(jnp.float32)}
+
+
+def capped(scores: Float[Array, "*any"], cap: float | None) -> Float[Array, "*any"]:
+    """``cap tanh(scores / cap)``: scores that cannot grow above a cap (Gemma); None leaves them as they are.
+
+    >>> capped(jnp.array([0.0, 1e9]), 30.0).tolist()
+    [0.0, 30.0]
+    """
+    return scores if cap is None else cap * jnp.tanh(scores / cap)

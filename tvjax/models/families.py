@@ -14,6 +14,9 @@ from tvjax.models.clip import table as clip_table
 from tvjax.models.dinov2 import config as dinov2_config
 from tvjax.models.dinov2 import modeling as dinov2_modeling
 from tvjax.models.dinov2 import table as dinov2_table
+from tvjax.models.gemma import config as gemma_config
+from tvjax.models.gemma import modeling as gemma_modeling
+from tvjax.models.gemma import table as gemma_table
 from tvjax.models.gpt2 import config as gpt2_config
 from tvjax.models.gpt2 import modeling as gpt2_modeling
 from tvjax.models.gpt2 import table as gpt2_table
@@ -91,6 +94,14 @@ DINOV2 = Family(
 DINOV2_WITH_REGISTERS = DINOV2._replace(
     config=dinov2_config.Dinov2WithRegistersConfig, table=dinov2_table.TABLE_WITH_REGISTERS
 )
+GEMMA = Family(
+    gemma_config.GemmaConfig,
+    gemma_modeling.init,
+    gemma_modeling.gemma,
+    gemma_table.TABLE,
+    llama_modeling.inputs,
+    asked="language",
+)
 GPT2 = Family(
     gpt2_config.GPT2Config,
     gpt2_modeling.init,
@@ -149,6 +160,7 @@ FAMILIES = {
     **dict.fromkeys(("clip", "clip_vision_model", "clip_text_model"), CLIP),
     "dinov2": DINOV2,
     "dinov2_with_registers": DINOV2_WITH_REGISTERS,
+    **dict.fromkeys(("gemma2", "gemma3_text"), GEMMA),
     "gpt2": GPT2,
     **dict.fromkeys(("siglip", "siglip_vision_model", "siglip_text_model"), SIGLIP),
     "vit": VIT,

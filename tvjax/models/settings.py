@@ -79,7 +79,8 @@ def _kinds(config_class: type) -> dict[str, tuple[type, bool]]:
     """The type of each field that is a number, a text or a truth value, and whether it may be None."""
     found, hints = {}, typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
-        options = typing.get_args(hints[field.name]) or (hints[field.name],)
+        hint = hints[field.name]
+        options = () if typing.get_origin(hint) is tuple else typing.get_args(hint) or (hint,)
         plain = [option for option in options if option in (int, float, bool, str)]
         if plain:
             found[field.name] = plain[0], type(None) in options

@@ -25,17 +25,17 @@ def accuracy_table(
       **style: of rich's table (``box``).
 
     Returns:
-      The table; where there are several draws, accuracies come with their standard deviation over draws.
+      The table; where there are several draws, accuracies come with their standard deviation over draws, and where
+      there are three pairs of a task and a draw, differences with their interval.
     """
     own = [m for m in measurements if m.target == target]
     tasks = in_order(m.task for m in own)
     baselines = in_order(c.baseline for c in comparisons if c.target == target)
     differences = {(c.method, c.baseline): c.over_pairs for c in comparisons if c.target == target}
     table = Table(title=title, title_justify="left", title_style="bold", **{"box": box.SIMPLE_HEAD, **style})
-    for column in ("method", "labels"):
-        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
-    for column in (*tasks, "mean", *(f"- {name.replace('_', ' ')}" for name in baselines)):
-        table.add_column(column.replace("_", " "), justify="right", no_wrap=True)
+    table.add_column("method", overflow="fold")
+    for column in ("labels", *tasks, "mean", *(f"- {name.replace('_', ' ')}" for name in baselines)):
+        table.add_column(column.replace("_", " "), justify="right", overflow="fold")  # no number is cut
     for method in in_order(m.method for m in own):
         found = accuracies(own, target, method)
         labels = max(m.labels_per_class for m in own if m.method == method)
@@ -56,9 +56,9 @@ def arithmetic_table(rows: Sequence[Mapping[str, Any]], title: str, **style: Any
     """
     table = Table(title=title, title_justify="left", title_style="bold", **{"box": box.SIMPLE_HEAD, **style})
     for column in ("operation", "edit", "measured on"):
-        table.add_column(column, no_wrap=True)
+        table.add_column(column, overflow="fold")
     for column in ("alpha", "before", "after", "of fine-tuned"):
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right", overflow="fold")
     for row in rows:
         normalised = "" if row["normalised"] is None else f"{100 * row['normalised']:.1f}"
         table.add_row(
@@ -201,7 +201,9 @@ def _percent(values: np.ndarray) -> str:
 
 
 def _difference(difference: Difference | None) -> str:
+    """The mean, and its interval where that says something: of two pairs it is six times as wide as their distance."""
     if difference is None:
         return ""
-    interval = "" if difference.half_width is None else f" ± {100 * difference.half_width:.1f}"
+    half = difference.half_width if difference.pairs > 2 else None
+    interval = "" if half is None else f" ± {100 * half:.1f}"
     return f"{100 * difference.mean:+.1f}{interval}"

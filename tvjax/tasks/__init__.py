@@ -6,7 +6,6 @@ from tvjax.tasks.classification import own_head, text_batches
 from tvjax.tasks.language import (
     TokenLoss,
     exact_match,
-    label_words,
     next_token,
     perplexity,
     sequence_to_sequence,
@@ -14,6 +13,7 @@ from tvjax.tasks.language import (
     token_losses,
 )
 from tvjax.tasks.losses import ClassLoss, Judged, Loss
+from tvjax.tasks.words import label_words
 from tvjax.tasks.zero_shot import classifier, unit_embeddings, with_head, zero_shot, zero_shot_model
 
 __all__ = [

@@ -12,6 +12,7 @@ import numpy as np
 
 from tvjax.data.examples import Examples
 from tvjax.data.loader import Loader
+from tvjax.placement import automatic
 from tvjax.stages import Batch, Model
 from tvjax.tasks.losses import OWN_HEAD, Judged, Loss
 
@@ -72,6 +73,7 @@ class Task:
         return score(model, batches)
 
 
+@automatic(lambda model, batch: batch)
 def judge(model: Model, batch: Batch) -> Judged:
     """What a model predicts for one batch, beside what is right; a model of no task returns logits of classes.
 

@@ -1,4 +1,4 @@
-"""Language: the next token, sequence to sequence, and classes by their words.
+"""Language: the next token, and sequence to sequence.
 
 A language model takes ``{"tokens", "mask", "wanted"}``, each ``[batch, tokens]``, and returns one of these:
 
@@ -28,12 +28,12 @@ from tvjax.data.loader import Loader, Processed
 from tvjax.data.texts import Texts
 from tvjax.data.tokens import Encoder
 from tvjax.models.chunked_loss import chunked
-from tvjax.stages import Batch, Model, PyTree
+from tvjax.stages import Batch, PyTree
 from tvjax.tasks.base import Task, check_examples
-from tvjax.tasks.classification import check_template, filled, text_batches
-from tvjax.tasks.losses import ClassLoss, Judged, cannot_score
+from tvjax.tasks.classification import check_template, filled
+from tvjax.tasks.losses import Judged, cannot_score
 
-_EXPECTED = "'logits' [batch, tokens, vocabulary], or 'hidden' [batch, tokens, width] and 'unembedding'"
+EXPECTED = "'logits' [batch, tokens, vocabulary], or 'hidden' [batch, tokens, width] and 'unembedding'"
 _MADE = ("losses", "predicted", "finite")
 
 
@@ -127,9 +127,9 @@ class TokenLoss:
         if isinstance(outputs, Mapping) and set(_MADE) <= set(outputs):
             losses, greatest, finite = (outputs[name] for name in _MADE)
             return jnp.where(mask, losses, 0.0), greatest, finite
-        scores = _scored(self.task, outputs)
+        scores = scored_tokens(self.task, outputs)
         if jnp.shape(scores)[:2] != jnp.shape(tokens):
-            raise cannot_score(self.task, outputs, f"{_EXPECTED}, with [batch, tokens] {list(jnp.shape(tokens))}")
+            raise cannot_score(self.task, outputs, f"{EXPECTED}, with [batch, tokens] {list(jnp.shape(tokens))}")
         if "logits" in outputs:
             return _whole(outputs["logits"], tokens, mask)
         losses, greatest, finite = chunked(outputs["hidden"], outputs["unembedding"], tokens, self.chunk)
@@ -146,17 +146,22 @@ NEXT_TOKEN = TokenLoss("next token")
 SEQUENCE_TO_SEQUENCE = TokenLoss("sequence to sequence")
 
 
-def _scored(task: str, outputs: PyTree) -> Array:
+def scored_tokens(task: str, outputs: PyTree, axes: int = 2) -> Array:
     """What a language model returns for every token, logits or hidden activations.
+
+    Args:
+      task: for messages.
+      outputs: what the model returns.
+      axes: of the tokens, those of the examples among them.
 
     Raises:
       ValueError: for outputs without them.
     """
     if isinstance(outputs, Mapping):
         found = outputs.get("logits", outputs.get("hidden") if "unembedding" in outputs else None)
-        if found is not None and jnp.ndim(found) == 3:
+        if found is not None and jnp.ndim(found) == axes + 1:
             return found
-    raise cannot_score(task, outputs, _EXPECTED)
+    raise cannot_score(task, outputs, EXPECTED)
 
 
 def next_token(encoder: Encoder, template: str = "") -> Task:
@@ -193,7 +198,7 @@ def next_token(encoder: Encoder, template: str = "") -> Task:
                 alone = rows
                 whole = [a + b for a, b in zip(prompts, _answers(texts, found, labels), strict=True)]
                 rows = encoder.rows(whole)
-                start = [_common(one, other) for one, other in zip(alone, rows, strict=True)]
+                start = [common_opening(one, other) for one, other in zip(alone, rows, strict=True)]
             tokens = encoder.padded(rows)
             place = np.arange(tokens.ids.shape[1])
             scored = tokens.mask & (place >= np.array(start)[:, None])
@@ -250,110 +255,6 @@ def sequence_to_sequence(encoder: Encoder, start: int, template: str = "", answe
     return Task(name, lambda model: model.with_loss(SEQUENCE_TO_SEQUENCE), batches)
 
 
-def label_words(encoder: Encoder, words: Sequence[str], template: str = "", start: int | None = None) -> Task:
-    """Classification by the words of the classes: which of them a language model would say next.
-
-    The score of a class is the log-probability of its word's first token, up to a constant, at the last token of the
-    text. A causal model is told where that is, ``"last": [batch]`` among the inputs, and must return that, or the mask,
-    beside its scores.
-
-    Args:
-      encoder: texts to tokens.
-      words: one a class, as they follow the text (`` yes``).
-      template: as for `next_token`.
-      start: the token that the decoder begins with, where the model has one; None: a causal model.
-
-    Raises:
-      ValueError: for fewer than two words; when the model is made, for words without tokens of their own, or two that
-        begin alike.
-
-    >>> def letters(texts):
-    ...     rows = [[*map(ord, one)] for one in texts]
-    ...     return {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
-    >>> task = label_words(Encoder(letters), ["no", "yes"], "Is {sum} right? ")
-    >>> task.model(Model({}, ())).loss_params["words"].tolist()
-    [110, 121]
-    """
-    if len(words) < 2:
-        raise ValueError(f"found {len(words)} words of classes, expected one for each of two classes or more")
-    loss = FIRST_WORD if start is not None else NEXT_WORD
-
-    def model(given: Model) -> Model:
-        first = _first_tokens(encoder, words, "?" if start is None else "")
-        return given.with_loss(loss, {"words": jnp.asarray(first, jnp.int32)})
-
-    def batches(examples: Examples, size: int) -> Loader:
-        loader = text_batches(loss.task, examples, encoder, size, words, template)
-
-        def process(found: Sequence[Any], labels: Any) -> Processed:
-            made = loader.process(found, labels)
-            inputs = dict(made.batch.inputs)
-            if start is None:
-                inputs["last"] = np.asarray(_last(inputs["mask"]), np.int32)
-            else:
-                first = np.full((len(found), 1), start, np.int32)
-                inputs |= {"decoder_tokens": first, "decoder_mask": np.ones_like(first, bool)}
-            return Processed(made.batch._replace(inputs=inputs), made.cut)
-
-        return dataclasses.replace(loader, process=process)
-
-    return Task(loss.task, model, batches)
-
-
-def _next_word(loss_params: PyTree, outputs: PyTree) -> Float[Array, "batch classes"]:
-    found = _scored(NEXT_WORD.task, outputs)
-    if not {"last", "mask"} & set(outputs):
-        raise cannot_score(NEXT_WORD.task, outputs, f"{_EXPECTED}, and the 'mask' of the tokens or the 'last' of them")
-    last = outputs["last"] if "last" in outputs else _last(outputs["mask"])
-    return _of_words(loss_params, outputs, jnp.take_along_axis(found, last[:, None, None], axis=1)[:, 0])
-
-
-def _last(mask: Bool[Any, "batch tokens"]) -> Int[Any, " batch"]:
-    """The place of each text's last token."""
-    return mask.shape[1] - 1 - mask[:, ::-1].argmax(1)
-
-
-def _first_word(loss_params: PyTree, outputs: PyTree) -> Float[Array, "batch classes"]:
-    return _of_words(loss_params, outputs, _scored(FIRST_WORD.task, outputs)[:, 0])
-
-
-def _of_words(loss_params: PyTree, outputs: PyTree, found: Array) -> Float[Array, "batch classes"]:
-    """The scores of the words, of logits or hidden activations ``[batch, ...]``."""
-    words = loss_params["words"]
-    if "logits" in outputs:
-        return found[:, words].astype(jnp.float32)
-    return jnp.matmul(found, outputs["unembedding"][:, words].astype(found.dtype), preferred_element_type=jnp.float32)
-
-
-NEXT_WORD = ClassLoss("label words of a causal language model", _next_word)
-FIRST_WORD = ClassLoss("label words of a decoder", _first_word)
-
-
-def _first_tokens(encoder: Encoder, words: Sequence[str], before: str) -> list[int]:
-    """The token by which each word is told from the others, where it follows `before`.
-
-    Many tokenizers give a word other tokens at the beginning of a text than within it.
-
-    Raises:
-      ValueError: for words without one, or two with the same.
-    """
-    rows = encoder.rows([before + word for word in words])
-    # what comes before, and what a tokenizer puts before every text, is no part of a word
-    others = (*rows[1:], *encoder.rows([before] if before else ["0", "?", " A"]))
-    opening = min(_common(rows[0], other) for other in others)
-    rows = [row[opening:] for row in rows]
-    first: dict[int, str] = {}
-    for word, row in zip(words, rows, strict=True):
-        if not row or not word.strip() or row[0] in first:
-            same = bool(row and row[0] in first)
-            other = f"begins with the same token as {first[row[0]]!r}" if same else "has no token of its own"
-            raise ValueError(
-                f"the word {word!r} {other}, so that the class cannot be told from the others: choose other words"
-            )
-        first[row[0]] = word
-    return list(first)
-
-
 def _texts(task: str, examples: Examples, template: str) -> Texts:
     check_examples(task, examples, Texts)
     assert isinstance(examples, Texts)
@@ -377,7 +278,7 @@ def _answers(texts: Texts, found: Sequence[dict[str, str]], labels: Any) -> list
     return [texts.class_names[label] for label in labels]
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
+def common_opening(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two rows begin with alike."""
     return next(
         (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))

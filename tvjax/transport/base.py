@@ -215,6 +215,7 @@ class Link(NamedTuple):
       fit: ``(pair) -> LinkState`` for one pair of stages (`tvjax.transport.pair.Pair`).
       transform: ``(part, flat task vector) -> flat task vector``.
       same_shapes: whether source and target leaf must have one shape.
+      check: ``(source, target)``, raises a ValueError where options do not fit the models; looks at no array.
     """
 
     name: str
@@ -223,6 +224,7 @@ class Link(NamedTuple):
     fit: Callable[[Any], LinkState]
     transform: Callable[[LinkState, Flat], Flat]
     same_shapes: bool = False
+    check: Callable[[Any, Any], None] | None = None
 
 
 class Transport(NamedTuple):
@@ -338,10 +340,14 @@ def scale_by(factor: float | jax.Array) -> Transport:
     return Transport((Link("scale_by", "any", Needs(source=False), fit, transform),))
 
 
-def identity() -> Transport:
-    """Leaves the task vector as it is: naive addition, the baseline of every table. Same shapes on both sides."""
-    fit = partial(_nothing_to_fit, "identity", "passed through")
-    return Transport((Link("identity", "any", Needs(source=False), fit, lambda part, flat: flat),))
+def identity(name: str = "identity") -> Transport:
+    """Leaves the task vector as it is: naive addition, the baseline of every table. Same shapes on both sides.
+
+    Args:
+      name: what reports call it.
+    """
+    fit = partial(_nothing_to_fit, name, "passed through")
+    return Transport((Link(name, "any", Needs(source=False), fit, lambda part, flat: flat),))
 
 
 def _nothing_to_fit(name: str, action: str, pair: Any) -> LinkState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -80,7 +81,7 @@ def _check_overlaps(name: str, view: Views, examples: int, target: Model) -> Non
             )
         sides = [batch.inputs if isinstance(batch.inputs, Mapping) else {} for batch in (view.target, view.source)]
         found = tuple(overlap.shape)
-        tokens = [jnp.shape(side[mask])[1] if mask in side else None for side in sides]
+        tokens = [math.prod(jnp.shape(side[mask])[1:]) if mask in side else None for side in sides]
         expected = (examples, *tokens)
         if len(found) != 3 or any(wanted not in (None, size) for wanted, size in zip(expected, found, strict=True)):
             raise ValueError(
@@ -109,6 +110,9 @@ def check_models(transport: Transport, source: Model, target: Model) -> None:
     """Raises a ValueError where a model lacks what the transport reads, or shapes differ that must not."""
     for model in (source, target):
         tree.check_arrays(model.params)
+    for link in transport.links:
+        if link.check is not None:
+            link.check(source, target)
     if transport.needs_gradients:
         reads_source = any(link.needs.gradients and link.needs.source for link in transport.links)
         for name, model in (("source", source), ("target", target)):

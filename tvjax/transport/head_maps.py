@@ -16,7 +16,7 @@ from tvjax.align.heads import HeadPairs, Places
 from tvjax.align.procrustes import OrthogonalMap
 from tvjax.align.solving import Problem, solve
 from tvjax.spread import spread_out
-from tvjax.stages import Stage
+from tvjax.stages import Model, Stage
 from tvjax.transport.rules import Map
 from tvjax.transport.statistics import MomentAccumulator, Options, per_layer, settings, stored
 
@@ -61,15 +61,20 @@ class HeadMap(NamedTuple):
         return heads.pair_frequencies(*frequencies)
 
 
-def check_heads(options: Options, pair: Pair) -> None:
-    """Raises a ValueError where maps by head are asked for, and a model does not say which its heads are."""
-    if options.heads == "free":
-        return
-    for side, walk in (("source", pair.source), ("target", pair.target)):
-        if not any(stage.heads for stage in walk.model.stages):
+def check_heads(options: Options, source: Model, target: Model) -> None:
+    """Raises a ValueError where a model does not say which its heads are, or has no positions that rotate them."""
+    for side, model in (("source", source), ("target", target)):
+        layers = [layer for stage in model.stages for layer in dict(stage.heads).values()]
+        axes = [axis for layer in layers for axis in layer if axis is not None]
+        if not axes:
             raise ValueError(
                 f"heads={options.heads!r} needs to know the heads, and no stage of the {side} says which they are: "
                 "declare them (Stage(heads=...), single_stage(heads=...)), or use heads='free'"
+            )
+        if options.heads == "rotary" and not any(axis.frequencies for axis in axes):
+            raise ValueError(
+                f"heads='rotary' keeps what positions do to queries and keys, and no position of the {side} rotates "
+                "its heads: use heads='blocks'"
             )
 
 

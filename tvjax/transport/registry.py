@@ -8,6 +8,7 @@ A method is one file that returns a `Transport`, and one line here or in one's o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from tvjax.transport.base import Transport, chain, identity
@@ -18,6 +19,12 @@ from tvjax.transport.theseus import theseus
 
 Maker = Callable[..., Transport]
 _METHODS: dict[str, Maker] = {}
+_NO_METHOD = {
+    "identity": "the method 'identity' is called 'naive' here",
+    "transfusion": "the method 'transfusion' needs the table of a model's symmetries, and is made from Python: "
+    "tvjax.transfusion(tvjax.models.symmetry.symmetry_of_config(config), key=...)",
+    "scale_by": "the method 'scale_by' is the option --scale here",
+}
 
 
 def register(name: str, make: Maker) -> None:
@@ -60,6 +67,8 @@ def make_transport(method: str, options: Mapping[str, Any] | None = None) -> Tra
     """
     names = method.split("+")
     unknown = [name for name in names if name not in _METHODS]
+    if unknown and unknown[0] in _NO_METHOD:
+        raise ValueError(f"{_NO_METHOD[unknown[0]]}; the methods by name are {', '.join(_METHODS)}")
     if unknown:
         raise ValueError(f"there is no method {unknown[0]!r}: choose among {', '.join(_METHODS)}, or join some by '+'")
     settings: dict[str, dict[str, Any]] = {name: {} for name in names}
@@ -75,11 +84,12 @@ def make_transport(method: str, options: Mapping[str, Any] | None = None) -> Tra
     return chain(*(_METHODS[name](**settings[name]) for name in names))
 
 
-for _name, _make in {
-    "naive": identity,
+_OURS: dict[str, Maker] = {
+    "naive": partial(identity, "naive"),
     "orthogonal_shift": orthogonal_shift,
     "gradfix": gradfix,
     "theseus": theseus,
     "bico": bico,
-}.items():
+}
+for _name, _make in _OURS.items():
     register(_name, _make)

@@ -81,7 +81,8 @@ def rotation(name: str, inputs: str, outputs: str, options: Options) -> Transpor
         )
     reads = Needs(activations=True, gradients="gradient" in inputs + outputs)
     fit = partial(_fit, name, inputs, outputs, options)
-    return Transport((Link(name, "source_to_target", reads, fit, partial(_transform, options)),))
+    check = None if options.heads == "free" else partial(check_heads, options)
+    return Transport((Link(name, "source_to_target", reads, fit, partial(_transform, options), check=check),))
 
 
 register_state(OrthogonalMap)
@@ -92,7 +93,6 @@ register_state(OrthogonalMap)
 def _fit(name: str, inputs: str, outputs: str, options: Options, pair: Pair) -> LinkState:
     for stage, sites_of_stage in zip(pair.stages, (pair.source_table, pair.target_table), strict=True):
         check_streams(stage, sites_of_stage)
-    check_heads(options, pair)
     table, rules = maps_and_rules(inputs, outputs, options, pair)
     used = {name for rule in rules for piece in rule.pieces for name in (piece.inner, piece.outer)}
     statistics = _observe(options, pair, table)

@@ -51,6 +51,8 @@ def block_config(config: LlamaConfig, block: int) -> BlockConfig:
 class Attention(nnx.Module):
     """Causal self-attention with rotary positions, each head of the keys and values shared by some of the queries."""
 
+    norm: type[nnx.Module] = RMSNorm  # of queries and keys
+
     def __init__(self, config: BlockConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         width, queries = config.hidden_size, config.num_attention_heads * config.head_dim
         shared = config.num_key_value_heads * config.head_dim
@@ -59,8 +61,8 @@ class Attention(nnx.Module):
         )
         self.out = linear(queries, width, dtype, rngs, _STD, config.output_bias)
         if config.qk_norm:
-            self.query_norm = RMSNorm(config.head_dim, config.rms_norm_eps, rngs=rngs)
-            self.key_norm = RMSNorm(config.head_dim, config.rms_norm_eps, rngs=rngs)
+            self.query_norm = self.norm(config.head_dim, config.rms_norm_eps, rngs=rngs)  # type: ignore[call-arg]
+            self.key_norm = self.norm(config.head_dim, config.rms_norm_eps, rngs=rngs)  # type: ignore[call-arg]
         self.config = config
 
     def __call__(
@@ -79,10 +81,14 @@ class Attention(nnx.Module):
             angles = jnp.where(positions[..., None] < self.config.longest, angles, jnp.nan)
         query, key = (rotate(units, angles, self.config.rope.scale) for units in (query, key))
         query = query.reshape(*x.shape[:-1], heads, -1, size)  # query head h g + j reads key head h
-        scores = jnp.einsum("bqhgd,bkhd->bhgqk", query, key, preferred_element_type=jnp.float32) * size**-0.5
+        scores = self.scaled(jnp.einsum("bqhgd,bkhd->bhgqk", query, key, preferred_element_type=jnp.float32))
         scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores).astype(value.dtype)
         return self.out(jnp.einsum("bhgqk,bkhd->bqhgd", weights, value).reshape(*x.shape[:-1], -1))
+
+    def scaled(self, products: Float[Array, "*any"]) -> Float[Array, "*any"]:
+        """What the products of queries and keys are to the softmax."""
+        return products * self.config.head_dim**-0.5
 
 
 class MLP(nnx.Module):
@@ -110,19 +116,30 @@ class Block(nnx.Module):
 
     def __call__(self, carry: dict[str, Array]) -> dict[str, Array]:
         """Adds attention, then the MLP, to the residual stream."""
-        hidden, mask = carry["hidden"], causal_mask(carry["mask"])
-        tokens, longest, window = jnp.arange(hidden.shape[1]), self.config.longest, self.config.window
-        if longest is not None and hidden.shape[1] > longest:
-            raise ValueError(
-                f"texts of {hidden.shape[1]} tokens, expected at most {longest}: above it rope_type "
-                f"{self.config.rope.kind!r} has frequencies that depend on the batch, which is not supported: cut the "
-                "texts"
-            )
-        if window is not None:
-            mask = mask & (tokens[:, None] - tokens[None, :] < window)
-        hidden = hidden + self.attention(self.norm1(hidden), mask, carry.get("positions", tokens[None]))
+        hidden = carry["hidden"]
+        hidden = hidden + self.attention(self.norm1(hidden), *seen(carry, self.config))
         hidden = hidden + self.mlp(self.norm2(hidden))
         return {**carry, "hidden": hidden}
+
+
+def seen(
+    carry: dict[str, Array], config: BlockConfig
+) -> tuple[Bool[Array, "batch 1 tokens tokens"], Int[Array, "#batch tokens"]]:
+    """Which keys each query of a block may see, and the positions of the tokens.
+
+    Raises:
+      ValueError: for longer texts than the rotary positions are computed for.
+    """
+    mask = causal_mask(carry["mask"])
+    tokens, longest = jnp.arange(mask.shape[-1]), config.longest
+    if longest is not None and len(tokens) > longest:
+        raise ValueError(
+            f"texts of {len(tokens)} tokens, expected at most {longest}: above it rope_type {config.rope.kind!r} has "
+            "frequencies that depend on the batch, which is not supported: cut the texts"
+        )
+    if config.window is not None:
+        mask = mask & (tokens[:, None] - tokens[None, :] < config.window)
+    return mask, carry.get("positions", tokens[None])
 
 
 class Embeddings(nnx.Module):
