@@ -188,7 +188,9 @@ def _is_iterator(leaf: Any) -> bool:
 
 
 def _mesh(leaf: Any) -> AbstractMesh | None:
-    """The mesh in the type of an array."""
+    """The mesh in the type of an array, or of a shape that says how an array is to lie."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf.sharding.mesh.abstract_mesh if isinstance(leaf.sharding, NamedSharding) else None
     if not isinstance(leaf, jax.Array):
         return None
     mesh = jax.typeof(leaf).sharding.mesh
@@ -231,7 +233,7 @@ def _back(results: PyTree, patterns: PyTree, mesh: AbstractMesh) -> PyTree:
     return jax.tree_util.tree_map_with_path(place, results)
 
 
-def _spec(array: jax.Array) -> PartitionSpec:
+def _spec(array: jax.Array | jax.ShapeDtypeStruct) -> PartitionSpec:
     """One entry an axis, from the type or, where that says nothing, the placement of an array."""
     own = None if isinstance(array, jax.core.Tracer) else array.sharding
     spec = own.spec if isinstance(own, NamedSharding) else jax.typeof(array).sharding.spec

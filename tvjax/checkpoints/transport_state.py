@@ -12,10 +12,12 @@ from urllib.parse import quote, unquote
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from tvjax.capture.views import Constant
 from tvjax.checkpoints.json_files import read_json, write_json
 from tvjax.checkpoints.safetensors import open_tensors, save_tensors
+from tvjax.spread import name_of
 from tvjax.stages import Stream
 from tvjax.transport import rotation  # noqa: F401 - registers what its states hold
 from tvjax.transport.base import STATE_TYPES, LeafUse, LinkState, MapInfo, Rule, State
@@ -31,7 +33,9 @@ def save_state(path: str | os.PathLike[str], state: State) -> None:
       path: where to.
       state: what `fit` returned.
     """
-    _save_parts(path, FORMAT, state.parts, {"paths": state.paths, "sources": state.sources, "notes": state.notes})
+    fitted = () if state.mesh is None else (f"fitted on the mesh {name_of(state.mesh)}",)
+    about = {"paths": state.paths, "sources": state.sources, "notes": (*state.notes, *fitted)}
+    _save_parts(path, FORMAT, state.parts, about)
 
 
 def load_state(path: str | os.PathLike[str]) -> State:
@@ -178,7 +182,9 @@ def _step(step: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A constant of a view as JSON."""
+    """A constant of a view as JSON; how a leaf lay is no part of a file."""
+    if isinstance(value, NamedSharding):
+        return None
     if isinstance(value, Constant):
         return {"constant": value.array.tolist(), "dtype": value.array.dtype.name}
     raise TypeError(f"{type(value).__name__} is no JSON")

@@ -8,6 +8,7 @@ from tvjax.transport.leaf_report import LeafReport, leaf_forms, leaf_report, sum
 from tvjax.transport.likeness import Likeness, likeness
 from tvjax.transport.orthogonal_shift import orthogonal_shift
 from tvjax.transport.permutation import transfusion
+from tvjax.transport.placed import place
 from tvjax.transport.registry import make_transport, methods, register
 from tvjax.transport.statistics import Options
 from tvjax.transport.theseus import theseus
@@ -29,6 +30,7 @@ __all__ = [
     "make_transport",
     "methods",
     "orthogonal_shift",
+    "place",
     "register",
     "scale_by",
     "summary",

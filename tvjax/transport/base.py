@@ -18,17 +18,20 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
-from tvjax import tree
+from tvjax import placement, tree
 from tvjax.capture.views import View
 from tvjax.factors import float32, scaled
 from tvjax.finite import check_finite
+from tvjax.spread import brought, lies_elsewhere, like_leaf, mesh_of, name_of
 
 PyTree = Any
 Flat = dict[str, Any]  # of arrays, and leaves of low rank
@@ -69,6 +72,7 @@ class Rule(NamedTuple):
       source_shape: of the source leaf.
       pieces: the uses of a rotated leaf.
       why: one phrase where the action is not the link's ordinary one.
+      sharding: how the target leaf lies, where it lies over a mesh (its axes automatic).
     """
 
     target: str
@@ -78,6 +82,7 @@ class Rule(NamedTuple):
     source_shape: tuple[int, ...]
     pieces: tuple[LeafUse, ...] = ()
     why: str = ""
+    sharding: NamedSharding | None = None
 
 
 class MapInfo(NamedTuple):
@@ -166,6 +171,11 @@ class State:
     paths: tuple[str, ...]
     sources: tuple[str, ...]
     notes: tuple[str, ...] = ()
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The mesh that the target lies over; None where it lies on one device."""
+        return mesh_of([rule.sharding for part in self.parts for rule in part.rules])
 
 
 STATE_TYPES: dict[str, type] = {}
@@ -256,15 +266,39 @@ class Transport(NamedTuple):
         names = tuple(part.link for part in state.parts)
         if names != tuple(link.name for link in self.links):
             raise ValueError(f"this state was fitted for {'+'.join(names)}, not for {self.name}")
-        flat: Flat = {path: float32(leaf) for path, leaf in tree.flatten(tau).items()}
-        expected = {rule.source: rule.source_shape for rule in state.parts[0].rules if rule.source}
-        check_leaves(flat, expected, also=state.sources)
-        check_finite(tau, "the task vector")
-        for link, part in zip(self.links, state.parts, strict=True):
-            flat = link.transform(part, flat)
+        flat = _moved(self.links, state, tree.flatten(tau))
         if state.structure is not None and set(flat) == set(state.paths):
             return jax.tree.unflatten(state.structure, [flat[path] for path in state.paths])
         return tree.nest(flat)
+
+
+def _target_leaves(links: Sequence[Link], state: State, flat: Flat) -> Flat:
+    """The shapes of the target's leaves, and how they lie."""
+    return {
+        rule.target: jax.ShapeDtypeStruct(rule.shape, np.float32, sharding=rule.sharding)
+        for rule in state.parts[-1].rules
+        if rule.sharding is not None
+    }
+
+
+@placement.automatic(like=_target_leaves)
+def _moved(links: Sequence[Link], state: State, flat: Flat) -> Flat:
+    flat = {path: float32(leaf) for path, leaf in flat.items()}
+    expected = {rule.source: rule.source_shape for rule in state.parts[0].rules if rule.source}
+    check_leaves(flat, expected, also=state.sources)
+    check_finite(flat, "the task vector")
+    mesh = state.mesh
+    if mesh is not None and lies_elsewhere(flat, mesh):
+        warnings.warn(
+            f"the task vector lies on other devices than the state, which was fitted on the mesh {name_of(mesh)}, and "
+            "is moved there; tvjax.transport.place(state, params) brings the state to where parameters lie",
+            stacklevel=4,
+        )
+        flat = brought(flat, mesh)
+    for link, part in zip(links, state.parts, strict=True):
+        flat = link.transform(part, flat)
+    shardings = {rule.target: rule.sharding for rule in state.parts[-1].rules}
+    return {path: like_leaf(leaf, shardings.get(path)) for path, leaf in flat.items()}
 
 
 def chain(*transports: Transport) -> Transport:

@@ -13,16 +13,18 @@ from typing import Any, NamedTuple, Protocol, get_args
 import jax
 import jax.numpy as jnp
 
-from tvjax import processes, tree
+from tvjax import placement, processes, tree
 from tvjax.align import tokens as token_alignment
 from tvjax.factors import float32
 from tvjax.finite import check_finite
 from tvjax.renamed import renamed_arguments, warn
+from tvjax.spread import brought, lies_elsewhere, mesh_of, name_of
 from tvjax.stages import Batch, Model
 from tvjax.transport.base import Flat, LinkState, State, Transport, check_leaves
 from tvjax.transport.checks import check_batches, check_common_leaves, check_models, check_stages, views_of
 from tvjax.transport.pair import Pair
 from tvjax.transport.pairing import pair_stages
+from tvjax.transport.placed import placed_part, shardings_of
 from tvjax.walk import Walk
 
 PyTree = Any
@@ -42,6 +44,7 @@ class StateCache(Protocol):
 
 
 @renamed_arguments(check="check_gradients", host="offload", store="cache")
+@placement.automatic(like=lambda *args, **options: ())  # where all arrays lie is said below
 def fit(
     transport: Transport,
     source: Model,
@@ -168,6 +171,11 @@ class Fitting:
         self.tokens, self.check_gradients, self.task = tokens, check_gradients, task
         self.progress, self.cache = progress, cache
         self.depth = depth
+        self.mesh, self.shardings = mesh_of(target.params, source.params), shardings_of(target.params)
+        self.resharded: list[str] = []
+        if self.mesh is not None and lies_elsewhere((source.params, source.loss_params), self.mesh):
+            self.source = source = brought(source, self.mesh)
+            self.resharded.append(f"the source lay on other devices, and is spread over the mesh {name_of(self.mesh)}")
         if tokens not in get_args(token_alignment.Mode):
             raise ValueError(f"tokens must be one of {get_args(token_alignment.Mode)}, found {tokens!r}")
         check_models(transport, source, target)
@@ -197,6 +205,8 @@ class Fitting:
         if key not in known:
             views = [views_of(batch) for batch in batches]
             processes.check_same(f"fit {name} on", {"batches": [(view.source, view.target) for view in views]})
+            if self.mesh is not None:
+                views = brought(views, self.mesh)
             check_batches(name, views, self.target)
             walks = (
                 Walk(self.source, [view.source for view in views], offload),
@@ -229,8 +239,13 @@ class Fitting:
                 moved = moved or link.space == "source_to_target"
             stage = pairs[0].name
             parts = None if self.cache is None else self.cache.load(stage)
+            cached = parts is not None
             if parts is None:
                 parts = tuple(link.fit(pair) for link, pair in zip(self.transport.links, pairs, strict=True))
+            parts = tuple(placed_part(part, self.shardings, self.mesh) for part in parts)
+            if cached and self.mesh is not None and len(self.resharded) < 2:
+                self.resharded.append(f"what the cache held is spread over the mesh {name_of(self.mesh)}")
+            if not cached:
                 waiting = any(any(board.values()) for board in boards)  # a later stage needs what this one left
                 if self.cache is not None and not waiting:
                     self.cache.save(stage, parts)
@@ -258,7 +273,7 @@ class Fitting:
 
     def notes(self, parts: tuple[LinkState, ...]) -> tuple[str, ...]:
         """What the user should know of these parts."""
-        notes = []
+        notes = list(self.resharded)
         for part in parts:
             found = {info.name: part.measures[info.name]["rows"] for info in part.maps}
             if tree.is_traced(found):

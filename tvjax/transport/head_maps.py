@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from tvjax import processes, tree
 from tvjax.align import heads, procrustes
 from tvjax.align.heads import HeadPairs, Places
 from tvjax.align.procrustes import OrthogonalMap
+from tvjax.align.solving import Problem, solve
+from tvjax.spread import spread_out
 from tvjax.stages import Model, Stage
 from tvjax.transport.rules import Map
 from tvjax.transport.statistics import MomentAccumulator, Options, per_layer, settings, stored
+
+if TYPE_CHECKING:
+    from tvjax.transport.pair import Pair
 
 Solved = dict[str, tuple[OrthogonalMap, dict[str, jax.Array]]]
 Numbers = tuple[int, int]
@@ -72,7 +78,7 @@ def check_heads(options: Options, source: Model, target: Model) -> None:
             )
 
 
-def solve_heads(options: Options, stages: tuple[Stage, Stage], maps: list[HeadMap]) -> Solved:
+def solve_heads(options: Options, pair: Pair, maps: list[HeadMap]) -> Solved:
     """The maps of all attentions of a pair of stages, and what is measured of them."""
     solved: Solved = {}
     attentions: dict[tuple[str, str], list[HeadMap]] = {}
@@ -81,8 +87,8 @@ def solve_heads(options: Options, stages: tuple[Stage, Stage], maps: list[HeadMa
         names = each.found.heads[0].attention, each.found.heads[1].attention
         attentions.setdefault(names, []).append(each)
     for names, members in attentions.items():
-        groups = tuple(_key_heads(stage, name) for stage, name in zip(stages, names, strict=True))
-        solved |= _solve_attention(options, (groups[0], groups[1]), members)
+        groups = tuple(_key_heads(stage, name) for stage, name in zip(pair.stages, names, strict=True))
+        solved |= _solve_attention(options, (groups[0], groups[1]), members, pair.mesh)
     return solved
 
 
@@ -92,30 +98,32 @@ def _key_heads(stage: Stage, attention: str) -> int:
     return min(axis.number for axes in layers for axis in axes if axis is not None and axis.attention == attention)
 
 
-def _solve_attention(options: Options, groups: Numbers, members: list[HeadMap]) -> Solved:
-    moments = [each.rows.cross(each.factors) for each in members]
-    matched = _match(options, groups, members, moments)
+def _solve_attention(options: Options, groups: Numbers, members: list[HeadMap], mesh: Mesh | None) -> Solved:
+    moments = [spread_out(mesh, each.rows.cross(each.factors)) for each in members]
+    matched = _match(options, groups, members, moments, mesh)
     phases: dict[Places, jax.Array] = {}
     for each, moment in zip(members, moments, strict=True):
         if (places := each.places(options)) is not None and not each.shared:
             of_group = _of_group(each.numbers, groups)
-            solve = partial(_group_moments, places, each.numbers, of_group)
-            own = per_layer(moment.ndim - 2, solve)(moment, *matched[each.numbers])
+            group_moments = partial(_group_moments, places, each.numbers, of_group)
+            own = per_layer(moment.ndim - 2, group_moments)(moment, *matched[each.numbers])
             phases[places] = phases[places] + own if places in phases else own
-    solved: Solved = {}
+    problems = []
     for each, moment in zip(members, moments, strict=True):
         pairs, layers = matched[each.numbers], moment.ndim - 2
         places = each.places(options)
         if places is not None:
             of_group = _of_group(each.numbers, groups)
             sizes = moment.shape[-2] // each.numbers[0], moment.shape[-1] // each.numbers[1]
-            turn = partial(_turn, options, places, each.numbers, of_group, sizes, each.shared)
-            found = per_layer(layers, turn)(moment if each.shared else phases[places], *pairs)
+            about = options, layers, places, each.numbers, of_group, sizes, each.shared
+            problems.append(Problem(_turn, about, (moment if each.shared else phases[places], *pairs)))
         else:
             grams = each.rows.grams(each.factors) if options.whiten else ()
-            solve = partial(_shared if each.shared else _blocks, options, each.numbers)
-            found = per_layer(layers, solve)(moment, *pairs, *grams)
-        rows = each.rows.count()
+            function = _shared if each.shared else _blocks
+            problems.append(Problem(function, (options, layers, each.numbers), (moment, *pairs, *grams)))
+    solved: Solved = {}
+    for each, found in zip(members, solve(problems, mesh), strict=True):
+        pairs, layers, rows = matched[each.numbers], found.left.ndim - 2, each.rows.count()
         if each.shared:
             residual = each.rows.residual_of_heads(found, pairs, each.numbers)
             rows = rows * pairs.source.shape[-1]
@@ -136,7 +144,7 @@ def _of_group(numbers: Numbers, groups: Numbers) -> Numbers:
 
 
 def _match(
-    options: Options, groups: Numbers, members: list[HeadMap], moments: list[jax.Array]
+    options: Options, groups: Numbers, members: list[HeadMap], moments: list[jax.Array], mesh: Mesh | None
 ) -> dict[Numbers, HeadPairs]:
     """The pairs of heads for each number of heads that layers of the attention have, ``[*layers, pairs]``."""
     layers = moments[0].shape[:-2]
@@ -149,11 +157,11 @@ def _match(
         }
         return {own: _spread(pairs, layers) for own, pairs in found.items()}
     scores: dict[Numbers, np.ndarray] = {}
-    for each, moment in zip(members, moments, strict=True):
-        if not each.shared:
-            norms = per_layer(len(layers), partial(heads.nuclear_norms, numbers=each.numbers))(moment)
-            shares = np.asarray(processes.fetch(norms), np.float64)
-            scores[each.numbers] = scores.get(each.numbers, np.zeros_like(shares)) + shares
+    own_heads = [(each, moment) for each, moment in zip(members, moments, strict=True) if not each.shared]
+    problems = [Problem(_nuclear_norms, (len(layers), each.numbers), (moment,)) for each, moment in own_heads]
+    for (each, _), norms in zip(own_heads, solve(problems, mesh), strict=True):
+        shares = np.asarray(processes.fetch(norms), np.float64)
+        scores[each.numbers] = scores.get(each.numbers, np.zeros_like(shares)) + shares
     queries = [own for own in numbers if own != groups]
     if len(queries) > 1:
         raise ValueError(
@@ -181,23 +189,37 @@ def _spread(pairs: HeadPairs, layers: tuple[int, ...]) -> HeadPairs:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _blocks(options: Options, numbers: Numbers, moment: jax.Array, source: Any, target: Any, *grams: Any) -> Any:
-    whitening = options.whiten, options.whiten_floor
-    pairs = HeadPairs(source, target)
-    return stored(heads.block_map(moment, pairs, numbers, settings(options), grams or None, whitening))
+def _nuclear_norms(layers: int, numbers: Numbers, moment: jax.Array) -> jax.Array:
+    return per_layer(layers, partial(heads.nuclear_norms, numbers=numbers))(moment)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _shared(options: Options, numbers: Numbers, moment: jax.Array, source: Any, target: Any, *grams: Any) -> Any:
-    """One map for all pairs of heads, from the sum of their moments."""
-    summed = jnp.sum(heads.head_blocks(moment, numbers)[source, target], 0)
-    if grams:
-        own = [
-            jnp.sum(heads.head_blocks(gram, (n, n))[side, side], 0)
-            for gram, n, side in zip(grams, numbers, (source, target), strict=True)
-        ]
-        summed = procrustes.whiten(summed, own[0], own[1], options.whiten, options.whiten_floor)
-    return stored(procrustes.polar(summed, **settings(options)))
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _blocks(options: Options, layers: int, numbers: Numbers, *arrays: jax.Array) -> OrthogonalMap:
+    """A map for each pair of heads: from their moments, the pairs, and the Gram matrices where they whiten."""
+
+    def blocks(moment: jax.Array, source: jax.Array, target: jax.Array, *grams: Any) -> OrthogonalMap:
+        whitening = options.whiten, options.whiten_floor
+        pairs = HeadPairs(source, target)
+        return stored(heads.block_map(moment, pairs, numbers, settings(options), grams or None, whitening))
+
+    return per_layer(layers, blocks)(*arrays)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _shared(options: Options, layers: int, numbers: Numbers, *arrays: jax.Array) -> OrthogonalMap:
+    """One map for all pairs of heads, from the sum of their moments; arrays as for `_blocks`."""
+
+    def shared(moment: jax.Array, source: jax.Array, target: jax.Array, *grams: Any) -> OrthogonalMap:
+        summed = jnp.sum(heads.head_blocks(moment, numbers)[source, target], 0)
+        if grams:
+            own = [
+                jnp.sum(heads.head_blocks(gram, (n, n))[side, side], 0)
+                for gram, n, side in zip(grams, numbers, (source, target), strict=True)
+            ]
+            summed = procrustes.whiten(summed, own[0], own[1], options.whiten, options.whiten_floor)
+        return stored(procrustes.polar(summed, **settings(options)))
+
+    return per_layer(layers, shared)(*arrays)
 
 
 def _group_moments(
@@ -209,17 +231,16 @@ def _group_moments(
     return jnp.zeros((*groups, own.shape[-1]), own.dtype).at[source // of_group[0], target // of_group[1]].add(own)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
 def _turn(
     options: Options,
+    layers: int,
     places: Places,
     numbers: Numbers,
     of_group: Numbers,
     sizes: Numbers,
     shared: bool,
-    moments: jax.Array,
-    source: Any,
-    target: Any,
+    *arrays: jax.Array,
 ) -> OrthogonalMap:
     """The phases of each pair of key heads for the pairs of heads of a layer; one for all where they share a map."""
     phases = partial(
@@ -229,11 +250,15 @@ def _turn(
         complete=options.complete,
         rank_tolerance=options.rank_tolerance,
     )
-    if shared:
-        own = heads.pair_moments(heads.head_blocks(moments, numbers)[source, target], places)
-        return stored(phases(jnp.sum(own, 0)))
-    of_pairs = moments[source // of_group[0], target // of_group[1]]
-    return stored(heads.assembled(jax.vmap(phases)(of_pairs), HeadPairs(source, target), numbers))
+
+    def turn(moments: jax.Array, source: jax.Array, target: jax.Array) -> OrthogonalMap:
+        if shared:
+            own = heads.pair_moments(heads.head_blocks(moments, numbers)[source, target], places)
+            return stored(phases(jnp.sum(own, 0)))
+        of_pairs = moments[source // of_group[0], target // of_group[1]]
+        return stored(heads.assembled(jax.vmap(phases)(of_pairs), HeadPairs(source, target), numbers))
+
+    return per_layer(layers, turn)(*arrays)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from tvjax import tree
 from tvjax.align import depth as layers
 from tvjax.align import tokens as token_alignment
 from tvjax.capture import SiteTable
+from tvjax.spread import mesh_of
 from tvjax.stages import Model, owner_paths
 from tvjax.walk import Walk
 
@@ -84,6 +86,11 @@ class Pair:
         self.batches = len(target.batches)
         self.overlaps = overlaps or [{}] * self.batches
         self.stages = source.model.stages[source_index], target.model.stages[target_index]
+
+    @cached_property
+    def mesh(self) -> Mesh | None:
+        """The mesh that the target lies over, or else the source; None where both lie on one device."""
+        return mesh_of(self.target.model.params, self.source.model.params)
 
     @property
     def other_words(self) -> bool:

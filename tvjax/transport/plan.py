@@ -13,14 +13,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tvjax import tree
+from tvjax import placement, tree
 from tvjax.align import tokens as token_alignment
 from tvjax.capture import SiteTable
+from tvjax.spread import sharding_of
 from tvjax.stages import Model, local_params, owner_paths
 from tvjax.transport.base import LinkState, MapInfo, State, Transport
 from tvjax.transport.fit import Batches, Fitting
 from tvjax.transport.leaf_report import LeafReport, leaf_report
 from tvjax.transport.pair import Pair, owner_of_leaves
+from tvjax.transport.plan_mesh import memory_by_device, moment_bytes
 from tvjax.walk import Walk
 
 
@@ -53,12 +55,15 @@ class Plan(NamedTuple):
         all stages, and the task vector before and after (``task vectors``). Arrays only: the runtime, compiled
         programs and workspace come on top.
       notes: what the fit may do otherwise.
+      on_device: where a model lies over a mesh, bytes on the device that holds most
+        (`tvjax.transport.plan_mesh.memory_by_device`).
     """
 
     stages: tuple[PlannedStage, ...]
     leaves: tuple[LeafReport, ...]
     memory: dict[str, int]
     notes: tuple[str, ...] = ()
+    on_device: dict[str, int] = {}  # noqa: RUF012 - never written to
 
 
 def plan(
@@ -116,7 +121,9 @@ def plan(
         streams += tree.nbytes(work.overlaps)
         return work.state(tuple(dataclasses.replace(part, measures={}) for part in parts), ())
 
-    state = jax.eval_shape(traced, source, target, list(batches))
+    batches = list(batches)
+    with placement.within(placement.explicit_mesh(())):  # how arrays lie is looked at below, and is no part of shapes
+        state = jax.eval_shape(traced, *jax.tree.map(_without_sharding, (source, target, batches)))
     order = [stages[stage.name] for stage in target.stages if stage.name in stages]
     memory = {
         "parameters": tree.nbytes((source.params, target.params)),
@@ -125,7 +132,13 @@ def plan(
         "maps": tree.nbytes([part.arrays for part in state.parts]),
         "task vectors": sum(4 * math.prod(x.shape) for m in (source, target) for x in jax.tree.leaves(m.params)),
     }
-    return Plan(tuple(order), tuple(leaf_report(state)), memory, notes)
+    about = [(stage.size, stage.maps) for stage in order]
+    on_device = memory_by_device(source, target, batches, streams, about, state)
+    return Plan(tuple(order), tuple(leaf_report(state)), memory, notes, on_device)
+
+
+def _without_sharding(leaf: Any) -> Any:
+    return leaf if sharding_of(leaf) is None else tree.leaf_type(leaf)
 
 
 def _without_activations(depth: Any) -> Any:
@@ -210,7 +223,7 @@ def _planned_stage(
     tables = walks[0].table(pair.source_index), walks[1].table(pair.target_index)
     maps = [info for part in parts for info in part.maps]
     seen = next((info.tokens for info in maps if info.tokens is not None), None)
-    moments = sum(4 * min(math.prod(info.moment), info.rows * sum(info.moment)) for info in maps)
+    moments = sum(map(moment_bytes, maps))
     activations = sum(_activations(table, transport.needs_gradients) for table in tables)
     return PlannedStage(pair.name, partner, seen, tuple(maps), activations + moments)
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from tvjax import tree
 from tvjax.align import moments as mm
@@ -32,10 +33,12 @@ from tvjax.align.heads import MATCHINGS, STRUCTURES
 from tvjax.align.procrustes import OrthogonalMap
 from tvjax.align.products import product, wide
 from tvjax.align.rows import RowAxes, alignment, arranged, check_streams, on_tokens, padding_mask, row_axes
+from tvjax.align.solving import solve
 from tvjax.capture import Captured, Site, SiteTable
 from tvjax.capture.axes import PART
 from tvjax.capture.views import apply_view, restore_view
 from tvjax.factors import LowRank, is_low_rank, scaled
+from tvjax.spread import spread_out
 from tvjax.transport.base import Flat, LeafUse, Link, LinkState, MapInfo, Needs, Rule, Transport, register_state
 from tvjax.transport.factored import rotate_factors
 from tvjax.transport.head_maps import HeadMap, check_heads, solve_heads
@@ -93,20 +96,20 @@ def _fit(name: str, inputs: str, outputs: str, options: Options, pair: Pair) -> 
     table, rules = maps_and_rules(inputs, outputs, options, pair)
     used = {name for rule in rules for piece in rule.pieces for name in (piece.inner, piece.outer)}
     statistics = _observe(options, pair, table)
-    solved: dict[str, tuple[OrthogonalMap, dict[str, jax.Array]]] = {}
-    by_heads = []
+    whole: list[tuple[Map, MomentAccumulator]] = []
+    by_heads: list[HeadMap] = []
     for found in table.maps.values():
         if found.name not in used:
             continue  # asked for by the outputs of a linear layer, for its rows
-        base = table.input_of(found) if found.linear else found
-        rows, factors = statistics[base.rows], _factors(pair, found)
-        if found.heads is not None:
-            by_heads.append(HeadMap(found, rows, factors))
+        rows = statistics[(table.input_of(found) if found.linear else found).rows]
+        if found.heads is None:
+            whole.append((found, rows))
         else:
-            own = rows.solve() if factors is None else rows.solve_outputs(*factors)
-            measures = {"rank": own.rank, "residual": rows.residual(own, factors), "rows": rows.count()}
-            solved[found.name] = own, measures
-    solved |= solve_heads(options, pair.stages, by_heads)
+            by_heads.append(HeadMap(found, rows, _factors(pair, found)))
+    solved: dict[str, tuple[OrthogonalMap, dict[str, jax.Array]]] = {}
+    for group in [whole] if pair.mesh is not None else [[one] for one in whole]:
+        solved |= _solve_maps(pair, group)
+    solved |= solve_heads(options, pair, by_heads)
     infos = []
     for found in table.maps.values():
         if found.name in used:
@@ -121,10 +124,23 @@ def _fit(name: str, inputs: str, outputs: str, options: Options, pair: Pair) -> 
     )
 
 
+def _solve_maps(
+    pair: Pair, maps: list[tuple[Map, MomentAccumulator]]
+) -> dict[str, tuple[OrthogonalMap, dict[str, jax.Array]]]:
+    """Maps, and what is measured of them, from what the two models see; on a mesh side by side."""
+    factors = [_factors(pair, found) for found, _ in maps]
+    problems = [rows.problem(own) for (_, rows), own in zip(maps, factors, strict=True)]
+    solved = {}
+    for (found, rows), own, rotation in zip(maps, factors, solve(problems, pair.mesh), strict=True):
+        measures = {"rank": rotation.rank, "residual": rows.residual(rotation, own), "rows": rows.count()}
+        solved[found.name] = rotation, measures
+    return solved
+
+
 def _observe(options: Options, pair: Pair, table: MapTable) -> dict[str, MomentAccumulator]:
     """What the two models see at the sites of the maps, on all batches; rows of tables as they are."""
     observed = {found.rows: found for found in table.maps.values() if not found.linear}
-    statistics = {rows: MomentAccumulator(options) for rows in observed}
+    statistics = {rows: MomentAccumulator(options, pair.mesh) for rows in observed}
     for rows, found in observed.items():
         if found.table is not None:
             a, b = pair.source_leaves[found.table[0]], pair.target_leaves[found.table[1]]
@@ -148,8 +164,8 @@ def _factors(pair: Pair, found: Map) -> tuple[jax.Array, jax.Array] | None:
         return None
     site_a, site_b = found.sites[0]
     return (
-        _output_factor(pair.source_leaves, site_a, pair.source_table),
-        _output_factor(pair.target_leaves, site_b, pair.target_table),
+        _output_factor(pair.source_leaves, site_a, pair.source_table, pair.mesh),
+        _output_factor(pair.target_leaves, site_b, pair.target_table, pair.mesh),
     )
 
 
@@ -184,16 +200,19 @@ def _names(maps: list[Map], model: int) -> tuple[frozenset[str], frozenset[str]]
     return frozenset(activations), frozenset(gradients)
 
 
-def _output_factor(leaves: dict[str, jax.Array], site: Site, table: SiteTable) -> jax.Array:
+def _output_factor(leaves: dict[str, jax.Array], site: Site, table: SiteTable, mesh: Mesh | None) -> jax.Array:
     """``[K; b]^T`` of a dense site: ``[*layers, d_out, d_in + 1]``."""
-    kernel = apply_view(site.view, leaves[site.path]).astype(jnp.float32)
     biases = [s for s in table.sites if s.kind == "bias" and s.output == site.output and s.gradient == site.gradient]
-    bias = apply_view(biases[0].view, leaves[biases[0].path]).astype(jnp.float32) if biases else None
-    if bias is None:
-        bias = jnp.zeros((*kernel.shape[:-2], kernel.shape[-1]), jnp.float32)
-    if bias.ndim < kernel.ndim - 1:
-        bias = jnp.broadcast_to(bias, (*kernel.shape[:-2], kernel.shape[-1]))
-    return per_layer(kernel.ndim - 2, mm.output_factor)(kernel, bias)
+    kernel = apply_view(site.view, leaves[site.path])
+    return _with_bias(mesh, kernel, apply_view(biases[0].view, leaves[biases[0].path]) if biases else None)
+
+
+@partial(jax.jit, static_argnums=0)
+def _with_bias(mesh: Mesh | None, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+    kernel = spread_out(mesh, kernel.astype(jnp.float32), axis=-1)
+    bias = jnp.zeros(kernel.shape[-1], jnp.float32) if bias is None else bias.astype(jnp.float32)
+    bias = jnp.broadcast_to(bias, (*kernel.shape[:-2], kernel.shape[-1]))
+    return spread_out(mesh, per_layer(kernel.ndim - 2, mm.output_factor)(kernel, bias), axis=-2)
 
 
 def _aligned_rows(
@@ -285,18 +304,17 @@ def _rotated(
         found = rotate_factors(rule.pieces, maps, leaf, rule.shape)
         if found is not None:
             return found
-    pieces = [_rotate(piece, maps, jnp.asarray(leaf), rule.shape, options) for piece in rule.pieces]
+    pieces = [_rotate(piece, maps, jnp.asarray(leaf), rule, options) for piece in rule.pieces]
     return sum(pieces[1:], pieces[0])
 
 
-def _rotate(
-    piece: LeafUse, maps: dict[str, OrthogonalMap], leaf: jax.Array, shape: tuple[int, ...], options: Options
-) -> jax.Array:
+def _rotate(piece: LeafUse, maps: dict[str, OrthogonalMap], leaf: jax.Array, rule: Rule, options: Options) -> jax.Array:
+    mesh = None if rule.sharding is None else rule.sharding.mesh
     if piece.kind == "positions":
         table = leaf.reshape(-1, leaf.shape[-1])
         for _, layout_a, layout_b in piece.source_view:  # on another patch grid
             table = tokens.interpolate_positions(table, layout_a, layout_b)
-        return procrustes.apply_right(table, maps[piece.outer or ""]).reshape(shape)
+        return procrustes.apply_right(table, maps[piece.outer or ""]).reshape(rule.shape)
     value = apply_view(piece.source_view, leaf)
     inner, outer = (None if name is None else maps[name] for name in (piece.inner, piece.outer))
     kernel = piece.kind in ("dense", "conv")
@@ -304,23 +322,37 @@ def _rotate(
     if kernel and piece.groups is not None:
         value = per_layer(layers, partial(_rotate_blocks, piece, inner, outer))(value)
     elif kernel:
-        if inner is not None:
-            value = per_layer(layers, partial(_rotate_inputs, piece.taps))(inner, value)
-        if outer is not None:
-            value = per_layer(layers, procrustes.apply_right)(value, outer)
+        value = _rotate_kernel(layers, piece.taps, mesh, inner, outer, value)
     elif piece.kind == "scale" and options.scale_rule == "diagonal" and inner is not None and outer is not None:
-        value = per_layer(layers, _rotate_scale)(inner, outer, value)
+        value = _rotate_scale(layers, mesh, inner, outer, value)
     elif outer is not None:
         value = per_layer(layers, procrustes.apply_right)(value, outer)
-    return restore_view(piece.target_view, value, shape)
+    return restore_view(piece.target_view, value, rule.shape)
 
 
-def _rotate_inputs(taps: int, inner: OrthogonalMap, kernel: jax.Array) -> jax.Array:
-    """``R_in^T K`` at every tap of a kernel ``[channels * taps, d_out]``."""
-    if taps == 1:
-        return procrustes.apply_left(inner, kernel)
-    moved = procrustes.apply_left(inner, kernel.reshape(inner.left.shape[0], -1))
-    return moved.reshape(-1, kernel.shape[-1])
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _rotate_kernel(
+    layers: int,
+    taps: int,
+    mesh: Mesh | None,
+    inner: OrthogonalMap | None,
+    outer: OrthogonalMap | None,
+    kernel: jax.Array,
+) -> jax.Array:
+    """``R_in^T K R_out`` at every tap of kernels ``[*layers, channels * taps, d_out]``; on a mesh no step is whole."""
+
+    def rotate(inner: OrthogonalMap | None, outer: OrthogonalMap | None, kernel: jax.Array) -> jax.Array:
+        if inner is not None:
+            columns = kernel.reshape(inner.left.shape[0], -1)
+            directions = spread_out(mesh, product(inner.left.T, columns))
+            moved = spread_out(mesh, product(inner.right.T, directions))
+            kernel = moved.reshape(-1, kernel.shape[-1])
+        if outer is not None:
+            directions = spread_out(mesh, product(kernel, outer.left))
+            kernel = spread_out(mesh, product(directions, outer.right))
+        return kernel
+
+    return per_layer(layers, rotate)(inner, outer, kernel)
 
 
 def _rotate_blocks(
@@ -341,5 +373,14 @@ def _rotate_blocks(
     return moved.reshape(groups_b, -1, moved.shape[-1])
 
 
-def _rotate_scale(inner: OrthogonalMap, outer: OrthogonalMap, scale: jax.Array) -> jax.Array:
-    return matmul((procrustes.matrix(inner) * procrustes.matrix(outer)).T, scale)
+@partial(jax.jit, static_argnums=(0, 1))
+def _rotate_scale(
+    layers: int, mesh: Mesh | None, inner: OrthogonalMap, outer: OrthogonalMap, scale: jax.Array
+) -> jax.Array:
+    """``(R_in * R_out)^T s``."""
+
+    def rotate(inner: OrthogonalMap, outer: OrthogonalMap, scale: jax.Array) -> jax.Array:
+        both = [spread_out(mesh, procrustes.matrix(rotation)) for rotation in (inner, outer)]
+        return matmul((both[0] * both[1]).T, scale)
+
+    return per_layer(layers, rotate)(inner, outer, scale)

@@ -12,12 +12,15 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from tvjax.align import moments as mm
 from tvjax.align import procrustes
 from tvjax.align.heads import DEFAULT_STRUCTURE, Matching, Structure
 from tvjax.align.procrustes import OrthogonalMap
 from tvjax.align.products import product
+from tvjax.align.solving import Problem
+from tvjax.spread import spread_out
 
 SAMPLE = 256  # rows on which the residual of a map is measured
 
@@ -77,10 +80,15 @@ class Options(NamedTuple):
 
 
 class MomentAccumulator:
-    """The rows of one task, kept while they are fewer than the dimensions, then summed into moments."""
+    """The rows of one task, kept while they are fewer than the dimensions, then summed into moments.
 
-    def __init__(self, options: Options):
-        self.options = options
+    Args:
+      options: of the maps.
+      mesh: over which what is kept is spread; None: it lies where it is computed.
+    """
+
+    def __init__(self, options: Options, mesh: Mesh | None = None):
+        self.options, self.mesh = options, mesh
         self.rows: list[tuple[jax.Array, jax.Array, jax.Array]] = []
         self.moments: Any = None
         self.seen = 0  # rows, padding included
@@ -92,13 +100,16 @@ class MomentAccumulator:
         if self.sample is None:
             step = max(1, a.shape[-2] // SAMPLE)
             sample = a[..., ::step, :], b[..., ::step, :], weights[::step]
-            self.sample = sample[0].astype(jnp.float32), sample[1].astype(jnp.float32), sample[2]
+            kept = sample[0].astype(jnp.float32), sample[1].astype(jnp.float32), sample[2]
+            self.sample = spread_out(self.mesh, kept, axis=-1)
         dtype = jnp.dtype(self.options.dtype)
         self.rows.append((a.astype(dtype), b.astype(dtype), weights.astype(dtype)))
         rows = sum(chunk[0].shape[-2] for chunk in self.rows)
         enough = rows >= min(a.shape[-1], b.shape[-1])
         if self.moments is not None or enough or self.options.whiten:
             self._fold()
+        else:
+            self.rows[-1] = spread_out(self.mesh, self.rows[-1])
 
     def _fold(self) -> None:
         gram = self.options.whiten > 0
@@ -106,8 +117,9 @@ class MomentAccumulator:
             layers = a.shape[:-2]
             if self.moments is None:
                 empty = mm.init(a.shape[-1], b.shape[-1], gram=gram, dtype=a.dtype)
-                self.moments = jax.tree.map(lambda x, layers=layers: jnp.broadcast_to(x, (*layers, *x.shape)), empty)
-            self.moments = per_layer(len(layers), partial(_update, weights=weights))(self.moments, a, b)
+                empty = jax.tree.map(lambda x, layers=layers: jnp.broadcast_to(x, (*layers, *x.shape)), empty)
+                self.moments = spread_out(self.mesh, empty)
+            self.moments = _add_rows(len(layers), self.mesh, self.moments, a, b, weights)
         self.rows = []
 
     def count(self) -> jax.Array:
@@ -123,12 +135,18 @@ class MomentAccumulator:
             a, b = (x - jnp.sum(x * weights, -2, keepdims=True) / jnp.maximum(weights.sum(), 1) for x in (a, b))
         return a * weights, b * weights, a.ndim - 2
 
-    def solve(self) -> OrthogonalMap:
-        """The map between the rows."""
+    def problem(self, factors: tuple[jax.Array, jax.Array] | None = None) -> Problem:
+        """The map between the rows, or between the outputs ``[x, 1] @ factor.T`` of linear layers that read them."""
         if self.moments is None:
             a, b, layers = self._kept_rows()
-            return per_layer(layers, partial(_solve_rows, self.options))(a, b)
-        return per_layer(self.moments.count.ndim, partial(_solve, self.options))(self.moments)
+            if factors is None:
+                return Problem(_solve_rows, (self.options, layers), (a, b))
+            ones = 0.0 if self.options.center else jnp.concatenate([chunk[2] for chunk in self.rows])
+            return Problem(_solve_output_rows, (self.options, layers), (jnp.asarray(ones, a.dtype), a, b, *factors))
+        options = self.options, self.moments.count.ndim
+        if factors is None:
+            return Problem(_solve, options, (self.moments,))
+        return Problem(_solve_outputs, options, (self.moments, *factors))
 
     def cross(self, factors: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
         """The cross-moment ``[*layers, d_a, d_b]`` of the rows, or of the outputs ``[x, 1] @ factor.T`` of layers."""
@@ -158,20 +176,6 @@ class MomentAccumulator:
         )
         return first, second
 
-    def solve_outputs(self, factor_a: jax.Array, factor_b: jax.Array) -> OrthogonalMap:
-        """The map between the outputs ``[x, 1] @ factor.T`` of linear layers that read the rows."""
-        if self.moments is None:
-            a, b, layers = self._kept_rows()
-            ones = 0.0 if self.options.center else jnp.concatenate([chunk[2] for chunk in self.rows])
-            solve = partial(_solve_output_rows, self.options, jnp.asarray(ones, a.dtype))
-            return per_layer(layers, solve)(a, b, factor_a, factor_b)
-        layers = self.moments.count.ndim
-        core = per_layer(layers, lambda m: mm.augmented(m, self.options.center))(self.moments)
-        if self.options.whiten:
-            solve = partial(_solve_whitened_outputs, self.options)
-            return per_layer(layers, solve)(self.moments, core, factor_a, factor_b)
-        return per_layer(layers, partial(_solve_outputs, self.options))(factor_a, core, factor_b)
-
     def residual(self, found: OrthogonalMap, factors: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
         """``||H_A R - H_B|| / ||H_B||`` on a sample of the rows (of the outputs, where factors are given)."""
         assert self.sample is not None
@@ -187,8 +191,13 @@ class MomentAccumulator:
         return _residual(a, b, jnp.repeat(weights, count), found, None, self.options.center)
 
 
-def _update(moments: Any, a: jax.Array, b: jax.Array, weights: jax.Array) -> Any:
-    return mm.update(moments, a, b, weights)
+@partial(jax.jit, static_argnums=(0, 1))
+def _add_rows(
+    layers: int, mesh: Mesh | None, moments: Any, a: jax.Array, b: jax.Array, weights: jax.Array
+) -> mm.Moments:
+    """Every device sums its own rows, then the sums are shared out."""
+    a, b = spread_out(mesh, (a, b), axis=-2)
+    return spread_out(mesh, per_layer(layers, partial(mm.update, weights=weights))(moments, a, b))
 
 
 def _product_of_rows(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -224,41 +233,56 @@ def _residual(
     return error / jnp.where(size > 0, size, 1)
 
 
-@partial(jax.jit, static_argnums=0)
-def _solve(options: Options, moments: Any) -> OrthogonalMap:
-    cross = mm.cross(moments, options.center)
-    if options.whiten:
-        cross = procrustes.whiten(cross, *mm.grams(moments, options.center), options.whiten, options.whiten_floor)
-    return _polar(options, cross)
+@partial(jax.jit, static_argnums=(0, 1))
+def _solve(options: Options, layers: int, moments: Any) -> OrthogonalMap:
+    def solve(moments: Any) -> OrthogonalMap:
+        cross = mm.cross(moments, options.center)
+        if options.whiten:
+            cross = procrustes.whiten(cross, *mm.grams(moments, options.center), options.whiten, options.whiten_floor)
+        return _polar(options, cross)
+
+    return per_layer(layers, solve)(moments)
 
 
-@partial(jax.jit, static_argnums=0)
-def _solve_rows(options: Options, a: jax.Array, b: jax.Array) -> OrthogonalMap:
+@partial(jax.jit, static_argnums=(0, 1))
+def _solve_rows(options: Options, layers: int, a: jax.Array, b: jax.Array) -> OrthogonalMap:
+    return per_layer(layers, partial(_between_rows, options))(a, b)
+
+
+def _between_rows(options: Options, a: jax.Array, b: jax.Array) -> OrthogonalMap:
     if a.shape[0] >= min(a.shape[1], b.shape[1]):
         return _polar(options, product(a.T, b))
     return _polar_of_product(options, a.T, None, b.T)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 1))
 def _solve_output_rows(
-    options: Options, ones: jax.Array, a: jax.Array, b: jax.Array, factor_a: jax.Array, factor_b: jax.Array
+    options: Options,
+    layers: int,
+    ones: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    factor_a: jax.Array,
+    factor_b: jax.Array,
 ) -> OrthogonalMap:
-    return _solve_rows(options, product(_append(a, ones), factor_a.T), product(_append(b, ones), factor_b.T))
+    def solve(a: jax.Array, b: jax.Array, factor_a: jax.Array, factor_b: jax.Array) -> OrthogonalMap:
+        return _between_rows(options, product(_append(a, ones), factor_a.T), product(_append(b, ones), factor_b.T))
+
+    return per_layer(layers, solve)(a, b, factor_a, factor_b)
 
 
-@partial(jax.jit, static_argnums=0)
-def _solve_outputs(options: Options, p: jax.Array, core: jax.Array, q: jax.Array) -> OrthogonalMap:
-    return _polar_of_product(options, p, core, q)
+@partial(jax.jit, static_argnums=(0, 1))
+def _solve_outputs(options: Options, layers: int, moments: Any, p: jax.Array, q: jax.Array) -> OrthogonalMap:
+    def solve(moments: Any, p: jax.Array, q: jax.Array) -> OrthogonalMap:
+        core = mm.augmented(moments, options.center)
+        if not options.whiten:
+            return _polar_of_product(options, p, core, q)
+        cross = product(product(p, core), q.T)
+        gram_a, gram_b = mm.augmented_grams(moments, options.center)
+        outputs = [product(product(factor, gram), factor.T) for factor, gram in ((p, gram_a), (q, gram_b))]
+        return _polar(options, procrustes.whiten(cross, *outputs, options.whiten, options.whiten_floor))
 
-
-@partial(jax.jit, static_argnums=0)
-def _solve_whitened_outputs(
-    options: Options, moments: Any, core: jax.Array, p: jax.Array, q: jax.Array
-) -> OrthogonalMap:
-    cross = product(product(p, core), q.T)
-    gram_a, gram_b = mm.augmented_grams(moments, options.center)
-    outputs = [product(product(factor, gram), factor.T) for factor, gram in ((p, gram_a), (q, gram_b))]
-    return _polar(options, procrustes.whiten(cross, *outputs, options.whiten, options.whiten_floor))
+    return per_layer(layers, solve)(moments, p, q)
 
 
 def _polar(options: Options, moment: jax.Array) -> OrthogonalMap:
