@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tvjax.factors import LowRank
     from tvjax.layers import stack, unstack
     from tvjax.stages import Batch, Model, Stage, Stream, single_stage
+    from tvjax.transport.ariadne import ariadne
     from tvjax.transport.base import State, Transport, chain, identity, scale_by
     from tvjax.transport.bico import bico
     from tvjax.transport.fit import fit
@@ -33,8 +34,8 @@ _NAMES = {
     "transport.plan": ("plan",),
     "truncate": ("low_rank",),
     "transport": (
-        *("State", "Transport", "bico", "chain", "fit", "gradfix", "identity", "leaf_report", "orthogonal_shift"),
-        *("scale_by", "theseus", "transfusion"),
+        *("State", "Transport", "ariadne", "bico", "chain", "fit", "gradfix", "identity", "leaf_report"),
+        *("orthogonal_shift", "scale_by", "theseus", "transfusion"),
     ),
 }
 _HOMES = {name: (f"tvjax.{module}", name) for module, names in _NAMES.items() for name in names} | {
@@ -83,6 +84,7 @@ __all__ = [
     "add",
     "analogy",
     "apply",
+    "ariadne",
     "bico",
     "capture",
     "chain",

@@ -104,7 +104,8 @@ def plan(
 
     def traced(source: Model, target: Model, batches: Any) -> State:
         nonlocal streams
-        work = Fitting(transport, source, target, batches, depth, tokens)
+        tau = _of_all(source) if transport.needs_task_vector else None
+        work = Fitting(transport, source, target, batches, depth, tokens, tau=tau)
         work.cache = _OncePerKind(work)
         parts: tuple[LinkState, ...] | None = None
         walks = next(filter(None, work.walks), None)
@@ -112,7 +113,8 @@ def plan(
             stages[pair.name] = _planned_stage(transport, pair, walks, found)
             parts = found if parts is None else tuple(a.merge(b) for a, b in zip(parts, found, strict=True))
         assert parts is not None
-        streams = sum(_streams(transport, walk) for walks in work.walks if walks for walk in walks)
+        walked = [*(walk for walks in work.walks if walks for walk in walks), *filter(None, work.finetuned)]
+        streams = sum(_streams(transport, walk) for walk in walked)
         streams += tree.nbytes(work.overlaps)
         return work.state(tuple(dataclasses.replace(part, measures={}) for part in parts), ())
 
@@ -126,6 +128,12 @@ def plan(
         "task vectors": sum(4 * math.prod(x.shape) for m in (source, target) for x in jax.tree.leaves(m.params)),
     }
     return Plan(tuple(order), tuple(leaf_report(state)), memory, notes)
+
+
+def _of_all(source: Model) -> dict[str, Any]:
+    """A task vector that covers all parameters, for its shapes."""
+    leaves = tree.flatten(source.params)
+    return {path: leaf for path, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
 
 
 def _without_activations(depth: Any) -> Any:

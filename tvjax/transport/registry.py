@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tvjax.transport.ariadne import ariadne
 from tvjax.transport.base import Transport, chain, identity
 from tvjax.transport.bico import bico
 from tvjax.transport.gradfix import gradfix
@@ -39,8 +40,8 @@ def register(name: str, make: Maker) -> None:
 def methods() -> tuple[str, ...]:
     """The names of the methods that are known.
 
-    >>> methods()[:5]
-    ('naive', 'orthogonal_shift', 'gradfix', 'theseus', 'bico')
+    >>> methods()[:6]
+    ('naive', 'orthogonal_shift', 'gradfix', 'theseus', 'bico', 'ariadne')
     """
     return tuple(_METHODS)
 
@@ -81,5 +82,6 @@ for _name, _make in {
     "gradfix": gradfix,
     "theseus": theseus,
     "bico": bico,
+    "ariadne": ariadne,
 }.items():
     register(_name, _make)
