@@ -134,7 +134,7 @@ def _handed_on(flow: _Flow, stream: Var, carry: PyTree, returned: PyTree) -> str
     """Path of the floating leaf of the carry that the stream goes on in; None where it goes on in none."""
     taken = tree.flatten(carry)
     for path, atom in zip(tree.flatten(returned), flow.region.results, strict=True):
-        alike = path in taken and jnp.shape(taken[path]) == atom.aval.shape == stream.aval.shape
+        alike = path in taken and jnp.shape(taken[path]) == _shape(atom) == _shape(stream)
         if alike and jnp.issubdtype(atom.aval.dtype, jnp.floating) and stream in flow.ancestors(atom):
             return path
     return None
@@ -162,6 +162,10 @@ def _without_remat(function: Callable[..., Any], params: PyTree, carry: PyTree) 
         return jax.tree.unflatten(jax.tree.structure(returned), results)
 
     return inlined
+
+
+def _shape(atom: Any) -> tuple[int, ...]:
+    return tuple(atom.aval.shape)
 
 
 class _Flow:
@@ -199,7 +203,7 @@ class _Flow:
                 products.append(eqn.outvars[0])
             elif name not in (*TRANSPARENT, *_RESHAPES) or len(eqn.outvars) != 1 or "stop_gradient" in name:
                 break
-            elif summed is not None and eqn.outvars[0].aval.shape != summed.aval.shape:
+            elif summed is not None and _shape(eqn.outvars[0]) != _shape(summed):
                 break
             variable = eqn.outvars[0]
         return None if summed is None else (summed, products)

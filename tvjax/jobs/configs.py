@@ -116,7 +116,7 @@ class Moving(Drawn):
     """How activations are compared where the patch grids differ."""
     maps: Annotated[File | None, FOLDER] = None
     """Keep the fitted maps here, stage by stage: an interrupted run goes on, and a later one, with another scale or
-    another fine-tuned model, starts from them."""
+    another fine-tuned model, starts from them; ariadne fits the task vector itself, which no other starts from."""
     save_task_vector: Annotated[File | None, FILE] = None
     """Also write the moved task vector, unscaled, for the target."""
     task_vector: Annotated[str | None, Typed("PATH")] = None

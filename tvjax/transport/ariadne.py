@@ -161,8 +161,8 @@ def _check_unstacked(pair: Pair) -> None:
     stacked = next((site.path for site in pair.target_table.sites if site.kind == "dense" and site.levels), None)
     if stacked is not None:
         raise ValueError(
-            f"stage {pair.name!r} runs the layers of {stacked} in a scan, so that its residual stream is not seen layer "
-            "by layer: take the stack apart into stages (tvjax.unstack)"
+            f"stage {pair.name!r} runs the layers of {stacked} in a scan, so that its residual stream is not seen "
+            "layer by layer: take the stack apart into stages (tvjax.unstack)"
         )
 
 
@@ -232,8 +232,8 @@ def _rows(
         weights = weights * _of_class_token(pair, axes_a, axes_b, weights)
     tokens = None
     if axes_a.tokens and axes_b.tokens:
-        counts = [axes.count(axes.tokens) for axes in (axes_a, axes_b)]
-        tokens = (*counts, weights.shape[0] // axes_b.count(axes_b.examples))
+        tokens_a, tokens_b = (axes.count(axes.tokens) for axes in (axes_a, axes_b))
+        tokens = (tokens_a, tokens_b, weights.shape[0] // axes_b.count(axes_b.examples))
     width_a, width_b = base.shape[-1], target.shape[-1]
     return (a[:, :width_a], a[:, width_a:], b[:, :width_b], b[:, width_b:]), weights, tokens
 

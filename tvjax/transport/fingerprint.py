@@ -25,7 +25,7 @@ def fingerprints(flat: Mapping[str, Any]) -> dict[str, Array]:
 
 
 @jax.jit
-def fingerprint(leaf: Float[Array, "..."]) -> Float[Array, " 3"]:
+def fingerprint(leaf: Float[Array, "*shape"]) -> Float[Array, " 3"]:
     """The norm of a leaf, and two sums of its entries with random signs, which are of the norm's size.
 
     >>> fingerprint(jnp.zeros(3)).tolist()

@@ -48,7 +48,8 @@ class Plan(NamedTuple):
     Attributes:
       stages: the target's stages in their order.
       leaves: what becomes of every leaf, as `tvjax.transport.leaf_report` has it, without measures.
-      memory: bytes by what they hold: ``parameters`` of both models, ``residual streams`` of the calibration
+      memory: bytes by what they hold: ``parameters`` of both models (and of the
+        fine-tuned source, where a link is fitted with the task vector), ``residual streams`` of the calibration
         examples between all stages (their gradients, overlaps of other tokens), the ``largest stage``, the ``maps`` of
         all stages, and the task vector before and after (``task vectors``). Arrays only: the runtime, compiled
         programs and workspace come on top.
@@ -121,7 +122,7 @@ def plan(
     state = jax.eval_shape(traced, source, target, list(batches))
     order = [stages[stage.name] for stage in target.stages if stage.name in stages]
     memory = {
-        "parameters": tree.nbytes((source.params, target.params)),
+        "parameters": tree.nbytes((source.params, target.params, source.params if transport.needs_task_vector else ())),
         "residual streams": streams,
         "largest stage": max(stage.size for stage in order),
         "maps": tree.nbytes([part.arrays for part in state.parts]),
