@@ -21,6 +21,7 @@ from tvjax.compose.objectives import (
     value,
 )
 from tvjax.compose.select import Kept, select_informative
+from tvjax.compose.teachers import class_scores, distillation
 from tvjax.compose.train import Store, Trained, clipped_adamw, constant, cosine, learn, patience, train
 from tvjax.compose.tuned import Tuned, best_start, tune
 
@@ -43,10 +44,12 @@ __all__ = [
     "addition",
     "average",
     "best_start",
+    "class_scores",
     "clipped_adamw",
     "combine",
     "constant",
     "cosine",
+    "distillation",
     "entries",
     "entropy",
     "few_shot",
