@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from tvjax.checkpoints import load_tree as load_task_vector
     from tvjax.checkpoints import save_pretrained as save
     from tvjax.checkpoints import save_tree as save_task_vector
+    from tvjax.compose.logit_correction import logit_correction
     from tvjax.factors import LowRank
     from tvjax.layers import stack, unstack
     from tvjax.stages import Batch, Model, Stage, Stream, single_stage
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 # Public names by module, imported on first use: the command line starts without JAX.
 _NAMES = {
+    "compose": ("logit_correction",),
     "arithmetic": ("add", "analogy", "apply", "interpolate", "negate", "scale", "task_vector"),
     "factors": ("LowRank",),
     "layers": ("stack", "unstack"),
@@ -100,6 +102,7 @@ __all__ = [
     "leaf_report",
     "load",
     "load_task_vector",
+    "logit_correction",
     "low_rank",
     "merge",
     "models",

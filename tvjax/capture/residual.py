@@ -130,6 +130,34 @@ def residual(function: Callable[..., Any], params: PyTree, carry: PyTree) -> Res
     return Residual(path, writers, plan.region, stream, returned)
 
 
+def last_kernel(function: Callable[..., Any], params: PyTree, carry: PyTree) -> Residual | None:
+    """The output of the last kernel of a stage that writes no stream, such as a projection or a head of classes.
+
+    Returns:
+      As `residual` does, the output, after its bias, in the place of the stream; None for a stage without a kernel.
+
+    >>> found = last_kernel(lambda p, x: {"out": jnp.tanh(x @ p["w"])}, {"w": jnp.ones((3, 2))}, jnp.ones((4, 3)))
+    >>> found.writers[0].kernel.path, found.stream({"w": jnp.ones((3, 2))}, jnp.ones((4, 3))).shape
+    ('w', (4, 2))
+    """
+    region, returned = jaxprs.trace(_without_remat(function, params, carry), params, carry)
+    plan, table, _ = plan_of(lambda *args: _evaluated(region, returned, args), params, carry)
+    flow = _Flow(plan.region, len(jax.tree.leaves(params)))
+    sites = {site.gradient: site for site in table.sites if site.kind == "dense" and site.groups is None}
+    found = [
+        (variable, sites[probes[0][0]])
+        for variable, probes in plan.probes.items()
+        if len(probes) == 1 and probes[0][0] in sites and variable in flow.order
+    ]
+    if not found:
+        return None
+    variable, site = max(found, key=lambda one: flow.order[one[0]])
+    bias = _bias(table, site)
+    if bias is not None:
+        variable = flow.after_bias(variable)
+    return Residual("", (Writer(site, bias, None, True),), plan.region, variable, returned)
+
+
 def _handed_on(flow: _Flow, stream: Var, carry: PyTree, returned: PyTree) -> str | None:
     """Path of the floating leaf of the carry that the stream goes on in; None where it goes on in none."""
     taken = tree.flatten(carry)
@@ -207,6 +235,14 @@ class _Flow:
                 break
             variable = eqn.outvars[0]
         return None if summed is None else (summed, products)
+
+    def after_bias(self, variable: Var) -> Var:
+        """The sum of a kernel's output and its bias, the next that it meets."""
+        while True:
+            eqn = self.uses[variable][0]
+            variable = eqn.outvars[0]
+            if eqn.primitive.name in ("add", "add_any", "sub"):
+                return variable
 
     def ancestors(self, atom: Any) -> set[Var]:
         """What an atom is computed from, itself included."""

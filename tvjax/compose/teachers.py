@@ -6,9 +6,10 @@ The teacher and the student may differ in everything, tokenizer and resolution i
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,59 @@ from tvjax.compose.edited import outputs as outputs_at
 from tvjax.compose.objectives import Augment, ModelLike, Objective, Scores, Term, task_scores
 from tvjax.finite import check_finite
 from tvjax.stages import Batch
-from tvjax.tasks.losses import Match, check_distillation, distillation_losses
 
 PyTree = Any
+Match = Literal["probabilities", "logits"]
+
+
+def check_distillation(temperature: float, match: str) -> None:
+    """Raises a ValueError for settings of `distillation_losses` that are out of range."""
+    if match not in get_args(Match):
+        raise ValueError(f"match must be one of {get_args(Match)}, found {match!r}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}, expected a positive number")
+    if match == "logits" and temperature != 1:
+        raise ValueError(f"temperature is {temperature}, and match='logits' compares scores as they are: leave it at 1")
+
+
+def distillation_losses(
+    scores: Float[Array, "batch classes"],
+    teacher: Float[Array, "batch classes"],
+    temperature: float = 1.0,
+    match: Match = "probabilities",
+) -> Float[Array, " batch"]:
+    """How far scores are from a teacher's, for each example.
+
+    ``"probabilities"``: the cross-entropy to the teacher's soft labels, ``-T^2 sum softmax(t / T) log softmax(s / T)``
+    (Hinton et al. 2015; the factor keeps the size of the gradient). ``"logits"``: the mean over the classes of the
+    squared difference of the scores, each centred, for only differences of scores mean something.
+
+    Args:
+      scores: s, before the softmax.
+      teacher: t, of the same classes.
+      temperature: T.
+      match: what is compared.
+
+    Raises:
+      ValueError: scores of other classes.
+
+    >>> scores = jnp.array([[2.0, 0.0]])
+    >>> distillation_losses(scores, scores + 5, match="logits").tolist()
+    [0.0]
+    >>> round(float(distillation_losses(scores, 100 * scores)[0]), 4)  # a teacher that is sure is a label
+    0.1269
+    """
+    if jnp.shape(scores) != jnp.shape(teacher):
+        raise ValueError(
+            f"the scores are {list(jnp.shape(scores))} and the teacher's {list(jnp.shape(teacher))}: both are of the "
+            "same examples and classes, [batch, classes]"
+        )
+    scores, teacher = (jnp.asarray(x, jnp.float32) for x in (scores, teacher))
+    if match == "logits":
+        centred = [x - jnp.mean(x, -1, keepdims=True) for x in (scores, teacher)]
+        return jnp.mean(jnp.square(centred[0] - centred[1]), -1)
+    wanted = jax.nn.softmax(teacher / temperature)
+    return -(temperature**2) * jnp.sum(wanted * jax.nn.log_softmax(scores / temperature), -1)
 
 
 def class_scores(
@@ -63,7 +114,7 @@ def distillation(
     scores: Scores = task_scores,
     augment: Augment | None = None,
 ) -> Objective:
-    """The distance to a teacher's scores (`tvjax.tasks.losses.distillation_losses`), which needs no labels.
+    """The distance to a teacher's scores (`distillation_losses`), which needs no labels.
 
     For coefficients (`learn`), for leaves and coefficients (`tune`), and, with `few_shot` added to it, for both labels
     and teacher.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from tvjax.compose.teachers import Match, check_distillation, distillation_losses
 from tvjax.stages import PyTree
 
 Scores = Callable[[PyTree, PyTree], Float[Array, "batch classes"]]
@@ -118,62 +118,9 @@ def _judged(scores: Float[Array, "batch classes"], labels: Int[Array, " batch"])
     return jnp.argmax(scores, axis=-1), labels, counted, _losses(scores, labels), finite
 
 
-Match = Literal["probabilities", "logits"]
-
-
-def check_distillation(temperature: float, match: str) -> None:
-    """Raises a ValueError for settings of `distillation_losses` that are out of range."""
-    if match not in get_args(Match):
-        raise ValueError(f"match must be one of {get_args(Match)}, found {match!r}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}, expected a positive number")
-    if match == "logits" and temperature != 1:
-        raise ValueError(f"temperature is {temperature}, and match='logits' compares scores as they are: leave it at 1")
-
-
-def distillation_losses(
-    scores: Float[Array, "batch classes"],
-    teacher: Float[Array, "batch classes"],
-    temperature: float = 1.0,
-    match: Match = "probabilities",
-) -> Float[Array, " batch"]:
-    """How far scores are from a teacher's, for each example.
-
-    ``"probabilities"``: the cross-entropy to the teacher's soft labels, ``-T^2 sum softmax(t / T) log softmax(s / T)``
-    (Hinton et al. 2015; the factor keeps the size of the gradient). ``"logits"``: the mean over the classes of the
-    squared difference of the scores, each centred, for only differences of scores mean something.
-
-    Args:
-      scores: s, before the softmax.
-      teacher: t, of the same classes.
-      temperature: T.
-      match: what is compared.
-
-    Raises:
-      ValueError: scores of other classes.
-
-    >>> scores = jnp.array([[2.0, 0.0]])
-    >>> distillation_losses(scores, scores + 5, match="logits").tolist()
-    [0.0]
-    >>> round(float(distillation_losses(scores, 100 * scores)[0]), 4)  # a teacher that is sure is a label
-    0.1269
-    """
-    if jnp.shape(scores) != jnp.shape(teacher):
-        raise ValueError(
-            f"the scores are {list(jnp.shape(scores))} and the teacher's {list(jnp.shape(teacher))}: both are of the "
-            "same examples and classes, [batch, classes]"
-        )
-    scores, teacher = (jnp.asarray(x, jnp.float32) for x in (scores, teacher))
-    if match == "logits":
-        centred = [x - jnp.mean(x, -1, keepdims=True) for x in (scores, teacher)]
-        return jnp.mean(jnp.square(centred[0] - centred[1]), -1)
-    wanted = jax.nn.softmax(teacher / temperature)
-    return -(temperature**2) * jnp.sum(wanted * jax.nn.log_softmax(scores / temperature), -1)
-
-
 @dataclasses.dataclass(frozen=True)
 class Distillation(ClassLoss):
-    """A teacher's scores in the place of labels (`distillation_losses`); judged by labels, as any other.
+    """A teacher's scores in the place of labels (`tvjax.compose.distillation_losses`); judged by labels, as any other.
 
     Attributes:
       temperature: of soft labels.
