@@ -16,14 +16,7 @@ SOURCES = (
     "for models of texts FILE.jsonl, .csv, .tsv or .txt, hf:NAME?text=COLUMN; "
     "?part=0:0.8 takes a share of them"
 )
-TRANSPORTS = (
-    "naive",
-    "orthogonal_shift",
-    "gradfix",
-    "theseus",
-    "bico",
-    "ariadne",
-)  # and those of one's own, by register
+TRANSPORTS = ("naive", "orthogonal_shift", "gradfix", "theseus", "bico", "ariadne")  # and one's own, by register
 MERGES = (
     *("average", "task_arithmetic", "slerp", "karcher_mean", "ties", "dare", "della", "breadcrumbs", "model_stock"),
     *("sce", "tsv_m", "iso_c", "iso_cts", "knots", "wudi", "core_space"),
