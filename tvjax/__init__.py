@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from tvjax.checkpoints import save_pretrained as save
     from tvjax.checkpoints import save_tree as save_task_vector
     from tvjax.citations import cite
+    from tvjax.compose.logit_correction import logit_correction
     from tvjax.factors import LowRank
     from tvjax.layers import scanned, stack, unstack
     from tvjax.stages import Batch, Model, Stage, Stream, single_stage
+    from tvjax.transport.ariadne import ariadne
     from tvjax.transport.base import State, Transport, chain, identity, scale_by
     from tvjax.transport.bico import bico
     from tvjax.transport.fit import fit
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
 # Public names by module, imported on first use: the command line starts without JAX.
 _NAMES = {
+    "compose": ("logit_correction",),
     "arithmetic": ("add", "analogy", "apply", "interpolate", "negate", "scale", "task_vector"),
     "citations": ("cite",),
     "factors": ("LowRank",),
@@ -49,8 +52,8 @@ _NAMES = {
     "transport.plan": ("plan",),
     "truncate": ("low_rank",),
     "transport": (
-        *("State", "Transport", "bico", "chain", "fit", "gradfix", "identity", "leaf_report", "orthogonal_shift"),
-        *("scale_by", "theseus", "transfusion"),
+        *("State", "Transport", "ariadne", "bico", "chain", "fit", "gradfix", "identity", "leaf_report"),
+        *("orthogonal_shift", "scale_by", "theseus", "transfusion"),
     ),
 }
 _HOMES = {name: (f"tvjax.{module}", name) for module, names in _NAMES.items() for name in names} | {
@@ -100,6 +103,7 @@ __all__ = [
     "add",
     "analogy",
     "apply",
+    "ariadne",
     "bico",
     "capture",
     "chain",
@@ -117,6 +121,7 @@ __all__ = [
     "leaf_report",
     "load",
     "load_task_vector",
+    "logit_correction",
     "low_rank",
     "merge",
     "models",

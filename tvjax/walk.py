@@ -17,6 +17,7 @@ from jax.extend.core import Var
 
 from tvjax import tree
 from tvjax.capture import Captured, SiteTable, instrument, jaxprs, sites
+from tvjax.capture.residual import Residual, residual
 from tvjax.finite import check_finite
 from tvjax.stages import Batch, Model, local_params, run_stage
 
@@ -78,6 +79,11 @@ class Walk:
         """The sites of a stage; only their rows depend on the batch."""
         carry = self.carries(index)[batch]
         return _table(self.model.stages[index].function, _shapes(self.params(index)), _shapes(carry))
+
+    def residual(self, index: int, batch: int = 0) -> Residual | None:
+        """The residual stream of a stage and what writes it; None for a stage without one."""
+        carry = self.carries(index)[batch]
+        return _residual(self.model.stages[index].function, _shapes(self.params(index)), _shapes(carry))
 
     @cached_property
     def reached(self) -> frozenset[str]:
@@ -210,9 +216,15 @@ def _shapes(pytree: PyTree) -> Any:
     return structure, tuple((tuple(jnp.shape(leaf)), jnp.result_type(leaf)) for leaf in leaves)
 
 
+def _abstract(shapes: Any) -> PyTree:
+    return shapes[0].unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in shapes[1]])
+
+
 @cache
 def _table(function: Any, params: Any, carry: Any) -> SiteTable:
-    def abstract(shapes: Any) -> PyTree:
-        return shapes[0].unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in shapes[1]])
+    return sites(function, _abstract(params), _abstract(carry))
 
-    return sites(function, abstract(params), abstract(carry))
+
+@cache
+def _residual(function: Any, params: Any, carry: Any) -> Residual | None:
+    return residual(function, _abstract(params), _abstract(carry))

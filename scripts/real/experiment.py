@@ -24,14 +24,14 @@ from real.texts import Counts, Split, TextTask
 from real.weights import model_folder
 from tvjax import tree
 from tvjax.checkpoints import load_processor
-from tvjax.compose import constant
+from tvjax.compose import class_scores, constant
 from tvjax.data.tokens import Encoder
 from tvjax.evaluate.accuracy import accuracy, predictions
 from tvjax.evaluate.fine_tune import FineTuned, fine_tune
 from tvjax.evaluate.scale import ChosenScale, choose_scale
 from tvjax.stages import Batch, Model, PyTree
 from tvjax.tasks import zero_shot
-from tvjax.tasks.losses import ClassLoss
+from tvjax.tasks.losses import distilled
 from tvjax.tasks.zero_shot import ZERO_SHOT
 
 TRAINED = ("blocks/*",)
@@ -70,18 +70,6 @@ SETTINGS = {
     "verbs": Setting(16, Counts(test=67, source=60, few=6, validation=10, unlabelled=500)),
     **dict.fromkeys(("film", "amazon", "nyt", "tweets"), SENTENCES),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Taught(ClassLoss):
-    """Cross-entropy to a teacher's probabilities of the classes; judged by the labels as any other."""
-
-    def __call__(self, loss_params: PyTree, outputs: PyTree, labels: PyTree) -> jax.Array:
-        """The loss of each example; `labels` are ``[batch, classes]``."""
-        return -(labels * jax.nn.log_softmax(self.scores(loss_params, outputs))).sum(-1)
-
-
-TAUGHT = Taught("distillation", ZERO_SHOT.function)
 
 
 class Result(NamedTuple):
@@ -186,13 +174,10 @@ class Bench:
 
     @cached_property
     def taught(self) -> Batch:
-        """The unlabelled texts with the fine-tuned source's probabilities of the classes."""
+        """The unlabelled texts with the fine-tuned source's scores of the classes."""
         model = self.source.model.replace(params=self.with_many_labels(self.source).params)
-        scores = [
-            ZERO_SHOT.scores(model.loss_params, model(batch.inputs))
-            for batch in self.source.batches(self.parts.unlabelled, EVALUATION)
-        ]
-        return Batch(self.target.inputs(self.parts.unlabelled), jax.nn.softmax(jnp.concatenate(scores)))
+        scores = class_scores(model, self.source.batches(self.parts.unlabelled, EVALUATION))
+        return Batch(self.target.inputs(self.parts.unlabelled), jnp.asarray(scores))
 
     def moved(self, transport: tv.Transport, pairs: Sequence[tuple[Batch, Batch]]) -> PyTree:
         """The task vector as a transport that is fitted on these batches moves it."""
@@ -273,7 +258,7 @@ def _few_shot(bench: Bench, start: Model) -> Found:
 
 
 def _distilled(bench: Bench, start: Model) -> Found:
-    return _of(bench.target, bench.tuned(bench.target, start.replace(loss=TAUGHT), bench.taught, TEACHER))
+    return _of(bench.target, bench.tuned(bench.target, start.replace(loss=distilled(ZERO_SHOT)), bench.taught, TEACHER))
 
 
 def _with_coefficients(bench: Bench) -> Found:

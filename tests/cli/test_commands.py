@@ -264,6 +264,30 @@ def test_compose_tunes_the_leaves_too_unless_it_is_told_not_to(models, images, t
         assert same == (path not in covered), path
 
 
+@pytest.mark.parametrize("words", [(), ("--no-tune", "--match", "logits", "--objective", "few_shot")])
+def test_compose_learns_from_a_teacher_of_another_shape(models, images, task_vectors, tmp_path, capsys, words):
+    """The wider CLIP teaches; unlabelled images do, but where the labels are learned from too."""
+    data = images if words[-1:] == ("few_shot",) else images / "cat"
+    names = tmp_path / "names.txt"
+    names.write_text("cat\npolar bear\n")
+    given = ("--teacher", models["wider"], "--classes", names, "--learning-rate", 1, "--json", *words)
+    assert compose(models, task_vectors, data, tmp_path / "taught", *given) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["objective"] == (words[-1] if words[-1:] == ("few_shot",) else "distillation")
+    assert (found["tuned_leaves"] == 0) == ("--no-tune" in words)
+    before, after = (from_pretrained(name).params for name in (models["source"], tmp_path / "taught"))
+    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
+
+
+def test_a_tower_alone_teaches_with_the_head_of_its_base(models, images, task_vectors, tmp_path, capsys):
+    given = ("--teacher", models["finetuned"], "--quiet", "--no-tune")
+    assert compose(models, task_vectors, images, tmp_path / "out", *given) == 2
+    assert "has no text tower" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    given = (*given, "--teacher-base", models["source"], "--match", "logits")
+    assert compose(models, task_vectors, images, tmp_path / "out", *given) == 0
+    assert "teacher_base: " + models["source"] in (tmp_path / "out" / "tvjax.yaml").read_text()
+
+
 def test_compose_chooses_by_validation_images_and_goes_on_from_its_state(
     models, images, task_vectors, tmp_path, capsys
 ):
@@ -291,9 +315,14 @@ def test_compose_chooses_by_validation_images_and_goes_on_from_its_state(
         (["--learning-rate", "nan"], "no finite number"),
         (["--batch-size", "99999999999"], "batch-size"),
         (["--per-class", "99"], "99"),
+        (["--objective", "distillation"], "give --teacher"),
+        (["--objective", "entropy", "--teacher", "x"], "learns from no teacher"),
+        (["--temperature", "2"], "--temperature is about a teacher"),
+        (["--teacher", "{source}", "--teacher-base", "{wider}"], "is no fine-tuning of"),
     ],
 )
 def test_what_cannot_be_composed(models, images, task_vectors, tmp_path, capsys, words, message):
+    words = [word.format(**models) for word in words]
     assert compose(models, task_vectors, images, tmp_path / "out", *words, "--quiet") == 2
     line = capsys.readouterr().err.strip()
     assert len(line.splitlines()) == 1 and re.search(message, line), line

@@ -67,7 +67,7 @@ def test_every_recipe_of_a_transport_can_be_planned(hub, images, monkeypatch, ca
     assert run(["plan", "--config", str(recipe), *words, "--json"]) == 0, capsys.readouterr().err
     found = json.loads(capsys.readouterr().out)
     actions = {leaf["action"] for leaf in found["leaves"]}
-    assert actions & {"rotated", "masked", "passed through", "shifted"} and "unmatched" not in actions
+    assert actions & {"rotated", "masked", "passed through", "shifted", "fitted"} and "unmatched" not in actions
     assert found["examples"]["count"] == (4 if "data" in yaml.safe_load(recipe.read_text()) else 8)
     assert found["memory"]["applying"] > found["memory of the fit"]["parameters"] > 2**29
 
@@ -89,6 +89,25 @@ def test_the_plan_is_what_the_transport_does(models, images, tmp_path, capsys):
     assert planned["leaves"] == [{k: v for k, v in leaf.items() if k != "measures"} for leaf in done["leaves"]]
     weights = (tmp_path / "edited" / "model.safetensors").stat().st_size
     assert 0 < weights - planned["disk"]["edited model"] < 20_000  # the header
+
+
+def test_a_fit_with_the_task_vector_is_planned_and_kept_for_it_alone(models, images, tmp_path, capsys):
+    words = ["--source", models["source"], "--target", models["wider"], "--finetuned", models["finetuned"]]
+    words += ["--method", "ariadne", "--images", str(images), "--maps", str(tmp_path / "maps")]
+    assert run(["plan", *words, "--json", "--options", "leaves=attention_and_mlp"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    fitted = [leaf["target"] for leaf in planned["leaves"] if leaf["action"] == "fitted"]
+    assert {path.split("/", 3)[3] for path in fitted} == {"attention/out/kernel", "mlp/down/kernel", "mlp/down/bias"}
+    assert run(["transport", *words, "--output", str(tmp_path / "one"), "--quiet"]) == 0
+    report = json.loads((tmp_path / "one" / "leaf_report.json").read_text())
+    down = next(leaf for leaf in report["leaves"] if leaf["target"] == "vision/blocks/0/mlp/down/kernel")
+    assert down["action"] == "fitted" and 0 < down["measures"]["realised"] <= 1
+    before, after = (tree.flatten(from_pretrained(name).params) for name in (models["wider"], tmp_path / "one"))
+    moved = {path for path, leaf in before.items() if not np.array_equal(leaf, after[path])}
+    assert moved == {path for path in fitted if "mlp" in path}
+    words[words.index("--finetuned") + 1] = models["source"]
+    assert run(["transport", *words, "--output", str(tmp_path / "two"), "--quiet"]) == 2
+    assert "holds the maps of another fit, of other task vector" in capsys.readouterr().err
 
 
 def test_a_plan_for_people(models, capsys):

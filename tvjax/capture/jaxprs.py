@@ -112,6 +112,12 @@ def live(region: Region, wanted: Sequence[bool]) -> list[Any]:
     return kept[::-1]
 
 
+def without(region: Region, variable: Any) -> tuple[Any, ...]:
+    """The equations that the results still need where the value of a variable is given."""
+    eqns = [eqn for eqn in region.eqns if variable not in eqn.outvars]
+    return tuple(live(region._replace(eqns=tuple(eqns)), [True] * len(region.results)))
+
+
 def scan_operands(eqn: Any) -> tuple[int, int]:
     """How many operands of a scan are constants, and how many its carry; the rest is scanned over."""
     if "ft_in" in eqn.params:  # JAX >= 0.12

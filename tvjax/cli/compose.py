@@ -14,10 +14,11 @@ def compose(config: ComposeConfig, json: Json = False, quiet: Quiet = False) -> 
 
     By default, with labels, what did best with one and two of them a class: start from the best vector, and fine-tune
     the model's leaves along with the coefficients (--start best --tune). aTLAS as published is --start zero --no-tune.
+    With --teacher, a fine-tuned model, no labels are needed: its scores of the classes are learned from.
     """
     from tvjax import jobs
 
-    with progress(config.objective, quiet) as report:
+    with progress(config.learned_by, quiet) as report:
         found = jobs.compose(config, report)
     also = f" and {found.tuned_leaves} leaves" if found.tuned_leaves else ""
     accuracy = found.validation_accuracy

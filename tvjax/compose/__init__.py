@@ -4,6 +4,7 @@ from tvjax.compose.ada_merging import ada_merging
 from tvjax.compose.coefficients import Coefficients, Entry, Layout, Place, Stacked, combine, entries, init, weighted_sum
 from tvjax.compose.edited import Edited
 from tvjax.compose.linearised import Linearised, linearise
+from tvjax.compose.logit_correction import logit_correction
 from tvjax.compose.objectives import (
     Objective,
     Term,
@@ -21,6 +22,7 @@ from tvjax.compose.objectives import (
     value,
 )
 from tvjax.compose.select import Kept, select_informative
+from tvjax.compose.teachers import class_scores, distillation, distillation_losses
 from tvjax.compose.train import Store, Trained, clipped_adamw, constant, cosine, learn, patience, train
 from tvjax.compose.tuned import Tuned, best_start, tune
 
@@ -43,10 +45,13 @@ __all__ = [
     "addition",
     "average",
     "best_start",
+    "class_scores",
     "clipped_adamw",
     "combine",
     "constant",
     "cosine",
+    "distillation",
+    "distillation_losses",
     "entries",
     "entropy",
     "few_shot",
@@ -54,6 +59,7 @@ __all__ = [
     "init",
     "learn",
     "linearise",
+    "logit_correction",
     "negation",
     "of_loss",
     "patience",

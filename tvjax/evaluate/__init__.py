@@ -4,7 +4,7 @@ from tvjax.evaluate.accuracy import Accuracy, Predictions, accuracy, predict, pr
 from tvjax.evaluate.fine_tune import FineTuned, fine_tune
 from tvjax.evaluate.pairs import Agreement, PairedDifference, agreement, paired_difference
 from tvjax.evaluate.protocols import Benchmark, Edit, addition, all_pairs, analogy, negation
-from tvjax.evaluate.scale import ChosenScale, choose_scale, scale_curve
+from tvjax.evaluate.scale import ChosenScale, LeastLoss, choose_scale, scale_curve, scale_of_least_loss
 
 __all__ = [
     "Accuracy",
@@ -13,6 +13,7 @@ __all__ = [
     "ChosenScale",
     "Edit",
     "FineTuned",
+    "LeastLoss",
     "PairedDifference",
     "Predictions",
     "accuracy",
@@ -27,4 +28,5 @@ __all__ = [
     "predict",
     "predictions",
     "scale_curve",
+    "scale_of_least_loss",
 ]

@@ -110,6 +110,70 @@ def _curves(
     return [[joined(part) for part in own] for own in parts]
 
 
+class LeastLoss(NamedTuple):
+    """The scale of a grid that loses least.
+
+    Attributes:
+      scale: of the least mean loss, the smallest of those that tie.
+      loss: at this scale.
+      scales: the grid, sorted.
+      curve: mean loss at every scale of the grid.
+    """
+
+    scale: float
+    loss: float
+    scales: np.ndarray
+    curve: np.ndarray
+
+
+def scale_of_least_loss(
+    model: Model, tau: PyTree, scales: Sequence[float], batches: Batch | Iterable[Batch]
+) -> LeastLoss:
+    """The scale at which the model's own loss is least: `choose_scale` where no label says what is right.
+
+    With a teacher's scores in the place of labels, and the loss to learn from them
+    (`tvjax.tasks.losses.distilled`), it is the rule for a transport without labels.
+
+    Args:
+      model: with a loss.
+      tau: a task vector of its parameters.
+      scales: the grid.
+      batches: examples, with what the loss reads as their labels; passed through once.
+
+    Returns:
+      The scale, its mean loss over the examples, and the whole curve.
+
+    Raises:
+      ValueError: for an empty grid, no examples, or losses that are not finite at any scale.
+
+    >>> import jax.numpy as jnp
+    >>> from tvjax.stages import Stage
+    >>> from tvjax.tasks.losses import OWN_HEAD, distilled
+    >>> stage = Stage("head", lambda params, x: {"logits": x @ params["kernel"]})
+    >>> model = Model({"kernel": jnp.zeros((2, 2))}, (stage,), distilled(OWN_HEAD, match="logits"))
+    >>> scale_of_least_loss(model, {"kernel": jnp.eye(2)}, (0, 1, 2, 3), Batch(jnp.eye(2), 2 * jnp.eye(2))).scale
+    2.0
+    """
+    grid = np.unique(np.asarray(scales, np.float64))
+    if not len(grid) or not np.isfinite(grid).all():
+        raise ValueError(f"scales: found {list(scales)}, expected at least one finite number")
+    total, count = np.zeros(len(grid)), 0
+    for batch in [batches] if isinstance(batches, Batch) else batches:
+        losses = [np.asarray(_loss_at(model, tau, float(scale), batch), np.float64) for scale in grid]
+        total, count = total + [one.sum() for one in losses], count + losses[0].size
+    if not count or np.isnan(total).all():
+        raise ValueError("there are no examples, or none with a finite loss at any scale, to choose a scale by")
+    curve = total / count
+    best = int(np.nanargmin(curve))
+    return LeastLoss(float(grid[best]), float(curve[best]), grid, curve)
+
+
+@jax.jit
+def _loss_at(model: Model, tau: PyTree, scale: float, batch: Batch) -> jax.Array:
+    edited = model.replace(params=apply(model.params, tau, scale))
+    return model.loss(model.loss_params, edited(batch.inputs), batch.labels)
+
+
 @jax.jit
 def _edited(model: Model, tau: PyTree, scale: float) -> Model:
     return model.replace(params=apply(model.params, tau, scale))

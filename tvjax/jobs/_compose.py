@@ -29,6 +29,7 @@ from tvjax.jobs.opened import Models, Opened
 from tvjax.jobs.parts import check_labels
 from tvjax.jobs.recipes import recipe_of, write_recipe
 from tvjax.jobs.schema import Progress
+from tvjax.jobs.teachers import Teacher, find_teacher
 from tvjax.report.plots import plot_coefficients
 from tvjax.stages import Batch, Model, PyTree
 from tvjax.tasks import Task
@@ -68,6 +69,7 @@ class _Data(NamedTuple):
     found: Images | Texts
     held_out: Images | Texts | None
     prompts: Prompts
+    teacher: Teacher | None
 
 
 def compose(config: ComposeConfig, progress: Progress | None = None) -> Composed:
@@ -83,7 +85,7 @@ def compose(config: ComposeConfig, progress: Progress | None = None) -> Composed
     check_new(config.output)
     with Models() as models:
         opened = models[config.model]
-        data = _read(config, opened)
+        data = _read(config, opened, models)
         looked_at = {
             "examples": inputs.record(data.found),
             "validation": None if data.held_out is None else inputs.record(data.held_out),
@@ -97,12 +99,13 @@ def compose(config: ComposeConfig, progress: Progress | None = None) -> Composed
         tuned_leaves = len(trained.trainable.leaves) if _tunes(config) else 0
         card = model_card(
             config.output.name,
-            f"Task vectors with coefficients learned by {config.objective} were added to the weights of the base "
+            f"Task vectors with coefficients learned by {config.learned_by} were added to the weights of the base "
             "model.",
             opened.pretrained.identity(),
             inputs={file: made for file, (_, made) in zip(files, loaded, strict=True)},
             settings={
-                "objective": config.objective,
+                "objective": config.learned_by,
+                **({} if config.teacher is None else {"teacher": config.teacher}),
                 "start": config.start,
                 "tune": _tunes(config),
                 "learning rate": trained.learning_rate,
@@ -118,7 +121,7 @@ def compose(config: ComposeConfig, progress: Progress | None = None) -> Composed
         output=config.output,
         model=config.model,
         task_vectors=tuple(files),
-        objective=config.objective,
+        objective=config.learned_by,
         coefficients=coefficients.values.size,
         tuned_leaves=tuned_leaves,
         learning_rate=trained.learning_rate,
@@ -129,10 +132,10 @@ def compose(config: ComposeConfig, progress: Progress | None = None) -> Composed
 
 
 def _tunes(config: ComposeConfig) -> bool:
-    return config.objective == "few_shot" if config.tune is None else config.tune
+    return config.is_told if config.tune is None else config.tune
 
 
-def _read(config: ComposeConfig, opened: Opened) -> _Data:
+def _read(config: ComposeConfig, opened: Opened, models: Models) -> _Data:
     """The examples; but for a choice by embeddings, no weight is read.
 
     Raises:
@@ -141,28 +144,35 @@ def _read(config: ComposeConfig, opened: Opened) -> _Data:
     way = asking(opened)
     if not way.can_score(opened):
         raise ValueError(f"{config.model!r} {way.lacks}")
-    if config.objective != "few_shot" and way.kind is not Images:
+    if not config.is_told and way.kind is not Images:
         raise ValueError(
-            f"{config.objective} looks at images, and {config.model!r} takes {way.kind.kind}: take few_shot"
+            f"{config.objective} looks at images, and {config.model!r} takes {way.kind.kind}: take few_shot, or "
+            "distillation"
         )
-    prompts = inputs.read_prompts(config, (opened,))
+    teacher = None
+    if config.teacher is not None:
+        base = None if config.teacher_base is None else models[config.teacher_base]
+        teacher = find_teacher(models[config.teacher], base)
+    prompts = inputs.read_prompts(config, (opened, *([] if teacher is None else [teacher.reader])))
     if config.classes is None:
         prompts = of_head(opened, prompts)
-    needed = config.objective if config.objective == "few_shot" else ""
+    needed = config.learned_by if config.learned_by == "few_shot" else ""
     found = inputs.read_examples(inputs.place_of(config.data, config.task, "train"), prompts, (opened,), needed)
     names = found.class_names or tuple(map(spelled, prompts.class_names or ()))
     if not names and way.needs_labels:
-        raise ValueError(f"{config.objective} needs the names of the classes: give --classes, or {way.labelling}")
+        raise ValueError(f"{config.learned_by} needs the names of the classes: give --classes, or {way.labelling}")
     check_labels(opened, names, config.classes is not None)
     features = lambda images: opened.embed(images, config.batch_size)  # noqa: E731
     found = inputs.draw(found, config.per_class, config.select, config.seed, features)
     found = dataclasses.replace(found, class_names=names)
+    if teacher is not None:
+        found = teacher.asked(found, prompts, config.classes is not None)
     way.check(opened, found, prompts)
     if config.validation is None:
-        return _Data(found, None, prompts)
+        return _Data(found, None, prompts, teacher)
     held_out = inputs.read_examples(config.validation, prompts, (opened,), "choosing a learning rate")
     check_labels(opened, held_out.class_names, config.classes is not None)
-    return _Data(found, held_out, prompts)
+    return _Data(found, held_out, prompts, teacher)
 
 
 def _learn(
@@ -171,11 +181,11 @@ def _learn(
     """What was trained, the parameters that it gives, and the coefficients."""
     task = asking(opened).task(opened, data.found, data.prompts)
     head = with_task(opened, task)
-    goal = _goal(config, opened, head, task.batches(data.found, config.batch_size).whole())
+    goal = _goal(config, opened, head, task.batches(data.found, config.batch_size).whole(), data)
     key, part_key = jax.random.split(jax.random.key(config.seed))
     names = [str(file) for file in config.task_vectors]
     coefficients = learned.init(taus, blocks=config.blocks, partitions=config.partitions, key=part_key, names=names)
-    if (config.start or ("best" if config.objective == "few_shot" else "zero")) == "best":
+    if (config.start or ("best" if config.is_told else "zero")) == "best":
         coefficients = learned.best_start(head.params, taus, goal, key=key, coefficients=coefficients)
     trained = (learned.tune if _tunes(config) else learned.learn)(
         head.params,
@@ -197,10 +207,15 @@ def _learn(
     return trained, jax.jit(learned.combine)(base, taus, trained.trainable), trained.trainable
 
 
-def _goal(config: ComposeConfig, opened: Opened, head: Model, seen: Batch) -> Objective:
+def _goal(config: ComposeConfig, opened: Opened, head: Model, seen: Batch, data: _Data) -> Objective:
     """What the coefficients are learned by."""
-    if config.objective == "few_shot":
-        return learned.few_shot(head, seen)
+    if config.is_told:
+        goals = [learned.few_shot(head, seen)] if config.learned_by == "few_shot" else []
+        if data.teacher is not None:
+            said = data.teacher.scores(data.found, data.prompts, config.batch_size)
+            told = learned.distillation(head, seen.inputs, said, temperature=config.temperature, match=config.match)
+            goals.append(told)
+        return learned.average(goals)
     pixels = seen.inputs
     if config.objective == "entropy":
         return learned.entropy(head, pixels)

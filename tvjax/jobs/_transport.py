@@ -14,6 +14,7 @@ from tvjax.checkpoints.atomic import write_text
 from tvjax.checkpoints.huggingface import check_new
 from tvjax.checkpoints.json_files import write_json
 from tvjax.checkpoints.processors import processor_fingerprint
+from tvjax.checkpoints.safetensors import fingerprint
 from tvjax.data.loader import Loader
 from tvjax.data.texts import Texts
 from tvjax.evaluate.scale import ChosenScale, choose_scales
@@ -96,7 +97,7 @@ def transport(config: TransportConfig, progress: Progress | None = None) -> Tran
         looked_at = None if ready.found is None else inputs.record(ready.found)
         sides = _side(source, ready), _side(target, ready)
         tau, also = _task_vector(config, ready, models)
-        state = _fitted(config, ready, models, sides, looked_at, progress)
+        state = _fitted(config, ready, models, sides, looked_at, tau, progress)
         moved = ready.moving.apply(state, tau)
         forms = leaf_forms(ready.moving, state, tau) if any(map(is_low_rank, tree.flatten(tau).values())) else ()
         form = _form(config, tau, moved)
@@ -172,11 +173,13 @@ def _fitted(
     models: Models,
     sides: tuple[Model, Model],
     looked_at: dict[str, Any] | None,
+    tau: PyTree,
     progress: Progress | None,
 ) -> State:
     """The fitted transport, from the maps that are kept where there are some."""
     source, target = models[config.source], models[config.target]
     store = None
+    fitted_with = tau if ready.moving.needs_task_vector else None
     if config.maps is not None:
         depends_on = {
             "method": config.method,
@@ -190,6 +193,8 @@ def _fitted(
             depends_on |= {side: identity["base_fingerprint"], f"{side} config": identity["base_config"]}
             if looked_at is not None:
                 depends_on[f"{side} processor"] = processor_fingerprint(opened.checkpoint.folder)
+        if fitted_with is not None:
+            depends_on["task vector"] = fingerprint(fitted_with)
         if looked_at is not None:
             depends_on["examples"] = looked_at["sha256"]
         if isinstance(ready.found, Texts):
@@ -200,6 +205,7 @@ def _fitted(
         store = TransportStore(config.maps, depends_on)
     pairs, loader = ([], None) if ready.found is None else paired_batches(ready, source, target, config.batch_size)
     options: dict[str, Any] = {"depth": ready.depth, "tokens": config.tokens, "progress": progress, "cache": store}
+    options["tau"] = fitted_with
     state = fit(ready.moving, *sides, pairs, **options)
     return dataclasses.replace(state, notes=(*inputs.notes_of(loader), *state.notes))
 

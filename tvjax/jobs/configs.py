@@ -16,7 +16,7 @@ SOURCES = (
     "for models of texts FILE.jsonl, .csv, .tsv or .txt, hf:NAME?text=COLUMN; "
     "?part=0:0.8 takes a share of them"
 )
-TRANSPORTS = ("naive", "orthogonal_shift", "gradfix", "theseus", "bico")  # and those of one's own, by register
+TRANSPORTS = ("naive", "orthogonal_shift", "gradfix", "theseus", "bico", "ariadne")  # and one's own, by register
 MERGES = (
     *("average", "task_arithmetic", "slerp", "nuslerp", "multi_slerp", "karcher_mean", "ties", "dare", "della"),
     *("breadcrumbs", "model_stock", "sce", "tsv_m", "iso_c", "iso_cts", "knots", "wudi", "ace", "core_space"),
@@ -111,7 +111,7 @@ class Moving(Drawn):
     """How activations are compared where the patch grids differ."""
     maps: Annotated[File | None, FOLDER] = None
     """Keep the fitted maps here, stage by stage: an interrupted run goes on, and a later one, with another scale or
-    another fine-tuned model, starts from them."""
+    another fine-tuned model, starts from them; ariadne fits the task vector itself, which no other starts from."""
     save_task_vector: Annotated[File | None, FILE] = None
     """Also write the moved task vector, unscaled, for the target."""
     task_vector: Annotated[str | None, Typed("PATH")] = None
@@ -201,16 +201,27 @@ class ComposeConfig(Drawn):
     """The pre-trained model: folder or hub id."""
     output: Annotated[File, FOLDER]
     """Where the edited model goes."""
-    objective: Literal["few_shot", "entropy", "fix_match"] = "few_shot"
-    """few_shot learns from labelled examples, entropy and fix_match need no labels."""
+    objective: Literal["few_shot", "entropy", "fix_match", "distillation"] | None = None
+    """few_shot learns from labelled examples; distillation from --teacher, and with few_shot both are learned from;
+    entropy and fix_match need neither. Default: distillation where there is a teacher, else few_shot."""
+    teacher: Annotated[str | None, MODEL] = None
+    """A model that was fine-tuned for the classes, such as the fine-tuned source of a transport: its scores of the
+    examples are learned from, in the place of labels. It may be of another family, resolution and tokenizer."""
+    teacher_base: Annotated[str | None, MODEL] = None
+    """The pre-trained model whose head the teacher was fine-tuned with: of a vision tower alone the full CLIP, of a
+    sentence encoder the encoder before. Default: the teacher's own."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of the teacher's soft labels."""
+    match: Literal["probabilities", "logits"] = "probabilities"
+    """What is to be like the teacher's: probabilities (cross-entropy) or centred logits (mean squared error)."""
     blocks: Literal["leaf", "vector"] = "leaf"
     """One coefficient for each leaf, or for each vector."""
     partitions: Annotated[int, Field(ge=1, le=LARGEST_COUNT)] = 1
     """Random parts of each block, a coefficient each."""
     start: Literal["best", "zero"] | None = None
-    """best: from the one vector and scale of the least loss on the examples. Default: best for few_shot."""
+    """best: from the one vector and scale of the least loss on the examples. Default: best with labels or a teacher."""
     tune: bool | None = None
-    """Train the leaves that the vectors move too, at 1 % of the rate. Default: for few_shot."""
+    """Train the leaves that the vectors move too, at 1 % of the rate. Default: with labels or a teacher."""
     validation: Annotated[str | None, Typed("DATA")] = None
     """Labelled examples by which learning rate and epoch are chosen."""
     learning_rate: Annotated[Several[float], Typed("RATE")] = ()
@@ -232,8 +243,33 @@ class ComposeConfig(Drawn):
         if self.learning_rate:
             return self.learning_rate
         if self.validation is None:
-            return (0.1,) if self.objective == "few_shot" else (1e-3,)
-        return (0.03, 0.1, 0.3) if self.objective == "few_shot" else (1e-3, 1e-2)
+            return (0.1,) if self.is_told else (1e-3,)
+        return (0.03, 0.1, 0.3) if self.is_told else (1e-3, 1e-2)
+
+    @property
+    def learned_by(self) -> str:
+        """The objective: the one that is asked for, or that which there is something to learn from."""
+        return self.objective or ("few_shot" if self.teacher is None else "distillation")
+
+    @property
+    def is_told(self) -> bool:
+        """Whether somebody, labels or teacher, says what is right."""
+        return self.learned_by in ("few_shot", "distillation")
+
+    @model_validator(mode="after")
+    def _has_a_teacher(self) -> ComposeConfig:
+        if self.teacher is None:
+            fields = type(self).model_fields
+            alone = [
+                name for name in ("teacher_base", "temperature", "match") if getattr(self, name) != fields[name].default
+            ]
+            if self.objective == "distillation":
+                raise ValueError("distillation learns from a teacher: give --teacher, a fine-tuned model")
+            if alone:
+                raise ValueError(f"--{alone[0].replace('_', '-')} is about a teacher: give --teacher")
+        elif not self.is_told:
+            raise ValueError(f"{self.objective} learns from no teacher: leave --teacher or --objective out")
+        return self
 
     @model_validator(mode="after")
     def _can_choose(self) -> ComposeConfig:

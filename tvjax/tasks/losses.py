@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from tvjax.compose.teachers import Match, check_distillation, distillation_losses
 from tvjax.stages import PyTree
 
 Scores = Callable[[PyTree, PyTree], Float[Array, "batch classes"]]
@@ -115,6 +116,37 @@ def _judged(scores: Float[Array, "batch classes"], labels: Int[Array, " batch"])
     """The parts of a judgement; NaN is the greatest of all."""
     counted, finite = jnp.ones(labels.shape, bool), jnp.isfinite(jnp.max(scores, axis=-1))
     return jnp.argmax(scores, axis=-1), labels, counted, _losses(scores, labels), finite
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation(ClassLoss):
+    """A teacher's scores in the place of labels (`tvjax.compose.distillation_losses`); judged by labels, as any other.
+
+    Attributes:
+      temperature: of soft labels.
+      match: ``"probabilities"`` or ``"logits"``.
+
+    >>> loss = distilled(OWN_HEAD, match="logits")
+    >>> loss(None, {"logits": jnp.eye(2)}, jnp.eye(2)).tolist()
+    [0.0, 0.0]
+    """
+
+    temperature: float = 1.0
+    match: Match = "probabilities"
+
+    def __call__(self, loss_params: PyTree, outputs: PyTree, labels: Array) -> Float[Array, " batch"]:
+        """The loss of each example; `labels` are the teacher's scores, ``[batch, classes]``."""
+        return distillation_losses(self.scores(loss_params, outputs), labels, self.temperature, self.match)
+
+
+def distilled(loss: ClassLoss, temperature: float = 1.0, match: Match = "probabilities") -> Distillation:
+    """The loss of the same scores that learns from a teacher's: ``model.replace(loss=distilled(model.loss))``.
+
+    Raises:
+      ValueError: settings out of range.
+    """
+    check_distillation(temperature, match)
+    return Distillation("distillation", loss.function, temperature, match)
 
 
 def logits_of(loss_params: PyTree, outputs: PyTree) -> Float[Array, "batch classes"]:

@@ -1,5 +1,6 @@
 """Moving a task vector into another pre-trained model, without training."""
 
+from tvjax.transport.ariadne import ariadne
 from tvjax.transport.base import State, Transport, chain, identity, scale_by
 from tvjax.transport.bico import bico
 from tvjax.transport.fit import fit, transport_stages
@@ -19,6 +20,7 @@ __all__ = [
     "Options",
     "State",
     "Transport",
+    "ariadne",
     "bico",
     "chain",
     "fit",

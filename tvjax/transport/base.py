@@ -9,6 +9,9 @@ A transport is fitted once on a pair of models and applied to as many task vecto
 The state is a pytree: maps and masks are its leaves, and the rule of each parameter (which source leaf, seen how,
 through which maps) is static. So ``jit(rebase.apply)`` works, and so do `vmap` over task vectors and `grad`.
 
+Some links are fitted with the task vector (``fit(..., tau=tau)``): their state is the moved task vector, and is of no
+other (`tvjax.transport.ariadne`).
+
 Leaves of low rank (`tvjax.LowRank`) stay so through links that only multiply their two sides, and become arrays in the
 others; `tvjax.transport.leaf_forms` says where.
 """
@@ -67,7 +70,8 @@ class Rule(NamedTuple):
       target: path in the target model.
       source: path in the space that the link takes its task vectors from; "" where nothing corresponds.
       action: ``rotated``, ``permuted``, ``masked``, ``shifted``, ``scaled``, ``passed through``, ``zeroed by rule`` or
-        ``unmatched``.
+        ``unmatched``; ``fitted`` by a link that is
+        fitted with the task vector.
       shape: of the target leaf.
       source_shape: of the source leaf.
       pieces: the uses of a rotated leaf.
@@ -202,6 +206,7 @@ class Needs(NamedTuple):
     activations: bool = False
     gradients: bool = False  # implies labels and a loss
     source: bool = True
+    task_vector: bool = False  # what is fitted is the moved task vector
 
 
 class Link(NamedTuple):
@@ -247,6 +252,11 @@ class Transport(NamedTuple):
         """Whether fitting needs labels and a loss."""
         return any(link.needs.gradients for link in self.links)
 
+    @property
+    def needs_task_vector(self) -> bool:
+        """Whether it is fitted with the task vector, and serves no other."""
+        return any(link.needs.task_vector for link in self.links)
+
     def apply(self, state: State, tau: PyTree) -> PyTree:
         """The task vector in the target's parameters.
 
@@ -261,7 +271,8 @@ class Transport(NamedTuple):
 
         Raises:
           ValueError: a state of another transport; a leaf that the source does not have, or of another shape; values
-            that are not finite (inside `jit` there are none to look at).
+            that are not finite (inside `jit` there are none to look at); another task vector than the one that a link
+            was fitted with (inside `jit`, where nothing can be raised, the result is NaN).
         """
         names = tuple(part.link for part in state.parts)
         if names != tuple(link.name for link in self.links):
@@ -305,7 +316,8 @@ def chain(*transports: Transport) -> Transport:
     """Transports one after another: the task vector goes through the first, then the second, and so on.
 
     Raises:
-      ValueError: a link that works in the source's parameters after one that works in the target's.
+      ValueError: a link that works in the source's parameters after one that works in the target's, or one that is
+        fitted with the task vector behind another.
 
     >>> from tvjax.transport import bico, gradfix, scale_by
     >>> chain(bico(), gradfix(), scale_by(1.5)).name
@@ -321,6 +333,8 @@ def chain(*transports: Transport) -> Transport:
                 f"{link.name} takes task vectors of the source model, but after {in_target} they are the target's: "
                 f"put {link.name} first"
             )
+        if link.needs.task_vector and link is not links[0]:
+            raise ValueError(f"{link.name} is fitted with the task vector as it is given: put it first")
         if link.space != "any":
             in_target = link.name
     names = [link.name for link in links if link.needs != Needs(source=False)]

@@ -13,7 +13,7 @@ from tvjax import tree
 from tvjax.capture import check_gradient_identity
 from tvjax.finite import check_finite
 from tvjax.stages import Batch, Model, Stream, owner_paths
-from tvjax.transport.base import Transport
+from tvjax.transport.base import Transport, check_leaves
 from tvjax.walk import Walk, differentiable
 
 PyTree = Any
@@ -141,6 +141,23 @@ def check_models(transport: Transport, source: Model, target: Model) -> None:
                 f"{transport.name} needs models of one shape: {path} is {' and '.join(where)}; put theseus() or bico() "
                 "first, they move across widths and depths"
             )
+
+
+def check_task_vector(transport: Transport, source: Model, tau: PyTree) -> None:
+    """Raises a ValueError unless a task vector is given just where a link is fitted with it, and is the source's."""
+    readers = [link.name for link in transport.links if link.needs.task_vector]
+    if tau is None and readers:
+        raise ValueError(
+            f"{readers[0]} is fitted with one task vector, and its state is of that one alone: "
+            "fit(transport, source, target, batches, tau=tau)"
+        )
+    if tau is not None and not readers:
+        raise ValueError(
+            f"no link of {transport.name} is fitted with the task vector: leave tau out, and give it to apply"
+        )
+    if tau is not None:
+        check_leaves(tau, {path: tuple(jnp.shape(leaf)) for path, leaf in tree.flatten(source.params).items()})
+        check_finite(tau, "the task vector")
 
 
 def check_common_leaves(source: Model, target: Model, pairing: Sequence[int]) -> None:

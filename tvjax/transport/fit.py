@@ -15,13 +15,22 @@ import jax.numpy as jnp
 
 from tvjax import placement, processes, tree
 from tvjax.align import tokens as token_alignment
+from tvjax.arithmetic import apply
 from tvjax.factors import float32
 from tvjax.finite import check_finite
 from tvjax.renamed import renamed_arguments, warn
 from tvjax.spread import brought, lies_elsewhere, mesh_of, name_of
 from tvjax.stages import Batch, Model
 from tvjax.transport.base import Flat, LinkState, State, Transport, check_leaves
-from tvjax.transport.checks import check_batches, check_common_leaves, check_models, check_stages, views_of
+from tvjax.transport.checks import (
+    check_batches,
+    check_common_leaves,
+    check_models,
+    check_stages,
+    check_task_vector,
+    views_of,
+)
+from tvjax.transport.fingerprint import check_same
 from tvjax.transport.pair import Pair
 from tvjax.transport.pairing import pair_stages
 from tvjax.transport.placed import placed_part, shardings_of
@@ -59,6 +68,7 @@ def fit(
     progress: Progress | None = None,
     cache: StateCache | None = None,
     stream: Sequence[PyTree] | None = None,
+    tau: PyTree = None,
 ) -> State | Any:
     """Fits a transport on a pair of models.
 
@@ -85,6 +95,8 @@ def fit(
         (`tvjax.checkpoints.TransportStore`).
       stream: task vectors of the source to move while it is fitted: the maps of a stage are applied to them and
         dropped, so that those of two stages are never held.
+      tau: the task vector of the source that a link is fitted with (`ariadne`), and no other link reads; that of the
+        stream, where there is one.
 
     Returns:
       The state, a pytree; where there is a stream, the transported task vectors in its place, the same as
@@ -92,14 +104,17 @@ def fit(
 
     Raises:
       ValueError: models that cannot be matched, missing labels or loss, no rows, parameters, inputs or gradients of the
-        loss that are not finite, or a task vector that is not one of the source; the message names what and where.
+        loss that are not finite, or a task vector that is not one of the source; one that is missing, or that no link
+        is fitted with; the message names what and where.
     """
     links = [link.name for link in transport.links]
     processes.check_same("fit", {"transport": links, "source": source.params, "target": target.params})
     if stream is not None:
         _check_stream(source, stream)
+        if transport.needs_task_vector and tau is None and len(stream) == 1:
+            tau = stream[0]
     fitting = Fitting(
-        transport, source, target, batches, depth, tokens, check_gradients, offload, task, progress, cache
+        transport, source, target, batches, depth, tokens, check_gradients, offload, task, progress, cache, tau
     )
     if stream is not None:
         return _streamed(fitting, stream)
@@ -144,10 +159,17 @@ def _streamed(fitting: Fitting, taus: Sequence[PyTree]) -> list[PyTree]:
 
 
 class _Seen(NamedTuple):
-    """The calibration batches inside both models, and the overlaps of their tokens by batch."""
+    """The calibration batches inside both models, and the overlaps of their tokens by batch.
+
+    Attributes:
+      walks: of the source and of the target.
+      overlaps: by batch.
+      finetuned: of the fine-tuned source; None where no link is fitted with the task vector.
+    """
 
     walks: tuple[Walk, Walk]
     overlaps: Sequence[Overlaps]
+    finetuned: Walk | None
 
 
 class Fitting:
@@ -166,11 +188,12 @@ class Fitting:
         task: str = "",
         progress: Progress | None = None,
         cache: StateCache | None = None,
+        tau: PyTree = None,
     ):
         self.transport, self.source, self.target = transport, source, target
         self.tokens, self.check_gradients, self.task = tokens, check_gradients, task
         self.progress, self.cache = progress, cache
-        self.depth = depth
+        self.depth, self.tau = depth, tau
         self.mesh, self.shardings = mesh_of(target.params, source.params), shardings_of(target.params)
         self.resharded: list[str] = []
         if self.mesh is not None and lies_elsewhere((source.params, source.loss_params), self.mesh):
@@ -181,6 +204,7 @@ class Fitting:
         check_models(transport, source, target)
         for side, model in (("source", source), ("target", target)):
             check_finite(model.params, f"the {side} model")
+        check_task_vector(transport, source, tau)
         if isinstance(batches, Mapping):
             unknown = [name for name in batches if name not in {link.name for link in transport.links}]
             if unknown:
@@ -188,8 +212,10 @@ class Fitting:
         self._known: dict[int, tuple[Any, _Seen]] = {}  # links that share batches share their walks
         seen = [self._seen(link.name, link.needs, batches, offload) for link in transport.links]
         self.walks = [one and one.walks for one in seen]
+        self.finetuned = [one and one.finetuned for one in seen]
         self.overlaps = [one.overlaps if one else [] for one in seen]
-        walks, overlaps = next(filter(None, seen), (None, ()))
+        first = next(filter(None, seen), None)
+        walks, overlaps = (None, ()) if first is None else (first.walks, first.overlaps)
         self.pairing = pair_stages(source, target, depth, walks, overlaps, tokens)
         check_common_leaves(source, target, self.pairing)
 
@@ -213,7 +239,11 @@ class Fitting:
                 Walk(self.target, [view.target for view in views], offload),
             )
             overlaps = [view.overlaps if offload else jax.tree.map(jnp.asarray, dict(view.overlaps)) for view in views]
-            known[key] = batches, _Seen(walks, overlaps)
+            finetuned = None
+            if self.transport.needs_task_vector:
+                tuned = self.source.replace(params=apply(self.source.params, self.tau))
+                finetuned = Walk(tuned, walks[0].batches, offload)
+            known[key] = batches, _Seen(walks, overlaps, finetuned)
         seen = known[key][1]
         if reads.gradients and any(batch.labels is None for walk in seen.walks for batch in walk.batches):
             raise ValueError(f"{name} reads gradients, so its calibration batches need labels: Batch(inputs, labels)")
@@ -231,15 +261,22 @@ class Fitting:
         for done, (target_index, source_index) in enumerate(order):
             pairs = []
             moved = False
-            for link, walks, overlaps, board in zip(
-                self.transport.links, self.walks, self.overlaps, boards, strict=True
+            for link, walks, tuned, overlaps, board in zip(
+                self.transport.links, self.walks, self.finetuned, self.overlaps, boards, strict=True
             ):
                 a, b = walks or bare
-                pairs.append(Pair(a, source_index, b, target_index, self.tokens, board, moved, self.depth, overlaps))
+                own = tuned if link.needs.task_vector else None
+                pair = Pair(
+                    a, source_index, b, target_index, self.tokens, board, moved, self.depth, overlaps, own, self.tau
+                )
+                pairs.append(pair)
                 moved = moved or link.space == "source_to_target"
             stage = pairs[0].name
             parts = None if self.cache is None else self.cache.load(stage)
             cached = parts is not None
+            for link, part in zip(self.transport.links, parts or (), strict=False):
+                if link.needs.task_vector:
+                    check_same(part.link, part.arrays, tree.flatten(self.tau))
             if parts is None:
                 parts = tuple(link.fit(pair) for link, pair in zip(self.transport.links, pairs, strict=True))
             parts = tuple(placed_part(part, self.shardings, self.mesh) for part in parts)
@@ -264,8 +301,9 @@ class Fitting:
                 target.cotangents(max(needed[1]))
             if link_needs.gradients and link_needs.source:
                 source.cotangents(max(needed[0]))
-        for _, walks in reads:
-            for walk, stages in zip(walks, needed, strict=True):
+        tuned = [(walk, needed[0]) for walk in self.finetuned if walk is not None]
+        for walks_needed in [*(zip(walks, needed, strict=True) for _, walks in reads), tuned]:
+            for walk, stages in walks_needed:
                 if self.transport.needs_gradients:
                     walk.release_after(max(stages))
                 else:

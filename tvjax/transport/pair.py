@@ -52,6 +52,8 @@ class Pair:
       moved: whether an earlier link has brought the task vector into the target's parameters.
       depth: which source layer a target layer is paired with, for layers that a stage stacks.
       overlaps: by batch the overlaps of the tokens, of texts that two tokenizers cut differently.
+      finetuned: the fine-tuned source on the calibration rows, where a link is fitted with the task vector.
+      tau: this task vector.
     """
 
     def paired_layers(self, depth_a: int, depth_b: int) -> tuple[int, ...]:
@@ -78,12 +80,15 @@ class Pair:
         moved: bool,
         depth: Any = "uniform",
         overlaps: Sequence[Mapping[str, Any]] = (),
+        finetuned: Walk | None = None,
+        tau: Any = None,
     ):
         self.source, self.source_index = source, source_index
         self.target, self.target_index = target, target_index
         self.tokens, self.board, self.moved, self.depth = tokens, board, moved, depth
         self.name = target.model.stages[target_index].name
         self.batches = len(target.batches)
+        self.finetuned, self.tau = finetuned, tau
         self.overlaps = overlaps or [{}] * self.batches
         self.stages = source.model.stages[source_index], target.model.stages[target_index]
 

@@ -50,7 +50,8 @@ class Plan(NamedTuple):
     Attributes:
       stages: the target's stages in their order.
       leaves: what becomes of every leaf, as `tvjax.transport.leaf_report` has it, without measures.
-      memory: bytes by what they hold: ``parameters`` of both models, ``residual streams`` of the calibration
+      memory: bytes by what they hold: ``parameters`` of both models (and of the
+        fine-tuned source, where a link is fitted with the task vector), ``residual streams`` of the calibration
         examples between all stages (their gradients, overlaps of other tokens), the ``largest stage``, the ``maps`` of
         all stages, and the task vector before and after (``task vectors``). Arrays only: the runtime, compiled
         programs and workspace come on top.
@@ -109,7 +110,8 @@ def plan(
 
     def traced(source: Model, target: Model, batches: Any) -> State:
         nonlocal streams
-        work = Fitting(transport, source, target, batches, depth, tokens)
+        tau = _of_all(source) if transport.needs_task_vector else None
+        work = Fitting(transport, source, target, batches, depth, tokens, tau=tau)
         work.cache = _OncePerKind(work)
         parts: tuple[LinkState, ...] | None = None
         walks = next(filter(None, work.walks), None)
@@ -117,7 +119,8 @@ def plan(
             stages[pair.name] = _planned_stage(transport, pair, walks, found)
             parts = found if parts is None else tuple(a.merge(b) for a, b in zip(parts, found, strict=True))
         assert parts is not None
-        streams = sum(_streams(transport, walk) for walks in work.walks if walks for walk in walks)
+        walked = [*(walk for walks in work.walks if walks for walk in walks), *filter(None, work.finetuned)]
+        streams = sum(_streams(transport, walk) for walk in walked)
         streams += tree.nbytes(work.overlaps)
         return work.state(tuple(dataclasses.replace(part, measures={}) for part in parts), ())
 
@@ -126,7 +129,7 @@ def plan(
         state = jax.eval_shape(traced, *jax.tree.map(_without_sharding, (source, target, batches)))
     order = [stages[stage.name] for stage in target.stages if stage.name in stages]
     memory = {
-        "parameters": tree.nbytes((source.params, target.params)),
+        "parameters": tree.nbytes((source.params, target.params, source.params if transport.needs_task_vector else ())),
         "residual streams": streams,
         "largest stage": max(stage.size for stage in order),
         "maps": tree.nbytes([part.arrays for part in state.parts]),
@@ -139,6 +142,12 @@ def plan(
 
 def _without_sharding(leaf: Any) -> Any:
     return leaf if sharding_of(leaf) is None else tree.leaf_type(leaf)
+
+
+def _of_all(source: Model) -> dict[str, Any]:
+    """A task vector that covers all parameters, for its shapes."""
+    leaves = tree.flatten(source.params)
+    return {path: leaf for path, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
 
 
 def _without_activations(depth: Any) -> Any:

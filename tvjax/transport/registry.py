@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from tvjax.transport.ariadne import ariadne
 from tvjax.transport.base import Transport, chain, identity
 from tvjax.transport.bico import bico
 from tvjax.transport.gradfix import gradfix
@@ -46,8 +47,8 @@ def register(name: str, make: Maker) -> None:
 def methods() -> tuple[str, ...]:
     """The names of the methods that are known.
 
-    >>> methods()[:5]
-    ('naive', 'orthogonal_shift', 'gradfix', 'theseus', 'bico')
+    >>> methods()[:6]
+    ('naive', 'orthogonal_shift', 'gradfix', 'theseus', 'bico', 'ariadne')
     """
     return tuple(_METHODS)
 
@@ -90,6 +91,7 @@ _OURS: dict[str, Maker] = {
     "gradfix": gradfix,
     "theseus": theseus,
     "bico": bico,
+    "ariadne": ariadne,
 }
 for _name, _make in _OURS.items():
     register(_name, _make)
