@@ -116,7 +116,9 @@ def read_leaf(model: Pretrained | Checkpoint, path: str) -> np.ndarray:
     return np.asarray(tree.get(model.params, path))
 
 
-def from_pretrained(source: Name, revision: str | None = None, dtype: DTypeLike = jnp.float32) -> Pretrained:
+def from_pretrained(
+    source: Name, revision: str | None = None, dtype: DTypeLike = jnp.float32, *, on_disk: bool = False
+) -> Pretrained:
     """Reads a model from a Hugging Face folder or from the hub.
 
     Config, keys, shapes and dtypes are checked before any weight is read. The parameters keep the dtypes of the file.
@@ -129,6 +131,8 @@ def from_pretrained(source: Name, revision: str | None = None, dtype: DTypeLike 
         a revision ``openai/clip-vit-base-patch32@main``), or a model that is open.
       revision: branch, tag or commit of the hub repository.
       dtype: dtype that activations are computed in.
+      on_disk: leave the weights in their files: the parameters are `tvjax.on_disk.DiskArray`, read when a stage that
+        uses them is run or fitted, and let go after it. The files must stay as they are.
 
     Returns:
       The model, its config, and where they come from.
@@ -137,7 +141,8 @@ def from_pretrained(source: Name, revision: str | None = None, dtype: DTypeLike 
       ValueError: naming what is wrong and the way out.
     """
     with open_checkpoint(source, revision) as opened:
-        model = opened.family.build(opened.config, opened.params(), dtype)
+        params = opened.on_disk() if on_disk else opened.params()
+        model = opened.family.build(opened.config, params, dtype)
         stale = copies_of_tied(opened.family.table, opened.sources)
         keys = {path: source.key for path, source in opened.sources.items()}
         others = tuple(key for key in opened.others if key not in stale)

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO
 
@@ -26,6 +26,7 @@ from tvjax.checkpoints.atomic import replacing
 from tvjax.checkpoints.memory import Scratch, aligned_memory, contiguous, to_jax
 from tvjax.finite import count_not_finite
 from tvjax.models.key_table import Tensor
+from tvjax.on_disk import DiskArray
 from tvjax.stages import PyTree
 
 _DTYPES = {
@@ -59,6 +60,7 @@ class Tensors:
         self.metadata: dict[str, str] = {}
         self.file_of: dict[str, str] = {}
         self._files = {path: (file, threading.Lock()) for path, file in files.items()}
+        self._states = {path: _state(file) for path, file in files.items()}
         self._maps: dict[str, np.ndarray] = {}
         self._offsets: dict[str, int] = {}
         for path, file in files.items():
@@ -90,16 +92,34 @@ class Tensors:
         path = self.file_of[key]
         file, lock = self._files[path]
         with lock:
-            file.seek(self._offsets[key])
-            filled = 0
-            while filled < size:  # one call reads two gibibytes at most
-                count = file.readinto(memory[filled:].data)  # type: ignore[attr-defined]
-                if not count:
-                    raise ValueError(f"{path!r} was cut short while it was read")
-                filled += count
+            _fill(memory, file, path, self._offsets[key])
         array = memory.view(dtype).reshape(shape)
         check_finite(key, array)
         return array
+
+    def on_disk(self, key: str, to_ours: Callable[[np.ndarray], np.ndarray] = lambda tensor: tensor) -> DiskArray:
+        """One tensor that is read whenever its values are asked for, after these files were closed too.
+
+        Args:
+          key: of the tensor.
+          to_ours: a view of it, the layout that the array has.
+
+        Returns:
+          The array. Reading it raises a ValueError where values are not finite, or the file is not any more the one
+          that was opened here.
+        """
+        dtype, shape, path = numpy_dtype(key, self.headers[key]), self.headers[key].shape, self.file_of[key]
+        state, offset = self._states[path], self._offsets[key]
+
+        def read() -> np.ndarray:
+            memory = aligned_memory(math.prod(shape) * dtype.itemsize)
+            with _reopened(path, state) as file:
+                _fill(memory, file, path, offset)
+            array = memory.view(dtype).reshape(shape)
+            check_finite(key, array)
+            return contiguous(to_ours(array))
+
+        return DiskArray(to_ours(np.broadcast_to(np.int8(0), shape)).shape, dtype, read)
 
     def map(self, key: str) -> np.ndarray:
         """One tensor, read-only and unchecked, whose values are read from the disk as far as they are used.
@@ -116,6 +136,41 @@ class Tensors:
             self._maps[path] = np.memmap(path, np.uint8, "r")
         start = self._offsets[key]
         return np.asarray(self._maps[path][start : start + size]).view(dtype).reshape(shape)
+
+
+def _fill(memory: np.ndarray, file: BinaryIO, path: str, offset: int) -> None:
+    """Reads as many bytes as the memory has."""
+    file.seek(offset)
+    filled = 0
+    while filled < memory.size:  # one call reads two gibibytes at most
+        count = file.readinto(memory[filled:].data)  # type: ignore[attr-defined]
+        if not count:
+            raise ValueError(f"{path!r} was cut short while it was read")
+        filled += count
+
+
+def _state(file: BinaryIO) -> tuple[int, ...]:
+    """What is another once a file was replaced or written to."""
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@contextlib.contextmanager
+def _reopened(path: str, state: tuple[int, ...]) -> Iterator[BinaryIO]:
+    """The file at a path, which must be in the state that it was in."""
+    try:
+        file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed below
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{path!r} is gone, and leaves of it are still to be read: put it back, and begin again"
+        ) from error
+    with file:
+        if _state(file) != state:
+            raise ValueError(
+                f"{path!r} has changed since it was opened, and leaves of it are still to be read: begin again, and leave "
+                "the file alone until that is done"
+            )
+        yield file
 
 
 @contextlib.contextmanager
@@ -347,8 +402,12 @@ def save_tree(
     save_tensors(path, tree.flatten(params), metadata, dtype)
 
 
-def load_tree(path: str | os.PathLike[str]) -> tuple[PyTree, dict[str, str]]:
+def load_tree(path: str | os.PathLike[str], *, on_disk: bool = False) -> tuple[PyTree, dict[str, str]]:
     """Reads what `save_tree` wrote.
+
+    Args:
+      path: of the file.
+      on_disk: leave the values there: the leaves are `tvjax.on_disk.DiskArray`, read when they are used.
 
     Returns:
       The nested dicts of JAX arrays, in the dtypes of the file, and the metadata.
@@ -357,6 +416,8 @@ def load_tree(path: str | os.PathLike[str]) -> tuple[PyTree, dict[str, str]]:
       ValueError: for a file that is absent, is no safetensors file, was cut short, or has values that are not finite.
     """
     with open_tensors(path) as tensors:
+        if on_disk:
+            return tree.nest({key: tensors.on_disk(key) for key in tensors.headers}), tensors.metadata
         return tree.nest({key: to_jax(tensors.read(key)) for key in tensors.headers}), tensors.metadata
 
 

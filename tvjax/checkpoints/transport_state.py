@@ -30,7 +30,11 @@ def save_state(path: str | os.PathLike[str], state: State) -> None:
     Args:
       path: where to.
       state: what `fit` returned.
+
+    Raises:
+      ValueError: a state whose maps were dropped (``fit(..., stream=..., write=...)``).
     """
+    state.check_kept()
     _save_parts(path, FORMAT, state.parts, {"paths": state.paths, "sources": state.sources, "notes": state.notes})
 
 

@@ -147,7 +147,9 @@ class LinkState:
 
 
 @partial(
-    jax.tree_util.register_dataclass, data_fields=("parts",), meta_fields=("structure", "paths", "sources", "notes")
+    jax.tree_util.register_dataclass,
+    data_fields=("parts",),
+    meta_fields=("structure", "paths", "sources", "notes", "streamed"),
 )
 @dataclasses.dataclass(frozen=True)
 class State:
@@ -159,6 +161,7 @@ class State:
       paths: the target's leaves, in the order of the structure.
       sources: the source's leaves; those of layers that the depth pairing drops go nowhere.
       notes: what a user should know (rows fewer than dimensions, layers that were dropped, the task of the labels).
+      streamed: whether the maps were applied to a stream and dropped, so that only the report is left.
     """
 
     parts: tuple[LinkState, ...]
@@ -166,6 +169,15 @@ class State:
     paths: tuple[str, ...]
     sources: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    streamed: bool = False
+
+    def check_kept(self) -> None:
+        """Raises a ValueError where the maps were dropped."""
+        if self.streamed:
+            raise ValueError(
+                "the maps of this fit were applied to its stream and dropped: keep them with fit(..., cache=...), or "
+                "fit without write"
+            )
 
 
 STATE_TYPES: dict[str, type] = {}
@@ -248,12 +260,13 @@ class Transport(NamedTuple):
           parameters where it covers them all, else as nested dicts.
 
         Raises:
-          ValueError: a state of another transport; a leaf that the source does not have, or of another shape; values
+          ValueError: a state of another transport, or one whose maps were dropped; a leaf that the source does not have, or of another shape; values
             that are not finite (inside `jit` there are none to look at).
         """
         names = tuple(part.link for part in state.parts)
         if names != tuple(link.name for link in self.links):
             raise ValueError(f"this state was fitted for {'+'.join(names)}, not for {self.name}")
+        state.check_kept()
         flat: Flat = {path: float32(leaf) for path, leaf in tree.flatten(tau).items()}
         expected = {rule.source: rule.source_shape for rule in state.parts[0].rules if rule.source}
         check_leaves(flat, expected, also=state.sources)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from tvjax import tree
 from tvjax.align import tokens as token_alignment
 from tvjax.capture import SiteTable
+from tvjax.on_disk import is_on_disk
 from tvjax.stages import Model, local_params, owner_paths
 from tvjax.transport.base import LinkState, MapInfo, State, Transport
 from tvjax.transport.fit import Batches, Fitting
@@ -101,6 +102,7 @@ def plan(
         depth = planned
     stages: dict[str, PlannedStage] = {}
     streams = 0
+    source, target = (jax.tree.map(lambda x: tree.leaf_type(x) if is_on_disk(x) else x, m) for m in (source, target))
 
     def traced(source: Model, target: Model, batches: Any) -> State:
         nonlocal streams
