@@ -28,8 +28,8 @@ def task_vector(pretrained: PyTree, finetuned: PyTree) -> PyTree:
     """``tau = theta_ft - theta_0``, the leaves in float32 (float64 where stored so).
 
     Integer and boolean leaves (position ids) are no parameters: they must be equal on both sides, and are None in tau.
-    A leaf that is None on both sides stays None. The difference of leaves on disk (``load(name, on_disk=True)``) is taken
-    when it is asked for.
+    A leaf that is None on both sides stays None. That of leaves on disk (``load(name, on_disk=True)``) is taken when it
+    is asked for.
 
     Args:
       pretrained: theta_0, any pytree of arrays or scalars.

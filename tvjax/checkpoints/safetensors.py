@@ -162,13 +162,13 @@ def _reopened(path: str, state: tuple[int, ...]) -> Iterator[BinaryIO]:
         file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed below
     except FileNotFoundError as error:
         raise ValueError(
-            f"{path!r} is gone, and leaves of it are still to be read: put it back, and begin again"
+            f"{path!r} is gone, with leaves that are still to be read: put it back, begin again"
         ) from error
     with file:
         if _state(file) != state:
             raise ValueError(
-                f"{path!r} has changed since it was opened, and leaves of it are still to be read: begin again, and leave "
-                "the file alone until that is done"
+                f"{path!r} has changed since it was opened, with leaves that are still to be read: begin again, and "
+                "leave the file alone until all is done"
             )
         yield file
 

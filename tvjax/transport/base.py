@@ -260,8 +260,8 @@ class Transport(NamedTuple):
           parameters where it covers them all, else as nested dicts.
 
         Raises:
-          ValueError: a state of another transport, or one whose maps were dropped; a leaf that the source does not have, or of another shape; values
-            that are not finite (inside `jit` there are none to look at).
+          ValueError: a state of another transport, or without its maps; a leaf that the source does not have,
+            or of another shape; values that are not finite (inside `jit` there are none to look at).
         """
         names = tuple(part.link for part in state.parts)
         if names != tuple(link.name for link in self.links):

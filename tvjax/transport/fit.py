@@ -62,8 +62,8 @@ def fit(
 ) -> State | Any:
     """Fits a transport on a pair of models.
 
-    Models, and task vectors of a stream, may have leaves on disk (``load(name, on_disk=True)``): those of a stage are read
-    when it is reached, and let go after it.
+    Models, and task vectors of a stream, may have leaves on disk (``load(name, on_disk=True)``): those of a stage are
+    read when it is reached, and let go after it.
 
     Args:
       transport: what to fit.
