@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -84,6 +86,17 @@ def read(params: PyTree) -> PyTree:
     {'a': 2, 'b': Array([1], dtype=int8)}
     """
     return jax.tree.map(lambda leaf: leaf.to_device() if is_on_disk(leaf) else leaf, params)
+
+
+def trim() -> None:
+    """Gives freed memory back to the system, where the C library can: it would keep what lies between other pieces."""
+    if (give_back := _malloc_trim()) is not None:
+        give_back(0)
+
+
+@functools.cache
+def _malloc_trim() -> Any:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 def difference(after: Any, before: Any) -> DiskArray:

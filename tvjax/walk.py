@@ -20,7 +20,7 @@ from jax.extend.core import Var
 from tvjax import tree
 from tvjax.capture import Captured, SiteTable, instrument, jaxprs, sites
 from tvjax.finite import check_finite
-from tvjax.on_disk import is_on_disk, read
+from tvjax.on_disk import is_on_disk, read, trim
 from tvjax.stages import Batch, Model, local_params, run_stage
 
 PyTree = Any
@@ -44,7 +44,7 @@ class Walk:
         self._cotangents: dict[int, list[PyTree]] = {}
 
     def params(self, index: int) -> PyTree:
-        """The parameters of a stage; those on disk are read, and kept until those of another stage are asked for."""
+        """The parameters of a stage; those on disk are read, and kept until they are let go, or others are read."""
         stored = self.stored(index)
         if not any(map(is_on_disk, jax.tree.leaves(stored))):
             return stored
@@ -52,6 +52,14 @@ class Walk:
             self._read = None  # first let go: never those of two stages
             self._read = index, read(stored)
         return self._read[1]
+
+    def let_go(self) -> None:
+        """Drops the parameters that were read from disk, once the next stage has what it takes."""
+        if self._read is not None:
+            if len(self._carries) == self._read[0] + 1 < len(self.model.stages):
+                self.carries(self._read[0] + 1)
+            self._read = None
+            trim()
 
     def stored(self, index: int) -> PyTree:
         """The parameters of a stage as the model has them, for their shapes and dtypes."""

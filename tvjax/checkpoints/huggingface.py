@@ -271,10 +271,10 @@ def _new_model(
     """Opens a new folder; gives a function that writes a tensor under its key, and the folder as long as it is none."""
     check_new(folder)
     with new_folder(folder) as temporary, contextlib.ExitStack() as stack:
-        writers = {}
+        writers, scratch = {}, Scratch()
         for name in sorted(set(file_of.values())):
             part = {key: header for key, header in headers.items() if file_of[key] == name}
-            writers[name] = stack.enter_context(write_tensors(temporary / name, part, {"format": "pt"}))
+            writers[name] = stack.enter_context(write_tensors(temporary / name, part, {"format": "pt"}, scratch))
         yield lambda key, array: writers[file_of[key]].write(key, array), temporary
         if set(file_of.values()) != {WEIGHTS}:
             total = sum(tensor_bytes(key, header) for key, header in headers.items())

@@ -207,7 +207,12 @@ class TensorWriter:
     """One safetensors file that is written tensor by tensor, in any order; made by `write_tensors`."""
 
     def __init__(
-        self, file: BinaryIO, pool: ThreadPoolExecutor, headers: Mapping[str, Tensor], metadata: Mapping[str, str]
+        self,
+        file: BinaryIO,
+        pool: ThreadPoolExecutor,
+        headers: Mapping[str, Tensor],
+        metadata: Mapping[str, str],
+        scratch: Scratch,
     ):
         # As the library orders them: by falling size of the entries, then by key, so that all are aligned.
         keys = sorted(headers, key=lambda key: (-numpy_dtype(key, headers[key]).itemsize, key))
@@ -219,7 +224,7 @@ class TensorWriter:
             self._entries[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
         self._file, self._pool = file, pool
         self._metadata, self._left = dict(metadata), set(keys)
-        self._scratch = Scratch()
+        self._scratch = scratch
         self._unsynced = 0
         self._syncing: Future[None] | None = None
         self._start = file.write(self._header())
@@ -271,7 +276,10 @@ class TensorWriter:
 
 @contextlib.contextmanager
 def write_tensors(
-    path: str | os.PathLike[str], headers: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    path: str | os.PathLike[str],
+    headers: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    scratch: Scratch | None = None,
 ) -> Iterator[TensorWriter]:
     """Opens a safetensors file to be written tensor by tensor; it replaces an older one when the block ends.
 
@@ -281,6 +289,7 @@ def write_tensors(
       path: where to.
       headers: dtype and shape of every tensor that will be written, by key.
       metadata: text to carry along.
+      scratch: memory to copy tensors in that are not contiguous; writers of one thread may share it.
 
     Raises:
       ValueError: a dtype that is not written.
@@ -294,7 +303,7 @@ def write_tensors(
     ({'x': Array([1., 1.], dtype=float32)}, {'sum': '2'})
     """
     with replacing(path) as temporary, open(temporary, "wb") as file, ThreadPoolExecutor(1) as pool:
-        writer = TensorWriter(file, pool, headers, metadata or {})
+        writer = TensorWriter(file, pool, headers, metadata or {}, scratch or Scratch())
         yield writer
         writer.finish()
 

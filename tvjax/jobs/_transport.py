@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tvjax import tree
 from tvjax.arithmetic import apply, scale
 from tvjax.checkpoints import TransportStore, model_card, save_adapter, save_pretrained, save_tree
 from tvjax.checkpoints.atomic import write_text
+from tvjax.checkpoints.edits import edit_leaf
 from tvjax.checkpoints.huggingface import check_new, write_checkpoint
 from tvjax.checkpoints.json_files import write_json
+from tvjax.checkpoints.memory import Scratch
 from tvjax.checkpoints.processors import processor_fingerprint
 from tvjax.data.loader import Loader
 from tvjax.data.texts import Texts
@@ -167,17 +168,16 @@ def _streamed(work: _Work, tau: PyTree, also: list[str]) -> tuple[Transported, S
     """The models on disk: a stage in memory at a time, each moved leaf added to the target's and written at once."""
     config, target = work.config, work.models[work.config.target]
     left = tree.flatten(target.pretrained.params)
-    squares = 0.0
+    squares, scratch = 0.0, Scratch()
 
-    def card() -> str:
-        return _card(config, "model", config.scale, work.looked_at, work.models)
-
-    with write_checkpoint(target.checkpoint, config.output, card=card) as write:
+    card = _card(config, "model", config.scale, work.looked_at, work.models)  # reads, and so checks, every weight
+    with write_checkpoint(target.checkpoint, config.output, card=lambda: card) as write:
 
         def edit(number: int, path: str, leaf: Any) -> None:
             nonlocal squares
-            squares += float(jnp.vdot(leaf, leaf))
-            write(path, np.asarray(apply({path: left.pop(path)}, {path: leaf}, config.scale)[path]))
+            change, before = np.asarray(leaf), np.asarray(left.pop(path))
+            squares += float(np.vdot(change, change))
+            write(path, edit_leaf(before, [change], path, config.scale, scratch).astype(before.dtype))
 
         state = _fitted(work, stream=[tau], write=edit)
         for path, leaf in left.items():

@@ -144,6 +144,7 @@ def _streamed(fitting: Fitting, taus: Sequence[PyTree], write: Write | None) -> 
     for pair, found in fitting:
         _move(fitting, pair, found, flats, write or (lambda number, path, leaf: moved[number].update({path: leaf})))
         parts = _merged(parts, tuple(dataclasses.replace(part, arrays={}) for part in found))
+        del found  # gone before the next stage is fitted
     assert parts is not None
     if write is not None:
         return dataclasses.replace(fitting.state(parts, fitting.notes(parts)), streamed=True)
@@ -259,9 +260,12 @@ class Fitting:
                     self.cache.save(stage, parts)
             if self.progress is not None:
                 self.progress(done + 1, len(order), stage)
-            yield pairs[0], parts
             if done + 1 < len(order):
                 self._release(order[done + 1 :])
+            for walk in {walk for walks in (bare, *filter(None, self.walks)) for walk in walks}:
+                walk.let_go()
+            yield pairs[0], parts
+            del parts  # gone before the next stage is fitted
 
     def _release(self, rest: list[tuple[int, int]]) -> None:
         """Forgets the residual streams that the rest of the pairs, (target, source), does not need."""
