@@ -18,6 +18,7 @@ from tvjax import tree
 from tvjax.align import tokens as token_alignment
 from tvjax.factors import float32
 from tvjax.finite import check_finite
+from tvjax.on_disk import trim
 from tvjax.renamed import renamed_arguments, warn
 from tvjax.stages import Batch, Model
 from tvjax.transport.base import Flat, LinkState, State, Transport, check_leaves
@@ -145,6 +146,7 @@ def _streamed(fitting: Fitting, taus: Sequence[PyTree], write: Write | None) -> 
         _move(fitting, pair, found, flats, write or (lambda number, path, leaf: moved[number].update({path: leaf})))
         parts = _merged(parts, tuple(dataclasses.replace(part, arrays={}) for part in found))
         del found  # gone before the next stage is fitted
+        trim()
     assert parts is not None
     if write is not None:
         return dataclasses.replace(fitting.state(parts, fitting.notes(parts)), streamed=True)

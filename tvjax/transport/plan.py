@@ -254,13 +254,10 @@ def _streams(work: Fitting) -> int:
         if not work.transport.needs_gradients:
             total += _forwards(list(zip(work.pairing, range(len(work.pairing)), strict=True)), sizes)
             continue
-        for side, boundaries in enumerate(sizes):
-            stages = work.pairing if side == 0 else range(len(work.pairing))
-            if any(one.gradients and (side or one.source) for one in needs):
-                down_to = stages[-2] if len(stages) > 1 else stages[-1]  # the gradients of what it returns are next
-                total += sum(boundaries) + sum(boundaries[down_to + 1 :])
-            else:
-                total += sum(boundaries[: max(stages) + 1])
+        gradients = [any(one.gradients and (side or one.source) for one in needs) for side in (0, 1)]
+        orders = work.pairing, range(len(work.pairing))
+        steps = [_backwards(*side) for side in zip(orders, sizes, gradients, strict=True)]
+        total += max(map(sum, zip(*steps, strict=True)))
     return total
 
 
@@ -287,3 +284,17 @@ def _forwards(order: Sequence[tuple[int, int]], sizes: Sequence[Sequence[int]]) 
                 held[side] = {j for j in held[side] if j >= first or j > last}
             held[side] = {j for j in held[side] if j >= first}
     return max(most, sum(own[0] for own in sizes))
+
+
+def _backwards(order: Sequence[int], sizes: Sequence[int], gradients: bool) -> list[int]:
+    """What a walk holds at each stage of this order, the last stage first: carries, and gradients down to the next.
+
+    >>> _backwards([0, 1, 2], [1, 4, 4, 2], True), _backwards([0, 1, 2], [1, 4, 4, 2], False)
+    ([17, 13, 5], [9, 5, 1])
+    """
+    found = []
+    for done, index in enumerate(reversed(order)):
+        below = order[-done - 2] if done + 2 <= len(order) else -1
+        carries = sum(sizes[: index + (2 if gradients and not done else 1)])
+        found.append(carries + (sum(sizes[max(below, 0) + 1 : index + 2]) if gradients else 0))
+    return found
