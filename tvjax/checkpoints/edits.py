@@ -112,7 +112,7 @@ def apply(
     names = [os.fspath(file) for file in task_vectors]
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(open_tensors(name)) for name in names]
-        taus = [{path: tensors.map(path) for path in tensors.headers} for tensors in opened]
+        taus = [{path: tensors.on_disk(path) for path in tensors.headers} for tensors in opened]
         origin = Origin(names, [tensors.metadata for tensors in opened], any_base)
         base = stack.enter_context(open_checkpoint(model, revision))
         origin.check(base, taus)

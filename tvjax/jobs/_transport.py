@@ -254,7 +254,8 @@ def _fitted(work: _Work, **stream: Any) -> State:
         store = TransportStore(config.maps, depends_on)
     pairs, loader = ([], None) if ready.found is None else paired_batches(ready, source, target, config.batch_size)
     options: dict[str, Any] = {"depth": ready.depth, "tokens": config.tokens, "progress": progress, "cache": store}
-    state = fit(ready.moving, *sides, pairs, **options, **stream)
+    options |= stream
+    state = fit(ready.moving, *sides, pairs, **options)
     return dataclasses.replace(state, notes=(*inputs.notes_of(loader), *state.notes))
 
 
