@@ -2,7 +2,9 @@
 
 Llamas of the shape of TinyLlama 1.1B (22 blocks, width 2048, 32 query heads on 4 key heads), 8 texts of 128 tokens:
 
-- ``theseus``: `tvjax.theseus` with a quarter of the rank, streamed (``fit(..., stream=[tau])``).
+- ``theseus``: `tvjax.theseus` with a quarter of the rank, streamed, moved leaves given away as they are made
+  (``fit(..., stream=[tau], write=...)``); models and task vector are in memory (`scripts/bench_streaming.py` leaves
+  them on disk).
 - ``gradfix``: `tvjax.gradfix` beside one plain forward and backward pass of the same texts in the same process.
 
 Each case runs in a process of its own, so that its peak memory is its own.
@@ -82,8 +84,13 @@ def theseus(blocks: int, width: int) -> dict[str, Any]:
         tau = jax.tree.map(lambda x: (x * 0.01).astype(jnp.bfloat16), source.params)
         batch = texts(source.params["embeddings"]["tokens"].shape[0])
         jax.block_until_ready((source.params, target.params, tau))
-        started = time.perf_counter()
-        jax.block_until_ready(tv.fit(link, source, target, [batch], stream=[tau]))
+        started, moved = time.perf_counter(), []
+
+        def write(number: int, path: str, leaf: Any) -> None:
+            moved.append((path, jax.block_until_ready(leaf).shape))
+
+        tv.fit(link, source, target, [batch], stream=[tau], write=write)
+        assert len(moved) == len(jax.tree.leaves(target.params))
         return time.perf_counter() - started
 
     cold, short = once(2), once(2)

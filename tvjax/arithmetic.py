@@ -18,6 +18,8 @@ import numpy as np
 
 from tvjax import factors, placement, tree
 from tvjax.factors import is_low_rank
+from tvjax.on_disk import difference as difference_on_disk
+from tvjax.on_disk import is_on_disk
 
 PyTree = Any
 _like_first = placement.automatic(lambda first, *_, **__: first)
@@ -28,7 +30,8 @@ def task_vector(pretrained: PyTree, finetuned: PyTree) -> PyTree:
     """``tau = theta_ft - theta_0``, the leaves in float32 (float64 where stored so).
 
     Integer and boolean leaves (position ids) are no parameters: they must be equal on both sides, and are None in tau.
-    A leaf that is None on both sides stays None.
+    A leaf that is None on both sides stays None. That of leaves on disk (``load(name, on_disk=True)``) is taken when it
+    is asked for.
 
     Args:
       pretrained: theta_0, any pytree of arrays or scalars.
@@ -62,6 +65,8 @@ def task_vector(pretrained: PyTree, finetuned: PyTree) -> PyTree:
     def difference(path: str, before: Any) -> Any:
         after = theta_ft[path]
         if _is_floating(tree.leaf_type(before)):
+            if is_on_disk(before) or is_on_disk(after):
+                return difference_on_disk(after, before)
             return placement.like(_wide(after) - _wide(before), before)
         if not np.array_equal(before, after):
             raise ValueError(

@@ -52,9 +52,9 @@ class ExampleGradients:
     def stage(self, index: int) -> Flat:
         """The sums for the leaves that a stage owns, by their path in the model; call it from the last stage on."""
         walk = self.walk
-        stage, params = walk.model.stages[index], walk.params(index)
+        stage = walk.model.stages[index]
         owners = owner_paths(stage, walk.model.params)
-        floating = [local for local, leaf in tree.flatten(params).items() if is_floating(leaf)]
+        floating = [local for local, leaf in tree.flatten(walk.stored(index)).items() if is_floating(leaf)]
         tied = frozenset(local for local in floating if self._readers[owners[local]] > 1)
         sums: Flat = {}
         for batch in range(len(walk.batches)):
@@ -94,7 +94,7 @@ class ExampleGradients:
         if (index, batch) in self._back:
             return self._back[index, batch]
         stage, count = walk.model.stages[index], _count(walk, batch)
-        out = jax.eval_shape(stage.function, walk.params(index), walk.carries(index)[batch])
+        out = jax.eval_shape(stage.function, _types(walk.stored(index)), walk.carries(index)[batch])
         if all(_is_example(leaf, count) for leaf in jax.tree.leaves(out) if is_floating(leaf)):
             return walk.cotangents(index)[batch]
         if index == len(walk.model.stages) - 1:
@@ -104,6 +104,10 @@ class ExampleGradients:
             )
         self._pull(index + 1, batch, frozenset(), _nothing)  # a later stage was read from a file
         return self._back[index, batch]
+
+
+def _types(params: PyTree) -> PyTree:
+    return jax.tree.map(tree.leaf_type, params)
 
 
 def _nothing(gradients: Flat) -> Flat:

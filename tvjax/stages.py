@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 from tvjax import tree
+from tvjax.on_disk import read
 
 PyTree = Any
 
@@ -156,7 +157,7 @@ class Model:
         """The outputs of the last stage; each stage is compiled once per function and shape."""
         carry = inputs
         for stage in self.stages:
-            carry = run_stage(stage.function, local_params(stage, self.params), carry)
+            carry = run_stage(stage.function, read(local_params(stage, self.params)), carry)
         return carry
 
     def replace(self, **changes: Any) -> Model:

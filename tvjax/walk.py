@@ -1,8 +1,10 @@
 """Walking a model stage by stage over a calibration set, forwards and backwards.
 
-A `Walk` keeps the residual stream at every stage boundary (and, for gradients, its cotangent), and recomputes one
-stage at a time with its sites observed. So no activation of more than one stage of a model is alive at once, and what
-XLA compiles is one function per kind of stage. Memory: ``(stages + 1) * rows * width`` values, twice for gradients.
+A `Walk` keeps the residual stream at stage boundaries, and recomputes one stage at a time with its sites observed. So
+no activation of more than one stage of a model is alive at once, and what XLA compiles is one function per kind of
+stage. Memory: a walk forwards holds the boundaries from the first that is still needed on, two where stages are visited
+in order; a walk backwards, for gradients, begins with those of all stages, ``(stages + 1) * rows * width`` values.
+Parameters on disk (`tvjax.on_disk`) are read when their stage is reached, and let go when another is.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from tvjax import tree
 from tvjax.capture import Captured, SiteTable, instrument, jaxprs, sites
 from tvjax.capture.residual import Residual, residual
 from tvjax.finite import check_finite
+from tvjax.on_disk import is_on_disk, read, trim
 from tvjax.stages import Batch, Model, local_params, run_stage
 
 PyTree = Any
@@ -37,10 +40,30 @@ class Walk:
         self.model, self.batches = model, batches
         self._keep = jax.device_get if offload else lambda carry: carry
         self._carries: list[list[PyTree] | None] = [[batch.inputs for batch in batches]]
+        self._first = 0  # stages before this one are done with
+        self._read: tuple[int, PyTree] | None = None  # the parameters of one stage that were read from disk
         self._cotangents: dict[int, list[PyTree]] = {}
 
     def params(self, index: int) -> PyTree:
-        """The parameters of a stage."""
+        """The parameters of a stage; those on disk are read, and kept until they are let go, or others are read."""
+        stored = self.stored(index)
+        if not any(map(is_on_disk, jax.tree.leaves(stored))):
+            return stored
+        if self._read is None or self._read[0] != index:
+            self._read = None  # first let go: never those of two stages
+            self._read = index, read(stored)
+        return self._read[1]
+
+    def let_go(self) -> None:
+        """Drops the parameters that were read from disk, once the next stage has what it takes."""
+        if self._read is not None:
+            if len(self._carries) == self._read[0] + 1 < len(self.model.stages):
+                self.carries(self._read[0] + 1)
+            self._read = None
+            trim()
+
+    def stored(self, index: int) -> PyTree:
+        """The parameters of a stage as the model has them, for their shapes and dtypes."""
         return local_params(self.model.stages[index], self.model.params)
 
     def carries(self, index: int) -> list[PyTree]:
@@ -51,6 +74,8 @@ class Walk:
             inputs = self._carries[-1]
             assert inputs is not None
             self._carries.append([self._keep(run_stage(stage.function, params, carry)) for carry in inputs])
+            if len(self._carries) - 2 < self._first:
+                self._carries[-2] = None
         carries = self._carries[index]
         assert carries is not None
         return carries
@@ -78,7 +103,7 @@ class Walk:
     def table(self, index: int, batch: int = 0) -> SiteTable:
         """The sites of a stage; only their rows depend on the batch."""
         carry = self.carries(index)[batch]
-        return _table(self.model.stages[index].function, _shapes(self.params(index)), _shapes(carry))
+        return _table(self.model.stages[index].function, _shapes(self.stored(index)), _shapes(carry))
 
     def residual(self, index: int, batch: int = 0) -> Residual | None:
         """The residual stream of a stage and what writes it; None for a stage without one."""
@@ -124,8 +149,9 @@ class Walk:
 
     def release_before(self, index: int) -> None:
         """Forgets what the stages before this one take: a walk forwards is done with them."""
-        self.carries(index)
-        self._carries[:index] = [None] * index
+        self._first = max(self._first, index)
+        done = min(index, len(self._carries) - 1)  # the last is what the rest is computed from
+        self._carries[:done] = [None] * done
 
     def release_after(self, index: int) -> None:
         """Forgets what the stages after this one take and send back: a walk backwards is done with them.

@@ -112,7 +112,7 @@ def apply(
     names = [os.fspath(file) for file in task_vectors]
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(open_tensors(name)) for name in names]
-        taus = [{path: tensors.map(path) for path in tensors.headers} for tensors in opened]
+        taus = [{path: tensors.on_disk(path) for path in tensors.headers} for tensors in opened]
         origin = Origin(names, [tensors.metadata for tensors in opened], any_base)
         base = stack.enter_context(open_checkpoint(model, revision))
         origin.check(base, taus)
@@ -181,7 +181,7 @@ def apply_trees(
                 parts = [tau[leaf] for tau in flat if leaf in tau]
                 if parts:
                     changed.append(leaf)
-                whole = _edit(theta, parts, leaf, scale, scratch) if parts else theta
+                whole = edit_leaf(theta, parts, leaf, scale, scratch) if parts else theta
                 edited = cast(whole, theta.dtype if dtype is None else dtype)
                 hashed = reader.submit(written.add, leaf, edited)
                 write(leaf, edited)
@@ -192,8 +192,12 @@ def apply_trees(
     return Applied(tuple(changed), copied, count, written.hexdigest(), base.others)
 
 
-def _edit(theta: np.ndarray, parts: Sequence[Any], leaf: str, scale: float, scratch: Scratch) -> np.ndarray:
-    """``theta + scale * sum(parts)`` in float32."""
+def edit_leaf(theta: np.ndarray, parts: Sequence[Any], leaf: str, scale: float, scratch: Scratch) -> np.ndarray:
+    """``theta + scale * sum(parts)`` in float32, in the memory of the scratch.
+
+    Raises:
+      ValueError: a part that is not finite; the message names the leaf.
+    """
     total = scratch.wide("total", theta.shape)
     for number, part in enumerate(parts):
         change = np.asarray(part)

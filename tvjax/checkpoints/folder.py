@@ -219,6 +219,11 @@ class Checkpoint:
                 pool.shutdown(cancel_futures=True)  # nothing more is read
                 raise
 
+    def on_disk(self) -> PyTree:
+        """All parameters, each read whenever it is used (`tvjax.on_disk`), after this is closed too."""
+        sources = self.sources.items()
+        return tree.nest({path: self.tensors.on_disk(source.key, source.to_ours) for path, source in sources})
+
     @contextlib.contextmanager
     def _naming_config(self) -> Iterator[None]:
         try:

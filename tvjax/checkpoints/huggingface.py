@@ -123,6 +123,7 @@ def from_pretrained(
     *,
     sharding: Placement | None = None,
     param_dtype: DTypeLike | None = None,
+    on_disk: bool = False,
 ) -> Pretrained:
     """Reads a model from a Hugging Face folder or from the hub.
 
@@ -141,6 +142,8 @@ def from_pretrained(
         ``jax.ShapeDtypeStruct`` that gives one. Each shard is read straight to its device, and a process reads no
         shards but its own. None: the default device.
       param_dtype: dtype of the parameters; None keeps those of the files.
+      on_disk: leave the weights in their files: the parameters are `tvjax.on_disk.DiskArray`, read when a stage that
+        uses them is run or fitted, and let go after it. The files must stay as they are.
 
     Returns:
       The model, its config, and where they come from.
@@ -149,7 +152,17 @@ def from_pretrained(
       ValueError: naming what is wrong and the way out; before any weight is read, where a sharding does not fit.
     """
     with open_checkpoint(source, revision) as opened:
-        params = _sharded(opened, sharding, param_dtype) if sharding is not None else opened.params(dtype=param_dtype)
+        if on_disk and (sharding is not None or param_dtype is not None):
+            raise ValueError(
+                "weights that stay on disk have the dtype of their files and lie on no device: give on_disk=True, or "
+                "sharding and param_dtype"
+            )
+        if on_disk:
+            params = opened.on_disk()
+        elif sharding is not None:
+            params = _sharded(opened, sharding, param_dtype)
+        else:
+            params = opened.params(dtype=param_dtype)
         model = opened.family.build(opened.config, params, dtype)
         stale = copies_of_tied(opened.family.table, opened.sources)
         keys = {path: source.key for path, source in opened.sources.items()}
@@ -313,10 +326,10 @@ def _new_model(
     """Opens a new folder; gives a function that writes a tensor under its key, and the folder as long as it is none."""
     check_new(folder)
     with new_folder(folder) as temporary, contextlib.ExitStack() as stack:
-        writers = {}
+        writers, scratch = {}, Scratch()
         for name in sorted(set(file_of.values())):
             part = {key: header for key, header in headers.items() if file_of[key] == name}
-            writers[name] = stack.enter_context(write_tensors(temporary / name, part, {"format": "pt"}))
+            writers[name] = stack.enter_context(write_tensors(temporary / name, part, {"format": "pt"}, scratch))
         yield lambda key, *tensor: writers[file_of[key]].write(key, *tensor), temporary
         if set(file_of.values()) != {WEIGHTS}:
             total = sum(tensor_bytes(key, header) for key, header in headers.items())

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO
 
@@ -25,10 +25,11 @@ from jax.typing import ArrayLike, DTypeLike
 
 from tvjax import processes, tree
 from tvjax.checkpoints.atomic import replacing
-from tvjax.checkpoints.memory import Scratch, aligned_memory, to_jax
+from tvjax.checkpoints.memory import Scratch, aligned_memory, contiguous, to_jax
 from tvjax.checkpoints.shards import View, owned_pieces, read_sharded, runs_of, write_piece
 from tvjax.finite import count_not_finite
 from tvjax.models.key_table import Tensor
+from tvjax.on_disk import DiskArray
 from tvjax.sharding import Placement, leaf_shardings
 from tvjax.stages import PyTree
 
@@ -63,6 +64,7 @@ class Tensors:
         self.metadata: dict[str, str] = {}
         self.file_of: dict[str, str] = {}
         self._files = {path: (file, threading.Lock()) for path, file in files.items()}
+        self._states = {path: _state(file) for path, file in files.items()}
         self._maps: dict[str, np.ndarray] = {}
         self._offsets: dict[str, int] = {}
         for path, file in files.items():
@@ -94,16 +96,34 @@ class Tensors:
         path = self.file_of[key]
         file, lock = self._files[path]
         with lock:
-            file.seek(self._offsets[key])
-            filled = 0
-            while filled < size:  # one call reads two gibibytes at most
-                count = file.readinto(memory[filled:].data)  # type: ignore[attr-defined]
-                if not count:
-                    raise ValueError(f"{path!r} was cut short while it was read")
-                filled += count
+            _fill(memory, file, path, self._offsets[key])
         array = memory.view(dtype).reshape(shape)
         check_finite(key, array)
         return array
+
+    def on_disk(self, key: str, to_ours: Callable[[np.ndarray], np.ndarray] = lambda tensor: tensor) -> DiskArray:
+        """One tensor that is read whenever its values are asked for, after these files were closed too.
+
+        Args:
+          key: of the tensor.
+          to_ours: a view of it, the layout that the array has.
+
+        Returns:
+          The array. Reading it raises a ValueError where values are not finite, or the file is not any more the one
+          that was opened here.
+        """
+        dtype, shape, path = numpy_dtype(key, self.headers[key]), self.headers[key].shape, self.file_of[key]
+        state, offset = self._states[path], self._offsets[key]
+
+        def read() -> np.ndarray:
+            memory = aligned_memory(math.prod(shape) * dtype.itemsize)
+            with _reopened(path, state) as file:
+                _fill(memory, file, path, offset)
+            array = memory.view(dtype).reshape(shape)
+            check_finite(key, array)
+            return contiguous(to_ours(array))
+
+        return DiskArray(to_ours(np.broadcast_to(np.int8(0), shape)).shape, dtype, read)
 
     def map(self, key: str) -> np.ndarray:
         """One tensor, read-only and unchecked, whose values are read from the disk as far as they are used.
@@ -120,6 +140,41 @@ class Tensors:
             self._maps[path] = np.memmap(path, np.uint8, "r")
         start = self._offsets[key]
         return np.asarray(self._maps[path][start : start + size]).view(dtype).reshape(shape)
+
+
+def _fill(memory: np.ndarray, file: BinaryIO, path: str, offset: int) -> None:
+    """Reads as many bytes as the memory has."""
+    file.seek(offset)
+    filled = 0
+    while filled < memory.size:  # one call reads two gibibytes at most
+        count = file.readinto(memory[filled:].data)  # type: ignore[attr-defined]
+        if not count:
+            raise ValueError(f"{path!r} was cut short while it was read")
+        filled += count
+
+
+def _state(file: BinaryIO) -> tuple[int, ...]:
+    """What is another once a file was replaced or written to."""
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@contextlib.contextmanager
+def _reopened(path: str, state: tuple[int, ...]) -> Iterator[BinaryIO]:
+    """The file at a path, which must be in the state that it was in."""
+    try:
+        file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed below
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{path!r} is gone, with leaves that are still to be read: put it back, begin again"
+        ) from error
+    with file:
+        if _state(file) != state:
+            raise ValueError(
+                f"{path!r} has changed since it was opened, with leaves that are still to be read: begin again, and "
+                "leave the file alone until all is done"
+            )
+        yield file
 
 
 @contextlib.contextmanager
@@ -156,7 +211,12 @@ class TensorWriter:
     """One safetensors file that is written tensor by tensor, in any order; made by `write_tensors`."""
 
     def __init__(
-        self, descriptor: int, pool: ThreadPoolExecutor, headers: Mapping[str, Tensor], metadata: Mapping[str, str]
+        self,
+        descriptor: int,
+        pool: ThreadPoolExecutor,
+        headers: Mapping[str, Tensor],
+        metadata: Mapping[str, str],
+        scratch: Scratch,
     ):
         # As the library orders them: by falling size of the entries, then by key, so that all are aligned.
         keys = sorted(headers, key=lambda key: (-numpy_dtype(key, headers[key]).itemsize, key))
@@ -169,7 +229,7 @@ class TensorWriter:
         self._file, self._pool = descriptor, pool
         self._metadata = dict(metadata)
         self._left = {key: math.prod(headers[key].shape) for key in keys}  # entries that are not written
-        self._scratch = Scratch()
+        self._scratch = scratch
         self._unsynced = 0
         self._syncing: Future[None] | None = None
         self._start = len(self._header())
@@ -228,7 +288,10 @@ class TensorWriter:
 
 @contextlib.contextmanager
 def write_tensors(
-    path: str | os.PathLike[str], headers: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    path: str | os.PathLike[str],
+    headers: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    scratch: Scratch | None = None,
 ) -> Iterator[TensorWriter]:
     """Opens a safetensors file to be written tensor by tensor; it replaces an older one when the block ends.
 
@@ -239,6 +302,7 @@ def write_tensors(
       path: where to.
       headers: dtype and shape of every tensor that will be written, by key.
       metadata: text to carry along.
+      scratch: memory to copy tensors in that are not contiguous; writers of one thread may share it.
 
     Raises:
       ValueError: a dtype that is not written.
@@ -255,7 +319,7 @@ def write_tensors(
     with replacing(path, shared=True) as temporary, ThreadPoolExecutor(1) as pool:
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            writer = TensorWriter(descriptor, pool, headers, metadata or {})
+            writer = TensorWriter(descriptor, pool, headers, metadata or {}, scratch or Scratch())
             yield writer
             writer.finish()
         finally:
@@ -366,13 +430,16 @@ def save_tree(
     save_tensors(path, tree.flatten(params), metadata, dtype)
 
 
-def load_tree(path: str | os.PathLike[str], *, sharding: Placement | None = None) -> tuple[PyTree, dict[str, str]]:
+def load_tree(
+    path: str | os.PathLike[str], *, sharding: Placement | None = None, on_disk: bool = False
+) -> tuple[PyTree, dict[str, str]]:
     """Reads what `save_tree` wrote.
 
     Args:
       path: of the file.
       sharding: where the leaves are to lie, as `tvjax.load` takes it; to those of a model
         ``lambda path, leaf: tvjax.tree.get(params, path).sharding``. None: the default device.
+      on_disk: leave the values there: the leaves are `tvjax.on_disk.DiskArray`, read when they are used.
 
     Returns:
       The nested dicts of JAX arrays, in the dtypes of the file, and the metadata.
@@ -383,6 +450,10 @@ def load_tree(path: str | os.PathLike[str], *, sharding: Placement | None = None
     """
     with open_tensors(path) as tensors:
         headers = tensors.headers
+        if on_disk and sharding is not None:
+            raise ValueError("leaves that stay on disk lie on no device: give on_disk=True or sharding")
+        if on_disk:
+            return tree.nest({key: tensors.on_disk(key) for key in headers}), tensors.metadata
         if sharding is None:
             return tree.nest({key: to_jax(tensors.read(key)) for key in headers}), tensors.metadata
         kinds = {key: jax.ShapeDtypeStruct(header.shape, numpy_dtype(key, header)) for key, header in headers.items()}

@@ -32,7 +32,11 @@ def save_state(path: str | os.PathLike[str], state: State) -> None:
     Args:
       path: where to.
       state: what `fit` returned.
+
+    Raises:
+      ValueError: a state whose maps were dropped (``fit(..., stream=..., write=...)``).
     """
+    state.check_kept()
     fitted = () if state.mesh is None else (f"fitted on the mesh {name_of(state.mesh)}",)
     about = {"paths": state.paths, "sources": state.sources, "notes": (*state.notes, *fitted)}
     _save_parts(path, FORMAT, state.parts, about)

@@ -14,7 +14,7 @@ import numpy as np
 
 from tvjax import arithmetic, tree
 from tvjax import merge as methods
-from tvjax.checkpoints import map_tree, model_card, save_adapter, save_tree, streaming
+from tvjax.checkpoints import load_tree, map_tree, model_card, save_adapter, save_tree, streaming
 from tvjax.checkpoints.adapters import open_adapter
 from tvjax.checkpoints.folder import Checkpoint, open_checkpoint
 from tvjax.checkpoints.huggingface import check_new
@@ -24,11 +24,12 @@ from tvjax.checkpoints.provenance import check_same_base
 from tvjax.factors import is_low_rank
 from tvjax.jobs import inputs
 from tvjax.jobs.configs import MergeConfig
-from tvjax.jobs.merges import find_merge
+from tvjax.jobs.merges import acts_by_leaf, find_merge
 from tvjax.jobs.recipes import recipe_of, write_recipe
 from tvjax.jobs.schema import Progress
 from tvjax.jobs.task_vectors import is_adapter, is_model, read_adapter
 from tvjax.merge import MergedLeaf
+from tvjax.on_disk import DiskArray, is_on_disk
 from tvjax.stages import PyTree
 from tvjax.truncate import Truncated, low_rank, not_smaller
 
@@ -67,6 +68,8 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> Merged:
     """Merges task vectors of one model into one, and writes it, the model with it, or an adapter of it.
 
     A leaf that only some of them cover, as with adapters of different target modules, counts as zero in the others.
+    Task vectors from files are read, merged and written leaf by leaf where the method makes each leaf of that leaf
+    alone; where it looks at the whole vector, the merged one is in memory.
 
     Args:
       config: the task vectors, the method and the output.
@@ -89,7 +92,9 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> Merged:
         needed = on_models or any(adapters) or any(map(is_model, files)) or config.output.suffix != ".safetensors"
         if config.model is not None and needed:
             base = stack.enter_context(open_checkpoint(config.model))
-        loaded, made, told = _loaded(config, base, stack)
+        lazily = not any(adapters) and not on_models and config.rank is None
+        lazily = lazily and acts_by_leaf(config.method, config.options)
+        loaded, made, told = _loaded(config, base, stack, lazily)
         metadata = check_same_base(files, made, config.any_base)
         if base is not None and "base_fingerprint" not in metadata:
             metadata = {name: value for name, value in base.identity("").items() if value}
@@ -101,12 +106,14 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> Merged:
         if on_models and base is not None:
             params = {path: base.read(path, Scratch(), keep=True) for path in tree.flatten(taus[0])}
             function = functools.partial(function, base=tree.nest(params))
-        tau, rows = _merged(function, taus, partly, progress)
+        work = _Work(function, taus, partly, progress)
+        tau = work.leaf_by_leaf() if lazily else work.at_once()
         form = _form(config, all(adapters), tau)
         if form == "adapter":
             tau, lost = _shortened(config, tau)
             told += lost
         left = _write(config, form, tau, base, metadata, origin)
+    rows = work.rows
     about = {"method": config.method, "scale": config.scale, "form": form, "task_vectors": files}
     report = report_name(config.output)
     write_json(report, {**about, "leaves": [row._asdict() for row in rows]}, sort_keys=False)
@@ -129,7 +136,7 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> Merged:
         scale=config.scale,
         task_vectors=tuple(files),
         base_model=metadata.get("base_model"),
-        norm=float(tree.norm(tau)),
+        norm=work.squares**0.5 if lazily else float(tree.norm(tau)),
         leaf_report=report,
         left=left,
         notes=tuple(notes),
@@ -148,7 +155,7 @@ def _write(
     count = len(origin.names)
     settings = {"method": config.method, **{f"option {name}": value for name, value in config.options.items()}}
     if form == "task vector":
-        save_tree(config.output, arithmetic.scale(tau, config.scale), metadata, config.dtype)
+        save_tree(config.output, _scaled(tau, config.scale), metadata, config.dtype)
         return {}
     assert base is not None
     if form == "model":
@@ -169,8 +176,17 @@ def _write(
     return {}
 
 
+def _scaled(tau: PyTree, factor: float) -> PyTree:
+    """A task vector times a number; leaves on disk are multiplied when they are read."""
+
+    def times(leaf: DiskArray) -> DiskArray:
+        return DiskArray(leaf.shape, leaf.dtype, lambda: np.multiply(leaf, np.float32(factor)))
+
+    return jax.tree.map(times, tau) if any(map(is_on_disk, jax.tree.leaves(tau))) else arithmetic.scale(tau, factor)
+
+
 def _loaded(
-    config: MergeConfig, base: Checkpoint | None, stack: contextlib.ExitStack
+    config: MergeConfig, base: Checkpoint | None, stack: contextlib.ExitStack, on_disk: bool
 ) -> tuple[tuple[PyTree, ...], tuple[dict[str, str], ...], list[str]]:
     """The task vectors, what their files say of their model, and what the user should know."""
     loaded: list[PyTree] = []
@@ -192,7 +208,7 @@ def _loaded(
             loaded.append(read_adapter(file, base, config.any_base))
             made.append({})
         else:
-            tau, metadata = map_tree(file)
+            tau, metadata = load_tree(file, on_disk=True) if on_disk else map_tree(file)
             loaded.append(tau)
             made.append(metadata)
     return tuple(loaded), tuple(made), told
@@ -272,20 +288,47 @@ def _check_output(config: MergeConfig) -> None:
         check_new(output)
 
 
-def _merged(
-    function: Callable[..., PyTree],
-    taus: Sequence[PyTree],
-    partly: Mapping[str, Any],
-    progress: Progress | None,
-) -> tuple[PyTree, list[MergedLeaf]]:
-    """The merged task vector, and its report by leaf."""
-    rows: list[MergedLeaf] = []
-    leaves = len(tree.flatten(taus[0]))
+class _Work:
+    """The merge of some task vectors, and its report by leaf.
 
-    def report(row: MergedLeaf) -> None:
-        covered = {"covered_by": partly[row.path]} if row.path in partly else {}
-        rows.append(row._replace(measures=row.measures | covered))
-        if progress is not None:
-            progress(len(rows), leaves, row.path)
+    Attributes:
+      rows: of the report, complete when all is merged.
+      squares: sum of the squares of what was merged leaf by leaf.
+    """
 
-    return function(taus, report=report), rows
+    def __init__(
+        self,
+        function: Callable[..., PyTree],
+        taus: Sequence[PyTree],
+        partly: Mapping[str, Any],
+        progress: Progress | None,
+    ):
+        self._function, self._taus, self._partly, self._progress = function, taus, partly, progress
+        self._leaves = len(tree.flatten(taus[0]))
+        self.rows: list[MergedLeaf] = []
+        self.squares = 0.0
+
+    def at_once(self) -> PyTree:
+        """The merged task vector."""
+        return self._function(self._taus, report=self._report)
+
+    def leaf_by_leaf(self) -> PyTree:
+        """The merged task vector, a leaf of which is merged when it is read, once each."""
+        flats = [tree.flatten(tau) for tau in self._taus]
+
+        def read(path: str) -> np.ndarray:
+            ones = [tree.nest({path: np.asarray(flat[path])}) for flat in flats]
+            merged = np.asarray(tree.get(self._function(ones, report=self._report), path))
+            self.squares += float(np.vdot(merged, merged))
+            return merged
+
+        shapes = {path: tuple(np.shape(leaf)) for path, leaf in flats[0].items()}
+        return tree.nest(
+            {path: DiskArray(shape, np.float32, functools.partial(read, path)) for path, shape in shapes.items()}
+        )
+
+    def _report(self, row: MergedLeaf) -> None:
+        covered = {"covered_by": self._partly[row.path]} if row.path in self._partly else {}
+        self.rows.append(row._replace(measures=row.measures | covered))
+        if self._progress is not None:
+            self._progress(len(self.rows), self._leaves, row.path)

@@ -23,6 +23,8 @@ from tvjax.transport import likeness
 from tvjax.transport.plan import Plan
 from tvjax.transport.plan import plan as plan_fit
 
+_WORKED_ON = 3  # copies of a leaf as it is stored: as read, in our layout, and edited
+
 
 class Planned(NamedTuple):
     """What `plan` found.
@@ -31,7 +33,8 @@ class Planned(NamedTuple):
       leaves: what becomes of each.
       stages: of the target: the source's stage, how tokens are compared, the maps.
       examples: how many there are, and how many make the maps unique.
-      memory: bytes of arrays while reading, fitting and applying.
+      memory: bytes of arrays while reading, fitting and applying; and with the models on disk (``--stream``) of the
+        stage at which they are the most, ``streaming``.
       fit: what the memory of the fit consists of.
       disk: bytes of what is written.
       copy: what is against adding the task vector as it is, the baseline of every transport; "" where nothing is.
@@ -153,9 +156,11 @@ def _planned(
         "maps": len(maps),
         "maps not unique": sum(planned.rows < min(planned.shape) for planned in maps),
     }
+    largest = max(map(tree.nbytes, jax.tree.leaves(held)))
     memory = {
         "reading": read,
         "fitting": read + tau + sum(fit[name] for name in ("residual streams", "largest stage", "maps")),
         "applying": read + tau + fit["maps"] + moved + tree.nbytes(held[1]),
+        "streaming": fit["residual streams"] + fit["largest streamed stage"] + _WORKED_ON * largest,
     }
     return Planned(leaves, stages, numbers, memory, dict(fit), disk, "", None, tuple(notes))

@@ -7,12 +7,17 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+
 from tvjax import tree
 from tvjax.arithmetic import apply, scale
 from tvjax.checkpoints import TransportStore, model_card, save_adapter, save_pretrained, save_tree
 from tvjax.checkpoints.atomic import write_text
-from tvjax.checkpoints.huggingface import check_new
+from tvjax.checkpoints.edits import edit_leaf
+from tvjax.checkpoints.huggingface import check_new, write_checkpoint
 from tvjax.checkpoints.json_files import write_json
+from tvjax.checkpoints.memory import Scratch
 from tvjax.checkpoints.processors import processor_fingerprint
 from tvjax.checkpoints.safetensors import fingerprint
 from tvjax.data.loader import Loader
@@ -91,42 +96,94 @@ def transport(config: TransportConfig, progress: Progress | None = None) -> Tran
     check_new(config.output)
     if config.save_task_vector is not None:
         inputs.check_file(config.save_task_vector)
-    with Models() as models:
+    if config.stream and config.task_vector is not None and is_adapter(config.task_vector):
+        raise ValueError(
+            f"{config.task_vector!r} is an adapter, which is moved by its factors: leave --stream out, or make a task "
+            "vector of it first (tvjax extract --adapter)"
+        )
+    with Models(on_disk=config.stream) as models:
         ready = prepare(config, models)
-        source, target = models[config.source], models[config.target]
+        if config.stream and ready.moving.needs_task_vector:
+            raise ValueError(f"{config.method} runs the fine-tuned source, which is made in memory: leave --stream out")
         looked_at = None if ready.found is None else inputs.record(ready.found)
-        sides = _side(source, ready), _side(target, ready)
+        work = _Work(config, ready, models, looked_at, progress)
         tau, also = _task_vector(config, ready, models)
-        state = _fitted(config, ready, models, sides, looked_at, tau, progress)
-        moved = ready.moving.apply(state, tau)
-        forms = leaf_forms(ready.moving, state, tau) if any(map(is_low_rank, tree.flatten(tau).values())) else ()
-        form = _form(config, tau, moved)
-        state = dataclasses.replace(state, notes=(*state.notes, *ready.notes, *also, *_lost(moved, forms, state)))
-        chosen = copy = None
-        if ready.held_out is not None:
-            task = ready.way.task(target, ready.held_out, ready.prompts)
-            scored = with_task(target, task), task.batches(ready.held_out, config.batch_size)
-            chosen, copy = _chosen(moved, tau, target, ready, *scored)
-            if chosen.scale == 0:
-                nothing = "no scale does better than none on the validation examples: the target is written as it was"
-                state = dataclasses.replace(state, notes=(*state.notes, nothing))
-        result = Transported(
+        result, state, forms = (_streamed if config.stream else _whole)(work, tau, also)
+        _write_report(config, result, state, forms)
+    write_recipe(recipe_of(config), config.output)
+    return result
+
+
+class _Work(NamedTuple):
+    """What is moved, where to and how, checked and opened."""
+
+    config: TransportConfig
+    ready: Prepared
+    models: Models
+    looked_at: dict[str, Any] | None
+    progress: Progress | None
+
+    def result(self, state: State, form: str, norms: tuple[float, float], **chosen: Any) -> Transported:
+        """What was done."""
+        config, ready = self.config, self.ready
+        done: dict[str, Any] = {"scale": config.scale, "validation": None, "copy": None, **chosen}
+        return Transported(
             output=config.output,
             form=form,
             method=config.method,
-            scale=config.scale if chosen is None else chosen.scale,
             source=config.source,
             finetuned=config.finetuned or config.task_vector or "",
             target=config.target,
-            examples=looked_at,
-            validation=None if chosen is None or ready.held_out is None else _curve(chosen, ready.held_out),
-            copy=copy,
-            norms={"source": float(tree.norm(tau)), "target": float(tree.norm(moved))},
+            examples=self.looked_at,
+            norms=dict(zip(("source", "target"), norms, strict=True)),
             notes=(*inputs.notes_of(ready.found, ready.held_out), *state.notes),
+            **done,
         )
-        _save(config, result, state, models, moved, forms)
-    write_recipe(recipe_of(config), config.output)
-    return result
+
+
+def _whole(work: _Work, tau: PyTree, also: list[str]) -> tuple[Transported, State, Forms]:
+    """The models in memory: fitted, moved, at the best scale where there is validation, and saved."""
+    config, ready, models, target = work.config, work.ready, work.models, work.models[work.config.target]
+    state = _fitted(work, tau)
+    moved = ready.moving.apply(state, tau)
+    forms = leaf_forms(ready.moving, state, tau) if any(map(is_low_rank, tree.flatten(tau).values())) else ()
+    form = _form(config, tau, moved)
+    state = dataclasses.replace(state, notes=(*state.notes, *ready.notes, *also, *_lost(moved, forms, state)))
+    chosen: dict[str, Any] = {}
+    if ready.held_out is not None:
+        task = ready.way.task(target, ready.held_out, ready.prompts)
+        scored = with_task(target, task), task.batches(ready.held_out, config.batch_size)
+        best, copy = _chosen(moved, tau, target, ready, *scored)
+        chosen = {"scale": best.scale, "validation": _curve(best, ready.held_out), "copy": copy}
+        if best.scale == 0:
+            nothing = "no scale does better than none on the validation examples: the target is written as it was"
+            state = dataclasses.replace(state, notes=(*state.notes, nothing))
+    result = work.result(state, form, (float(tree.norm(tau)), float(tree.norm(moved))), **chosen)
+    _save(config, result, models, moved)
+    return result, state, forms
+
+
+def _streamed(work: _Work, tau: PyTree, also: list[str]) -> tuple[Transported, State, Forms]:
+    """The models on disk: a stage in memory at a time, each moved leaf added to the target's and written at once."""
+    config, target = work.config, work.models[work.config.target]
+    left = tree.flatten(target.pretrained.params)
+    squares, scratch = 0.0, Scratch()
+
+    card = _card(config, "model", config.scale, work.looked_at, work.models)  # reads, and so checks, every weight
+    with write_checkpoint(target.checkpoint, config.output, card=lambda: card) as write:
+
+        def edit(number: int, path: str, leaf: Any) -> None:
+            nonlocal squares
+            change, before = np.asarray(leaf), np.asarray(left.pop(path))
+            squares += float(np.vdot(change, change))
+            write(path, edit_leaf(before, [change], path, config.scale, scratch).astype(before.dtype))
+
+        state = _fitted(work, tau, stream=[tau], write=edit)
+        for path, leaf in left.items():
+            write(path, np.asarray(leaf))
+    state = dataclasses.replace(state, notes=(*state.notes, *work.ready.notes, *also))
+    before = sum(float(np.vdot(leaf, leaf)) for leaf in map(np.asarray, jax.tree.leaves(tau)))
+    return work.result(state, "model", (before**0.5, squares**0.5)), state, ()
 
 
 def _task_vector(config: TransportConfig, ready: Prepared, models: Models) -> tuple[PyTree, list[str]]:
@@ -167,19 +224,12 @@ def _side(opened: Opened, ready: Prepared) -> Model:
     return model.replace(params=float32(model.params))
 
 
-def _fitted(
-    config: TransportConfig,
-    ready: Prepared,
-    models: Models,
-    sides: tuple[Model, Model],
-    looked_at: dict[str, Any] | None,
-    tau: PyTree,
-    progress: Progress | None,
-) -> State:
-    """The fitted transport, from the maps that are kept where there are some."""
+def _fitted(work: _Work, tau: PyTree, **stream: Any) -> State:
+    """The fitted transport, from the maps that are kept where there are some; of a stream, what is left of it."""
+    config, ready, models, looked_at, progress = work
     source, target = models[config.source], models[config.target]
+    sides = _side(source, ready), _side(target, ready)
     store = None
-    fitted_with = tau if ready.moving.needs_task_vector else None
     if config.maps is not None:
         depends_on = {
             "method": config.method,
@@ -193,8 +243,8 @@ def _fitted(
             depends_on |= {side: identity["base_fingerprint"], f"{side} config": identity["base_config"]}
             if looked_at is not None:
                 depends_on[f"{side} processor"] = processor_fingerprint(opened.checkpoint.folder)
-        if fitted_with is not None:
-            depends_on["task vector"] = fingerprint(fitted_with)
+        if ready.moving.needs_task_vector:
+            depends_on["task vector"] = fingerprint(tau)
         if looked_at is not None:
             depends_on["examples"] = looked_at["sha256"]
         if isinstance(ready.found, Texts):
@@ -205,7 +255,7 @@ def _fitted(
         store = TransportStore(config.maps, depends_on)
     pairs, loader = ([], None) if ready.found is None else paired_batches(ready, source, target, config.batch_size)
     options: dict[str, Any] = {"depth": ready.depth, "tokens": config.tokens, "progress": progress, "cache": store}
-    options["tau"] = fitted_with
+    options |= {"tau": tau if ready.moving.needs_task_vector else None, **stream}
     state = fit(ready.moving, *sides, pairs, **options)
     return dataclasses.replace(state, notes=(*inputs.notes_of(loader), *state.notes))
 
@@ -230,18 +280,22 @@ def _curve(chosen: ChosenScale, held_out: Any) -> dict[str, Any]:
     return {**inputs.record(held_out), **curve}
 
 
-def _save(
-    config: TransportConfig, result: Transported, state: State, models: Models, moved: PyTree, forms: Forms
-) -> None:
-    """Writes the edited model or the adapter, its report by leaf, and the moved task vector where it is asked for."""
+def _save(config: TransportConfig, result: Transported, models: Models, moved: PyTree) -> None:
+    """Writes the edited model or the adapter, and the moved task vector where it is asked for."""
     receiver = models[config.target].pretrained
-    card = _card(config, result, models)
+    card = _card(config, result.form, result.scale, result.examples, models)
     if result.form == "adapter":
         adapter = scale(moved, result.scale)
         save_adapter(adapter, config.output, receiver, metadata=receiver.identity(), card=card)
     else:
         edited = apply(receiver.params, moved, result.scale)
         save_pretrained(receiver.with_params(edited), config.output, card=card)
+    if config.save_task_vector is not None:
+        save_tree(config.save_task_vector, moved, receiver.identity())
+
+
+def _write_report(config: TransportConfig, result: Transported, state: State, forms: Forms) -> None:
+    """Writes what became of every leaf beside the model."""
     about = {name: value for name, value in result._asdict().items() if name not in ("output", "notes")}
     rows = [leaf._asdict() for leaf in leaf_report(state, forms)]
     leaves = [{name: value for name, value in row.items() if value or name != "form"} for row in rows]
@@ -249,11 +303,9 @@ def _save(
     content = {**about, **given, "notes": state.notes, "leaves": leaves}
     write_json(config.output / "leaf_report.json", content, sort_keys=False)
     write_text(config.output / "leaf_report.txt", summary(state, forms) + "\n")
-    if config.save_task_vector is not None:
-        save_tree(config.save_task_vector, moved, receiver.identity())
 
 
-def _card(config: TransportConfig, result: Transported, models: Models) -> str:
+def _card(config: TransportConfig, form: str, scale: float, examples: dict[str, Any] | None, models: Models) -> str:
     """The model card of what is written."""
     inputs_of = {
         name: inputs.about_model(models[name].pretrained) for name in (config.source, config.finetuned) if name
@@ -267,12 +319,12 @@ def _card(config: TransportConfig, result: Transported, models: Models) -> str:
         inputs=inputs_of,
         settings={
             "method": config.method,
-            "scale": result.scale,
+            "scale": scale,
             "depth": config.depth,
             "tokens": config.tokens,
             # A method may have an option of a name that stands above, such as ``method``.
             **{f"option {name}": value for name, value in config.options.items()},
         },
-        results=None if result.examples is None else {"examples": result.examples},
-        library="peft" if result.form == "adapter" else "transformers",
+        results=None if examples is None else {"examples": examples},
+        library="peft" if form == "adapter" else "transformers",
     )

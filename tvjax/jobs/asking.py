@@ -22,6 +22,7 @@ from tvjax.jobs.matching import cut_alike, partnered
 from tvjax.jobs.opened import Opened
 from tvjax.models.families import GENERIC
 from tvjax.models.generic import no_code
+from tvjax.on_disk import is_on_disk
 from tvjax.stages import Batch, Model, PyTree, tower
 from tvjax.tasks import Task, label_words, next_token, own_head, sequence_to_sequence, zero_shot
 from tvjax.tasks.language import NEXT_TOKEN, SEQUENCE_TO_SEQUENCE
@@ -401,8 +402,8 @@ def with_task(opened: Opened, task: Task) -> Model:
 
 
 def float32(params: PyTree) -> PyTree:
-    """The parameters in float32: gradients of 16-bit ones would vanish below their range."""
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+    """The parameters in float32: gradients of 16-bit ones would vanish below their range; those on disk stay there."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if is_on_disk(x) else jnp.asarray(x, jnp.float32), params)
 
 
 def _pixels(opened: Opened) -> tuple[int, ...]:

@@ -119,8 +119,26 @@ class Moving(Drawn):
     adapter of the same rank for the target where the method keeps its form; or a task vector (.safetensors)."""
     dense: bool = False
     """Write the edited model, not an adapter for it."""
+    stream: bool = False
+    """Leave the models on disk: a stage's weights are read when it is fitted, and the moved ones written as they are
+    made. For models that are larger than memory. The scale is given (--scale), not chosen; with --maps a run that was
+    killed goes on."""
     allow_config_differences: AllowConfigDifferences = False
     any_base: AnyBase = False
+
+    @model_validator(mode="after")
+    def _can_stream(self) -> Moving:
+        whole = "the whole moved task vector, and --stream writes its leaves as they are made:"
+        if self.stream and self.validation is not None:
+            raise ValueError(
+                f"--validation chooses a scale with {whole} give --scale in its place, or leave --stream out"
+            )
+        if self.stream and self.save_task_vector is not None:
+            raise ValueError(
+                f"--save-task-vector writes {whole} leave one of the two out (tvjax extract makes it of the target and "
+                "the edited model)"
+            )
+        return self
 
 
 class TransportConfig(Moving):

@@ -16,6 +16,10 @@ from tvjax.merge import registry
 
 KINDS: dict[Any, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}  # by annotation
 WITH_DATA = ("regmean", "regmean_plus_plus", "fisher")
+BY_LEAF = (
+    *("average", "task_arithmetic", "slerp", "karcher_mean", "ties", "dare", "della", "breadcrumbs", "model_stock"),
+    *("sce", "tsv_m", "iso_c", "wudi"),
+)
 GIVEN = ("taus", "key", "report")  # arguments that no option sets
 
 
@@ -54,6 +58,25 @@ def find_merge(name: str, options: Mapping[str, Any], seed: int) -> Callable[...
     if inner is not None and "key" in inspect.signature(inner).parameters:
         arguments["merge"] = functools.partial(inner, key=jax.random.key(seed))
     return functools.partial(function, **arguments)
+
+
+def acts_by_leaf(name: str, options: Mapping[str, Any]) -> bool:
+    """Whether a merge makes each leaf of that leaf of the task vectors alone, with these hyperparameters.
+
+    Not so where a scope is the whole vector, where settings go by path or by depth, and of merges that hand the vectors
+    to another one, whose rounding depends on what is decomposed beside (iso_cts), or that are not known here.
+
+    >>> acts_by_leaf("dare", {"density": 0.5}), acts_by_leaf("ties", {}), acts_by_leaf("ties", {"scope": "leaf"})
+    (True, False, True)
+    """
+    if name not in BY_LEAF or any(_by_path(value) for value in options.values()):
+        return False
+    scope = inspect.signature(registry.merges()[name]).parameters.get("scope")
+    return scope is None or options.get("scope", scope.default) == "leaf"
+
+
+def _by_path(value: Any) -> bool:
+    return isinstance(value, Mapping) or (isinstance(value, list | tuple) and any(map(_by_path, value)))
 
 
 def check_options(name: str, method: Callable[..., Any], options: Mapping[str, Any], given: Collection[str]) -> None:

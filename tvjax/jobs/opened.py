@@ -26,10 +26,11 @@ class Opened:
 
     Attributes:
       checkpoint: its folder, config and tensors.
+      on_disk: whether the weights stay in their files (`tvjax.on_disk`).
     """
 
-    def __init__(self, checkpoint: Checkpoint):
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, on_disk: bool = False):
+        self.checkpoint, self.on_disk = checkpoint, on_disk
 
     @property
     def name(self) -> str:
@@ -44,7 +45,7 @@ class Opened:
     @functools.cached_property
     def pretrained(self) -> Pretrained:
         """The model with its weights."""
-        return from_pretrained(self.checkpoint)
+        return from_pretrained(self.checkpoint, on_disk=self.on_disk)
 
     @functools.cached_property
     def processor(self) -> Processor:
@@ -86,13 +87,14 @@ class Opened:
 
 
 class Models(contextlib.ExitStack):
-    """Opens models by their names, each once, until the block ends."""
+    """Opens models by their names, each once, until the block ends; their weights may stay in their files."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_disk: bool = False) -> None:
         super().__init__()
+        self._on_disk = on_disk
         self._opened: dict[str, Opened] = {}
 
     def __getitem__(self, name: str) -> Opened:
         if name not in self._opened:
-            self._opened[name] = Opened(self.enter_context(open_checkpoint(name)))
+            self._opened[name] = Opened(self.enter_context(open_checkpoint(name)), self._on_disk)
         return self._opened[name]

@@ -74,7 +74,7 @@ def check_given(name: str, source: Opened, part: Part, any_base: bool) -> tuple[
 
 
 def read_given(name: str, source: Opened, part: Part, any_base: bool) -> PyTree:
-    """The task vector of a part; that of an adapter has leaves of low rank.
+    """The task vector of a part; that of an adapter has leaves of low rank, that of a model on disk stays there.
 
     Raises:
       ValueError: it was made for other weights, or has values that are not finite.
@@ -82,7 +82,7 @@ def read_given(name: str, source: Opened, part: Part, any_base: bool) -> PyTree:
     if is_adapter(name):
         tau = read_adapter(name, source.checkpoint, any_base)
     else:
-        tau, metadata = load_tree(name)
+        tau, metadata = load_tree(name, on_disk=source.on_disk)
         inputs.check_base(metadata, source.pretrained, [Path(name)], any_base)
     flat = tree.flatten(tau)
     return tree.nest({path: flat[path] for path in _inside(flat, part)})

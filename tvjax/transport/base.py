@@ -156,7 +156,9 @@ class LinkState:
 
 
 @partial(
-    jax.tree_util.register_dataclass, data_fields=("parts",), meta_fields=("structure", "paths", "sources", "notes")
+    jax.tree_util.register_dataclass,
+    data_fields=("parts",),
+    meta_fields=("structure", "paths", "sources", "notes", "streamed"),
 )
 @dataclasses.dataclass(frozen=True)
 class State:
@@ -168,6 +170,7 @@ class State:
       paths: the target's leaves, in the order of the structure.
       sources: the source's leaves; those of layers that the depth pairing drops go nowhere.
       notes: what a user should know (rows fewer than dimensions, layers that were dropped, the task of the labels).
+      streamed: whether the maps were applied to a stream and dropped, so that only the report is left.
     """
 
     parts: tuple[LinkState, ...]
@@ -175,6 +178,15 @@ class State:
     paths: tuple[str, ...]
     sources: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    streamed: bool = False
+
+    def check_kept(self) -> None:
+        """Raises a ValueError where the maps were dropped."""
+        if self.streamed:
+            raise ValueError(
+                "the maps of this fit were applied to its stream and dropped: keep them with fit(..., cache=...), or "
+                "fit without write"
+            )
 
     @property
     def mesh(self) -> Mesh | None:
@@ -270,13 +282,14 @@ class Transport(NamedTuple):
           parameters where it covers them all, else as nested dicts.
 
         Raises:
-          ValueError: a state of another transport; a leaf that the source does not have, or of another shape; values
-            that are not finite (inside `jit` there are none to look at); another task vector than the one that a link
-            was fitted with (inside `jit`, where nothing can be raised, the result is NaN).
+          ValueError: a state of another transport, or without its maps; a leaf that the source does not have, or of
+            another shape; values that are not finite (inside `jit` there are none to look at); another task vector than
+            the one that a link was fitted with (inside `jit`, where nothing can be raised, the result is NaN).
         """
         names = tuple(part.link for part in state.parts)
         if names != tuple(link.name for link in self.links):
             raise ValueError(f"this state was fitted for {'+'.join(names)}, not for {self.name}")
+        state.check_kept()
         flat = _moved(self.links, state, tree.flatten(tau))
         if state.structure is not None and set(flat) == set(state.paths):
             return jax.tree.unflatten(state.structure, [flat[path] for path in state.paths])

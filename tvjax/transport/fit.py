@@ -7,6 +7,7 @@ is dropped. Transports that read gradients are walked from the last stage to the
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, get_args
 
@@ -18,6 +19,7 @@ from tvjax.align import tokens as token_alignment
 from tvjax.arithmetic import apply
 from tvjax.factors import float32
 from tvjax.finite import check_finite
+from tvjax.on_disk import trim
 from tvjax.renamed import renamed_arguments, warn
 from tvjax.spread import brought, lies_elsewhere, mesh_of, name_of
 from tvjax.stages import Batch, Model
@@ -40,6 +42,7 @@ PyTree = Any
 Overlaps = Mapping[str, Any]
 Batches = Iterable[Batch | tuple[Batch, Batch] | tuple[Batch, Batch, Overlaps]]
 Progress = Callable[[int, int, str], None]
+Write = Callable[[int, str, Any], None]
 
 
 class StateCache(Protocol):
@@ -69,8 +72,12 @@ def fit(
     cache: StateCache | None = None,
     stream: Sequence[PyTree] | None = None,
     tau: PyTree = None,
+    write: Write | None = None,
 ) -> State | Any:
     """Fits a transport on a pair of models.
+
+    Models, and task vectors of a stream, may have leaves on disk (``load(name, on_disk=True)``): those of a stage are
+    read when it is reached, and let go after it.
 
     Args:
       transport: what to fit.
@@ -97,10 +104,13 @@ def fit(
         dropped, so that those of two stages are never held.
       tau: the task vector of the source that a link is fitted with (`ariadne`), and no other link reads; that of the
         stream, where there is one.
+      write: takes the moved leaves as they are made, so that these are never all held either: called with the number of
+        the task vector, the path in the target and the leaf, in float32 (or of low rank).
 
     Returns:
-      The state, a pytree; where there is a stream, the transported task vectors in its place, the same as
-      ``[transport.apply(state, tau) for tau in stream]``.
+      The state, a pytree. Where there is a stream, the transported task vectors in its place, the same as
+      ``[transport.apply(state, tau) for tau in stream]``; where these are written, the state without its maps, for
+      `leaf_report`.
 
     Raises:
       ValueError: models that cannot be matched, missing labels or loss, no rows, parameters, inputs or gradients of the
@@ -113,16 +123,22 @@ def fit(
         _check_stream(source, stream)
         if transport.needs_task_vector and tau is None and len(stream) == 1:
             tau = stream[0]
+    elif write is not None:
+        raise ValueError("write takes the moved leaves of a stream of task vectors: give stream=[tau, ...] too")
     fitting = Fitting(
         transport, source, target, batches, depth, tokens, check_gradients, offload, task, progress, cache, tau
     )
     if stream is not None:
-        return _streamed(fitting, stream)
+        return _streamed(fitting, stream, write)
     parts: tuple[LinkState, ...] | None = None
     for _, found in fitting:
-        parts = found if parts is None else tuple(a.merge(b) for a, b in zip(parts, found, strict=True))
+        parts = _merged(parts, found)
     assert parts is not None
     return fitting.state(parts, fitting.notes(parts))
+
+
+def _merged(parts: tuple[LinkState, ...] | None, found: tuple[LinkState, ...]) -> tuple[LinkState, ...]:
+    return found if parts is None else tuple(a.merge(b) for a, b in zip(parts, found, strict=True))
 
 
 def transport_stages(
@@ -141,21 +157,34 @@ def _check_stream(source: Model, taus: Sequence[PyTree]) -> None:
         check_finite(tau, f"task vector {number}")
 
 
-def _streamed(fitting: Fitting, taus: Sequence[PyTree]) -> list[PyTree]:
+def _streamed(fitting: Fitting, taus: Sequence[PyTree], write: Write | None) -> list[PyTree] | State:
     """Task vectors moved stage by stage, the maps of a stage dropped once they are applied."""
-    flats: list[Flat] = [{path: float32(leaf) for path, leaf in tree.flatten(tau).items()} for tau in taus]
+    flats = [tree.flatten(tau) for tau in taus]
     moved: list[Flat] = [{} for _ in taus]
+    parts: tuple[LinkState, ...] | None = None
     for pair, found in fitting:
-        sources = {leaf.source for leaf in pair.leaves}
-        state = fitting.state(found, ())
-        for result, flat in zip(moved, flats, strict=True):
-            part = tree.nest({path: leaf for path, leaf in flat.items() if path in sources})
-            result.update(tree.flatten(fitting.transport.apply(state, part)))
+        _move(fitting, pair, found, flats, write or (lambda number, path, leaf: moved[number].update({path: leaf})))
+        parts = _merged(parts, tuple(dataclasses.replace(part, arrays={}) for part in found))
+        del found  # gone before the next stage is fitted
+        trim()
+    assert parts is not None
+    if write is not None:
+        return dataclasses.replace(fitting.state(parts, fitting.notes(parts)), streamed=True)
     paths, structure = list(tree.flatten(fitting.target.params)), jax.tree.structure(fitting.target.params)
     return [
         jax.tree.unflatten(structure, [flat[path] for path in paths]) if set(flat) == set(paths) else tree.nest(flat)
         for flat in moved
     ]
+
+
+def _move(fitting: Fitting, pair: Pair, found: tuple[LinkState, ...], flats: Sequence[Flat], give: Write) -> None:
+    """The leaves that a stage takes, of each task vector, given to a function once they are moved."""
+    sources = {leaf.source for leaf in pair.leaves}
+    state = fitting.state(found, ())
+    for number, flat in enumerate(flats):
+        part = tree.nest({path: float32(leaf) for path, leaf in flat.items() if path in sources})
+        for path, leaf in tree.flatten(fitting.transport.apply(state, part)).items():
+            give(number, path, leaf)
 
 
 class _Seen(NamedTuple):
@@ -288,9 +317,12 @@ class Fitting:
                     self.cache.save(stage, parts)
             if self.progress is not None:
                 self.progress(done + 1, len(order), stage)
-            yield pairs[0], parts
             if done + 1 < len(order):
                 self._release(order[done + 1 :])
+            for walk in {walk for walks in (bare, *filter(None, self.walks)) for walk in walks}:
+                walk.let_go()
+            yield pairs[0], parts
+            del parts  # gone before the next stage is fitted
 
     def _release(self, rest: list[tuple[int, int]]) -> None:
         """Forgets the residual streams that the rest of the pairs, (target, source), does not need."""

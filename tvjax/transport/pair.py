@@ -102,12 +102,12 @@ class Pair:
         """Whether the two models have different vocabularies, whose words do not correspond."""
         return any(self.overlaps)
 
-    @cached_property
+    @property
     def source_leaves(self) -> dict[str, jax.Array]:
-        """The parameters of the source stage by local path."""
+        """The parameters of the source stage by local path; not kept here, for they may be on disk."""
         return tree.flatten(self.source.params(self.source_index))
 
-    @cached_property
+    @property
     def target_leaves(self) -> dict[str, jax.Array]:
         """The parameters of the target stage by local path."""
         return tree.flatten(self.target.params(self.target_index))
@@ -130,14 +130,18 @@ class Pair:
         """
         model, stage = self.target.model, self.target.model.stages[self.target_index]
         theirs = owner_paths(self.source.model.stages[self.source_index], self.source.model.params)
+        stored = [
+            tree.flatten(walk.stored(index))
+            for walk, index in ((self.source, self.source_index), (self.target, self.target_index))
+        ]
         used = dict(self.source.model.stages[self.source_index].vocabulary)
         owned = owner_of_leaves(model)
         found = []
         for local, path in owner_paths(stage, model.params).items():
-            mine = self.target_leaves[local]
+            mine = stored[1][local]
             if owned[path] == stage.name and jnp.issubdtype(jnp.result_type(mine), jnp.floating):
                 partner = local if local in theirs else used.get(path, "")
-                shape = tuple(jnp.shape(self.source_leaves[partner])) if partner else ()
+                shape = tuple(jnp.shape(stored[0][partner])) if partner else ()
                 found.append(Leaf(local, path, theirs.get(partner), tuple(jnp.shape(mine)), shape, partner))
         return tuple(found)
 

@@ -80,7 +80,7 @@ def hidden(walk: Walk, index: int, batch: int) -> Hidden:
     """
     stage, before = walk.model.stages[index], walk.carries(index)[batch]
     after = tree.flatten(walk.carries(index + 1)[batch])
-    path = _written(stage.function, *(_abstract(x) for x in (walk.params(index), before)))
+    path = _written(stage.function, *(_abstract(x) for x in (walk.stored(index), before)))
     if path is None:
         raise ValueError(f"stage {stage.name!r} returns no activations to compare: its carry is {sorted(after)}")
     rows_of = [factor for axis in of_argument(path, after[path])[:-1] for factor in axis]

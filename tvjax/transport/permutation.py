@@ -10,6 +10,7 @@ from jaxtyping import Array
 from tvjax import tree
 from tvjax.align.permutations import Symmetry, axes, permutation_names, permute, sign_name
 from tvjax.align.weight_matching import Match, Progress, match_weights
+from tvjax.on_disk import read
 from tvjax.transport.base import Flat, Link, LinkState, Needs, Rule, Transport
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ def _fit(symmetry: Symmetry, key: Array, progress: Progress | None, pair: Pair) 
     if tree.is_traced(models):
         raise ValueError("transfusion compares the weights themselves: it cannot be planned or traced from shapes")
     if "match" not in pair.board:  # one match of the whole models serves all their stages
-        pair.board["match"] = match_weights(symmetry, *(model.params for model in models), key=key, progress=progress)
+        whole = [read(model.params) for model in models]  # in memory, those on disk too
+        pair.board["match"] = match_weights(symmetry, *whole, key=key, progress=progress)
     match: Match = pair.board["match"]
     arrays: dict[str, Array] = {}
     measures: dict[str, dict[str, Array]] = {}

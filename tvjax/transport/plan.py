@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from tvjax import placement, tree
 from tvjax.align import tokens as token_alignment
 from tvjax.capture import SiteTable
+from tvjax.on_disk import is_on_disk
 from tvjax.spread import sharding_of
 from tvjax.stages import Model, local_params, owner_paths
-from tvjax.transport.base import LinkState, MapInfo, State, Transport
+from tvjax.transport.base import LinkState, MapInfo, Needs, State, Transport
 from tvjax.transport.fit import Batches, Fitting
 from tvjax.transport.leaf_report import LeafReport, leaf_report
 from tvjax.transport.pair import Pair, owner_of_leaves
@@ -35,6 +36,8 @@ class PlannedStage(NamedTuple):
       tokens: tokens of an activation in the source, in the target, and after alignment; None without a token axis.
       maps: the maps between the two.
       size: bytes of what is alive while the stage is fitted: activations, gradients, moments.
+      streamed: bytes of what is alive of the stage where its parameters are on disk: its maps, both sides' parameters
+        and what is alive while it is fitted. Later the leaves of a task vector, before and after, take their place.
     """
 
     target: str
@@ -42,6 +45,7 @@ class PlannedStage(NamedTuple):
     tokens: tuple[int, int, int] | None
     maps: tuple[MapInfo, ...]
     size: int
+    streamed: int
 
 
 class Plan(NamedTuple):
@@ -50,11 +54,12 @@ class Plan(NamedTuple):
     Attributes:
       stages: the target's stages in their order.
       leaves: what becomes of every leaf, as `tvjax.transport.leaf_report` has it, without measures.
-      memory: bytes by what they hold: ``parameters`` of both models (and of the
-        fine-tuned source, where a link is fitted with the task vector), ``residual streams`` of the calibration
-        examples between all stages (their gradients, overlaps of other tokens), the ``largest stage``, the ``maps`` of
-        all stages, and the task vector before and after (``task vectors``). Arrays only: the runtime, compiled
-        programs and workspace come on top.
+      memory: bytes by what they hold: ``parameters`` of both models (and of the fine-tuned source, where a link is
+        fitted with the task vector), ``residual streams``, as many as are held at once (of a walk forwards those of two
+        stages, of one backwards those of all, and two gradients; overlaps of other tokens), the ``largest stage``, the
+        ``maps`` of all stages, and the task vector before and after (``task vectors``). With parameters and task
+        vectors on disk and moved leaves written away there are the residual streams and the ``largest streamed
+        stage``. Arrays only: the runtime, compiled programs and workspace come on top.
       notes: what the fit may do otherwise.
       on_device: where a model lies over a mesh, bytes on the device that holds most
         (`tvjax.transport.plan_mesh.memory_by_device`).
@@ -107,6 +112,7 @@ def plan(
         depth = planned
     stages: dict[str, PlannedStage] = {}
     streams = 0
+    source, target = (jax.tree.map(lambda x: tree.leaf_type(x) if is_on_disk(x) else x, m) for m in (source, target))
 
     def traced(source: Model, target: Model, batches: Any) -> State:
         nonlocal streams
@@ -114,14 +120,12 @@ def plan(
         work = Fitting(transport, source, target, batches, depth, tokens, tau=tau)
         work.cache = _OncePerKind(work)
         parts: tuple[LinkState, ...] | None = None
-        walks = next(filter(None, work.walks), None)
+        walks = next(([Walk(walk.model, walk.batches) for walk in both] for both in work.walks if both), None)
         for pair, found in work:
             stages[pair.name] = _planned_stage(transport, pair, walks, found)
             parts = found if parts is None else tuple(a.merge(b) for a, b in zip(parts, found, strict=True))
         assert parts is not None
-        walked = [*(walk for walks in work.walks if walks for walk in walks), *filter(None, work.finetuned)]
-        streams = sum(_streams(transport, walk) for walk in walked)
-        streams += tree.nbytes(work.overlaps)
+        streams = _streams(work) + tree.nbytes(work.overlaps)
         return work.state(tuple(dataclasses.replace(part, measures={}) for part in parts), ())
 
     batches = list(batches)
@@ -132,6 +136,7 @@ def plan(
         "parameters": tree.nbytes((source.params, target.params, source.params if transport.needs_task_vector else ())),
         "residual streams": streams,
         "largest stage": max(stage.size for stage in order),
+        "largest streamed stage": max(stage.streamed for stage in order),
         "maps": tree.nbytes([part.arrays for part in state.parts]),
         "task vectors": sum(4 * math.prod(x.shape) for m in (source, target) for x in jax.tree.leaves(m.params)),
     }
@@ -224,17 +229,22 @@ def _renamed(part: LinkState, like: str, stage: str, sources: dict[str, str], ta
 
 
 def _planned_stage(
-    transport: Transport, pair: Pair, walks: tuple[Walk, Walk] | None, parts: Sequence[LinkState]
+    transport: Transport, pair: Pair, walks: Sequence[Walk] | None, parts: Sequence[LinkState]
 ) -> PlannedStage:
     partner = pair.source.model.stages[pair.source_index].name
+    sides = [
+        tree.nbytes(walk.stored(i)) for walk, i in ((pair.source, pair.source_index), (pair.target, pair.target_index))
+    ]
+    maps_of = tree.nbytes([part.arrays for part in parts])
     if walks is None:
-        return PlannedStage(pair.name, partner, None, (), 0)
+        return PlannedStage(pair.name, partner, None, (), 0, sum(sides) + maps_of)
     tables = walks[0].table(pair.source_index), walks[1].table(pair.target_index)
     maps = [info for part in parts for info in part.maps]
     seen = next((info.tokens for info in maps if info.tokens is not None), None)
     moments = sum(map(moment_bytes, maps))
     activations = sum(_activations(table, transport.needs_gradients) for table in tables)
-    return PlannedStage(pair.name, partner, seen, tuple(maps), activations + moments)
+    size = activations + moments
+    return PlannedStage(pair.name, partner, seen, tuple(maps), size, sum(sides) + size + maps_of)
 
 
 def _activations(table: SiteTable, gradients: bool) -> int:
@@ -250,8 +260,64 @@ def _activations(table: SiteTable, gradients: bool) -> int:
     return sum(sizes.values())
 
 
-def _streams(transport: Transport, walk: Walk) -> int:
-    """Bytes of what a model's stages take and return, with the gradients where they are read."""
+def _streams(work: Fitting) -> int:
+    """Bytes of what the stages of both models take and return, and of their gradients, as many as are held at once."""
+    seen: dict[int, tuple[tuple[Walk, Walk], list[Needs]]] = {}  # links that share batches share their walks
+    for link, walks in zip(work.transport.links, work.walks, strict=True):
+        if walks is not None:
+            seen.setdefault(id(walks), (walks, []))[1].append(link.needs)
+    total = 0
+    for walks, needs in seen.values():
+        sizes = [[tree.nbytes(x) for x in _boundaries(walk)] for walk in walks]
+        if not any(one.source for one in needs):
+            sizes[0] = [sizes[0][0], *(0 for _ in sizes[0][1:])]  # nothing of it is run
+        if not work.transport.needs_gradients:
+            order = list(zip(work.pairing, range(len(work.pairing)), strict=True))
+            total += _forwards(order, sizes)
+            if any(one.task_vector for one in needs):  # the fine-tuned source is walked beside the source
+                total += _forwards(order, [sizes[0], [0] * len(sizes[1])])
+            continue
+        gradients = [any(one.gradients and (side or one.source) for one in needs) for side in (0, 1)]
+        orders = work.pairing, range(len(work.pairing))
+        steps = [_backwards(*side) for side in zip(orders, sizes, gradients, strict=True)]
+        total += max(map(sum, zip(*steps, strict=True)))
+    return total
+
+
+def _boundaries(walk: Walk) -> list[Any]:
+    """What every stage takes, and the last one returns."""
     fresh = Walk(walk.model, walk.batches)
-    carries = sum(tree.nbytes(fresh.carries(index)) for index in range(len(walk.model.stages) + 1))
-    return carries * (2 if transport.needs_gradients else 1)
+    return [fresh.carries(index) for index in range(len(walk.model.stages) + 1)]
+
+
+def _forwards(order: Sequence[tuple[int, int]], sizes: Sequence[Sequence[int]]) -> int:
+    """The most that two walks hold that visit pairs of stages in this order, and forget what none of the rest takes.
+
+    >>> _forwards([(0, 0), (1, 1), (2, 2)], [[1, 4, 4, 4], [1, 2, 2, 2]])
+    12
+    """
+    held, most = [{0}, {0}], 0
+    for done, pair in enumerate(order):
+        for side, index in enumerate(pair):
+            first = min(rest[side] for rest in order[done:])
+            while (last := max(held[side])) < index:  # one is computed from the one before
+                held[side].add(last + 1)
+                alive = (sum(sizes[i][j] for j in own | {0}) for i, own in enumerate(held))
+                most = max(most, sum(alive))  # the inputs are the caller's, and stay
+                held[side] = {j for j in held[side] if j >= first or j > last}
+            held[side] = {j for j in held[side] if j >= first}
+    return max(most, sum(own[0] for own in sizes))
+
+
+def _backwards(order: Sequence[int], sizes: Sequence[int], gradients: bool) -> list[int]:
+    """What a walk holds at each stage of this order, the last stage first: carries, and gradients down to the next.
+
+    >>> _backwards([0, 1, 2], [1, 4, 4, 2], True), _backwards([0, 1, 2], [1, 4, 4, 2], False)
+    ([17, 13, 5], [9, 5, 1])
+    """
+    found = []
+    for done, index in enumerate(reversed(order)):
+        below = order[-done - 2] if done + 2 <= len(order) else -1
+        carries = sum(sizes[: index + (2 if gradients and not done else 1)])
+        found.append(carries + (sum(sizes[max(below, 0) + 1 : index + 2]) if gradients else 0))
+    return found
