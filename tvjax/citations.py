@@ -106,11 +106,31 @@ _PAPERS = {
         "AdaMerging: Adaptive Model Merging for Multi-Task Learning", "Yang, Enneng and others", 2024, "2310.02575",
         "ICLR",
     ),
+    "wang2025lines": Paper(
+        "LiNeS: Post-training Layer Scaling Prevents Forgetting and Enhances Model Merging", "Wang, Ke and others",
+        2025, "2410.17146", "ICLR",
+    ),
+    "li2026when": Paper(
+        "When Shared Knowledge Hurts: Spectral Over-Accumulation in Model Merging", "Li, Yayuan and others", 2026,
+        "2602.05536", "ICML",
+    ),
+    "xu2026ace": Paper(
+        "ACE-Merging: Data-Free Model Merging with Adaptive Covariance Estimation", "Xu, Bo and others", 2026,
+        "2603.02945", "CVPR",
+    ),
+    "nguyen2026regmean": Paper(
+        "RegMean++: Enhancing Effectiveness and Generalization of Regression Mean for Model Merging",
+        "Nguyen and others", 2026, "2508.03121", "TMLR",
+    ),
+    "goddard2024arcee": Paper(
+        "Arcee's MergeKit: A Toolkit for Merging Large Language Models", "Goddard, Charles and others", 2024,
+        "2403.13257",
+    ),
 }  # fmt: skip
 
 _BEHIND: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("task_vector", "apply", "naive", "identity", "task_arithmetic"), ("ilharco2023editing",)),
-    "orthogonal_shift": (),  # no paper of its own
+    **dict.fromkeys(("orthogonal_shift", "ariadne", "logit_correction"), ()),  # no papers of their own
     "gradfix": ("rinaldi2026gradient",),
     "theseus": ("rinaldi2026transporting",),
     "bico": ("son2026bilinear",),
@@ -129,7 +149,12 @@ _BEHIND: dict[str, tuple[str, ...]] = {
     "knots": ("stoica2025model",),
     "wudi": ("cheng2025whoever",),
     "core_space": ("panariello2025accurate",),
+    "lines": ("wang2025lines",),
+    "svc": ("li2026when",),
+    "ace": ("xu2026ace",),
+    **dict.fromkeys(("nuslerp", "multi_slerp"), ("goddard2024arcee",)),
     "regmean": ("jin2023dataless",),
+    "regmean_plus_plus": ("nguyen2026regmean", "jin2023dataless"),
     "fisher": ("matena2022merging",),
     **dict.fromkeys(("compose", "few_shot", "addition", "negation", "fix_match"), ("zhang2024knowledge",)),
     "entropy": ("zhang2024knowledge", "yang2024adamerging"),
