@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import platform
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,6 +29,9 @@ app.command("compose")(compose.compose)
 app.command("inspect")(inspect.inspect)
 
 
+_ANYWHERE = ("--debug", "--no-cache")
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"tvjax {version('tvjax')}")
@@ -39,6 +44,9 @@ def tvjax(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; stands anywhere.")] = False,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Keep no compiled programs in the cache folder; stands anywhere.")
+    ] = False,
 ) -> None:
     """Edit pre-trained models with task vectors: extract, apply, merge, and move them into other models."""
 
@@ -53,7 +61,7 @@ def run(arguments: Sequence[str]) -> int:
     debug = "--debug" in arguments
     code = 2
     try:
-        words, defaults = config.read(app, [argument for argument in arguments if argument != "--debug"])
+        words, defaults = config.read(app, [argument for argument in arguments if argument not in _ANYWHERE])
         ended = app(words, prog_name="tvjax", standalone_mode=False, default_map=defaults)
         sys.stdout.flush()
         return ended or 0  # typer ends an interrupted command with 130, any other with what it returns, None
@@ -83,8 +91,27 @@ def _line(message: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(message.split()))
 
 
+def keep_programs(arguments: Sequence[str], environment: MutableMapping[str, str]) -> None:
+    """Lets JAX keep what it compiles in the user's cache folder, unless ``--no-cache`` is said or JAX is told already.
+
+    By machine, for a program may use what another one's processor lacks. To be called before JAX is imported.
+
+    >>> environment = {"XDG_CACHE_HOME": "/cache"}
+    >>> keep_programs(["demo"], environment)
+    >>> environment["JAX_COMPILATION_CACHE_DIR"].startswith("/cache/tvjax/programs/")
+    True
+    """
+    if "--no-cache" in arguments or "JAX_COMPILATION_CACHE_DIR" in environment:
+        return
+    folder = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tvjax" / "programs" / platform.node()
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    environment.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))  # bytes; the oldest programs go
+
+
 def main() -> None:
     """Runs the command of the command line and exits with its code."""
+    keep_programs(sys.argv[1:], os.environ)
     for stream in (sys.stdout, sys.stderr):  # a name of a file may be no text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
