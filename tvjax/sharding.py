@@ -3,6 +3,9 @@
 Models carry no sharding (big_vision's way): a rule is a pattern that a path matches as a whole, and a
 ``PartitionSpec``, or a function that chooses one; the first that matches places the leaf. What takes a ``sharding``
 (`tvjax.load`, `tvjax.checkpoints.load_orbax`) takes rules, one sharding for all leaves, or a function of path and leaf.
+
+The ready tables leave tables of relative positions (T5, MPNet) whole on every device. Rules of one's own should too:
+where they are cut over automatic axes, XLA's partitioner may compute wrong biases of them, and says nothing.
 """
 
 from __future__ import annotations
@@ -83,6 +86,8 @@ def rules(mesh: Mesh, table: Sequence[Rule]) -> Rules:
 def largest(axis: str = "fsdp") -> Choose:
     """Chooses for each leaf its largest dimension that the axis divides, the last of equal ones; without one, none.
 
+    Tables of relative positions (T5, MPNet) stay whole, on every device.
+
     >>> tuple(largest("fsdp")(PlacedLeaf("kernel", (6, 8, 3), {"fsdp": 4})))
     (None, 'fsdp', None)
     """
@@ -91,6 +96,8 @@ def largest(axis: str = "fsdp") -> Choose:
 
 def fsdp(mesh: Mesh, axis: str = "fsdp") -> Rules:
     """Every leaf over one axis of the mesh, by its largest dimension that the axis divides (see `largest`).
+
+    Tables of relative positions (T5, MPNet) stay whole, on every device.
 
     >>> fsdp(jax.make_mesh((1,), ("fsdp",))).table[0][0]
     '.*'
@@ -105,7 +112,8 @@ def tensor_parallel(mesh: Mesh, axis: str = "tensor", fsdp: str | None = None) -
     A kernel into the heads or into the hidden layer of a block is cut by its outputs, the kernel out of it by its
     inputs, so that each block sums once over the axis after attention and once after the hidden layer. Heads that are
     fewer than the axis has devices stay whole (the keys and values of grouped attention); so do the residual stream,
-    norms, positions and vocabularies, save for the second axis.
+    norms, positions and vocabularies, save for the second axis. Tables of relative positions (T5, MPNet) stay whole
+    over both.
 
     Args:
       mesh: with the axes.
@@ -224,8 +232,15 @@ def _check_axis(mesh: Mesh, axis: str, who: str) -> None:
         raise ValueError(f"{who} names the axis {axis!r}, and the mesh has {has}: name one of these, or another mesh")
 
 
+# Tables of relative positions are tiny, and the gather that makes a bias of them for every query, key and head is what
+# XLA's partitioner has been seen to get wrong over automatic axes, without a message, where the table is cut.
+_RELATIVE_POSITIONS = re.compile("(.*/)?(position_bias|relative_bias|relative_attention_bias)(/.*)?")
+
+
 def _largest(axis: str, leaf: PlacedLeaf, taken: Sequence[str | None] = ()) -> PartitionSpec:
     spec = list(taken) or [None] * len(leaf.shape)
+    if _RELATIVE_POSITIONS.fullmatch(leaf.path):
+        return PartitionSpec(*spec)
     free = [(size, place) for place, size in enumerate(leaf.shape) if spec[place] is None]
     fit = [(size, place) for size, place in free if size and size % leaf.sizes[axis] == 0]
     if fit:
@@ -240,7 +255,8 @@ def _by_table(axis: str, fsdp: str | None, leaf: PlacedLeaf) -> PartitionSpec:
         raise ValueError("tensor_parallel asks a family's layer table, and this model has none: give rules, or fsdp")
     row, own, names = locate(table, leaf.path)
     spec: list[str | None] = [None] * len(leaf.shape)
-    for place, space in enumerate(leaf_spaces(row, own)):
+    spaces = () if _RELATIVE_POSITIONS.fullmatch(leaf.path) else leaf_spaces(row, own)
+    for place, space in enumerate(spaces):
         units = leaf.shape[place]
         if isinstance(space, Heads):
             units = getattr(config_of(leaf.config, space.group.format(**names)), space.number)

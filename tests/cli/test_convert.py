@@ -94,6 +94,16 @@ def test_maxtext_and_tunix_and_back(decoder, tmp_path, capsys):
         assert message in capsys.readouterr().err
     assert run(["convert", str(tmp_path / "items"), "--output", str(tmp_path / "out"), "--like", str(decoder)]) == 0
     assert fingerprint(from_pretrained(tmp_path / "out").params) == fingerprint(from_pretrained(decoder).params)
+    # Pairs that lie otherwise than MaxText has them by default are read as they were written, and no other way.
+    assert (
+        run(["convert", str(decoder), "--output", str(tmp_path / "halves"), "--to", "maxtext", "--no-interleaved"]) == 0
+    )
+    assert run(["convert", str(tmp_path / "halves"), "--output", str(tmp_path / "again"), "--like", str(decoder)]) == 0
+    assert fingerprint(from_pretrained(tmp_path / "again").params) == fingerprint(from_pretrained(decoder).params)
+    assert not list((tmp_path / "again").glob("*layout*"))
+    capsys.readouterr()
+    assert run(["convert", str(tmp_path / "halves"), "--output", str(tmp_path / "other"), "--interleaved"]) == 2
+    assert "was written with interleaved=False" in capsys.readouterr().err and not (tmp_path / "other").exists()
     shutil.copytree(tmp_path / "2/0", tmp_path / "2/1")
     assert run(["convert", str(tmp_path / "2"), "--output", str(tmp_path / "third")]) == 2
     assert "several checkpoints: 0/items 1/items" in " ".join(capsys.readouterr().err.split())

@@ -95,6 +95,18 @@ def test_what_needs_the_whole_task_vector_is_refused(folders, images, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_plan_refuses_what_the_streamed_transport_refuses(folders, tmp_path):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    ends = {name: str(folders[name]) for name in ("source", "target")}
+    for more, message in (
+        ({"method": "ariadne"}, "ariadne runs the fine-tuned source, which is made in memory: leave --stream out"),
+        ({"method": "theseus", "task_vector": str(tmp_path / "lora")}, "is an adapter, which is moved by its factors"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jobs.plan(PlanConfig(**ends, **more, stream=True))
+
+
 def test_a_task_vector_from_a_file(folders, images, tmp_path):
     extract = ["extract", f"--pretrained={folders['source']}", f"--finetuned={folders['finetuned']}"]
     assert run([*extract, f"--output={tmp_path / 'tau.safetensors'}", "--quiet"]) == 0

@@ -247,6 +247,24 @@ def test_options_are_checked(case):
         fit(ariadne(), model, model, [a for a, _ in batches], tau=noise(model, 2))
 
 
+def test_a_head_that_a_scan_applies_piece_by_piece_is_no_stack(case):
+    """As in the losses of language models, which never hold the scores of all tokens at once."""
+    source, target, batches, tau, *_ = case
+
+    def head(params, carry):
+        return {"hidden": jax.lax.scan(lambda _, x: (None, x @ params), None, carry["hidden"])[1]}
+
+    def with_head(model):
+        width = model.params["blocks"]["0"]["up"].shape[0]
+        params = {**model.params, "head": jnp.eye(width)[:, :3]}
+        return Model(params, (*model.stages, Stage("head", head, (("", "head"),))), loss)
+
+    tau = {**tau, "head": jnp.ones((source.params["blocks"]["0"]["up"].shape[0], 3))}
+    state = fit(ariadne(), with_head(source), with_head(target), batches, tau=tau)
+    found = {entry.target: entry.action for entry in leaf_report(state)}
+    assert found["head"] == "zeroed by rule" and "fitted" in found.values()
+
+
 def test_attention_and_mlp_together(tiny):
     """On a CLIP of another width the joint fit explains more of the displacement than the MLP's alone."""
     realised = {}

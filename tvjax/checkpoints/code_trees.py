@@ -52,6 +52,10 @@ CODES = {
 }
 
 
+_LAYOUT = ("interleaved",)  # options that the tree does not show, and that reading it needs
+_LAYOUT_FILE = "maxtext_layout.json"
+
+
 class Found(NamedTuple):
     """Where the parameters of another code lie.
 
@@ -69,6 +73,8 @@ class Found(NamedTuple):
 def save_code_tree(pretrained: Pretrained, folder: str | os.PathLike[str], code: str, **options: Any) -> None:
     """Writes a model as a checkpoint of another code: step 0 of a CheckpointManager, and ``config.json`` beside it.
 
+    What the tree does not show of its layout is kept in ``maxtext_layout.json``, which `load_code_tree` reads.
+
     MaxText reads it with ``load_parameters_path=<folder>/0/items``, Tunix's CheckpointManager with ``<folder>``.
 
     Args:
@@ -83,7 +89,8 @@ def save_code_tree(pretrained: Pretrained, folder: str | os.PathLike[str], code:
     way = CODES[code]
     held = way.to_theirs(pretrained.params, pretrained.config, **options)
     flat = {"/".join(filter(None, (way.around, path, way.leaf))): leaf for path, leaf in tree.flatten(held).items()}
-    write_orbax(pretrained, folder, f"0/{way.item}", tree.nest(flat))
+    said = {name: value for name, value in options.items() if name in _LAYOUT and value is not None}
+    write_orbax(pretrained, folder, f"0/{way.item}", tree.nest(flat), {_LAYOUT_FILE: said} if said else {})
 
 
 def find_code_tree(source: str | os.PathLike[str]) -> Found | None:
@@ -133,7 +140,8 @@ def load_code_tree(
       options: of the conversion (`tvjax.interop`).
 
     Raises:
-      ValueError: no config, or a tree that does not fit it; every such leaf is named, before an array is read.
+      ValueError: no config, a tree that does not fit it, of which every leaf is named, or another layout than it was
+        written in; before an array is read.
     """
     beside = found.directory.parents[1]  # the folder of the steps
     if like is not None:
@@ -147,6 +155,7 @@ def load_code_tree(
     else:
         folder, settings = beside, read_json(beside / "config.json")
         config = family_of_settings(settings).config.from_dict(settings)
+    options = _as_written(beside, options)
     stored: Mapping[str, Any] = tree.get(stored_tree(found.directory), found.subtree)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), stored)
@@ -157,3 +166,15 @@ def load_code_tree(
     check_finite(params, f"the checkpoint {found.directory}")
     family = family_of_settings(settings)
     return Pretrained(family.build(config, params), config, os.fspath(source), "", folder, settings)
+
+
+def _as_written(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a conversion, with what the folder says of its layout where they leave it open."""
+    written = read_json(folder / _LAYOUT_FILE) if (folder / _LAYOUT_FILE).is_file() else {}
+    for name, value in written.items():
+        if options.get(name) not in (None, value):
+            raise ValueError(
+                f"{str(folder)!r} was written with {name}={value} ({_LAYOUT_FILE}), found {name}={options[name]}: "
+                "leave it out"
+            )
+    return {**options, **written}

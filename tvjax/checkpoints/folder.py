@@ -47,6 +47,7 @@ _NOT_COPIED = (
     *_PICKLES,
     *("*.safetensors", "*.index.json", "config.json", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.npz", "*.ot"),
     *("README.md", ".*", "tvjax.yaml", "*.safetensors.yaml", "*leaf_report.*", "trainer_state.json"),
+    "maxtext_layout.json",  # of the tree that lies beside it
     *("examples.json", "images.json", "coefficients.png"),  # beside a composed model
 )
 

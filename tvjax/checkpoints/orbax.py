@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -59,7 +60,13 @@ def save_orbax(pretrained: Pretrained, folder: str | os.PathLike[str]) -> None:
     write_orbax(pretrained, folder, PARAMS, pretrained.params)
 
 
-def write_orbax(pretrained: Pretrained, folder: str | os.PathLike[str], item: str, held: PyTree) -> None:
+def write_orbax(
+    pretrained: Pretrained,
+    folder: str | os.PathLike[str],
+    item: str,
+    held: PyTree,
+    beside: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """Writes a new folder with a model's ``config.json`` and processors, and an Orbax directory.
 
     Args:
@@ -67,6 +74,7 @@ def write_orbax(pretrained: Pretrained, folder: str | os.PathLike[str], item: st
       folder: where to; it appears when it is complete.
       item: path of the Orbax directory in it.
       held: what the directory is to hold: the parameters.
+      beside: what further JSON files of the folder hold, by name.
 
     Raises:
       ValueError: a folder that is taken.
@@ -78,7 +86,8 @@ def write_orbax(pretrained: Pretrained, folder: str | os.PathLike[str], item: st
         settings = {**settings, **pretrained.config.to_dict()}
     settings = settings_with_dtype(settings, headers)
     with new_folder(folder) as temporary:
-        write_json(temporary / "config.json", settings)
+        for name, content in {"config.json": settings, **beside}.items():
+            write_json(temporary / name, content)
         copy_files(pretrained.folder, temporary)
         with new_checkpointer() as checkpointer:
             checkpointer.save(temporary.absolute() / item, jax.tree.map(jnp.asarray, held))

@@ -96,15 +96,8 @@ def transport(config: TransportConfig, progress: Progress | None = None) -> Tran
     check_new(config.output)
     if config.save_task_vector is not None:
         inputs.check_file(config.save_task_vector)
-    if config.stream and config.task_vector is not None and is_adapter(config.task_vector):
-        raise ValueError(
-            f"{config.task_vector!r} is an adapter, which is moved by its factors: leave --stream out, or make a task "
-            "vector of it first (tvjax extract --adapter)"
-        )
     with Models(on_disk=config.stream) as models:
         ready = prepare(config, models)
-        if config.stream and ready.moving.needs_task_vector:
-            raise ValueError(f"{config.method} runs the fine-tuned source, which is made in memory: leave --stream out")
         looked_at = None if ready.found is None else inputs.record(ready.found)
         work = _Work(config, ready, models, looked_at, progress)
         tau, also = _task_vector(config, ready, models)

@@ -14,7 +14,7 @@ from tvjax.jobs.configs import PlanConfig, TransportConfig
 from tvjax.jobs.methods import check_pair, read_depth
 from tvjax.jobs.opened import Models, Opened
 from tvjax.jobs.parts import Part, check_labels, find_part, part_task_vector
-from tvjax.jobs.task_vectors import check_given
+from tvjax.jobs.task_vectors import check_given, is_adapter
 from tvjax.stages import Batch
 from tvjax.transport import Transport, make_transport
 
@@ -52,6 +52,8 @@ def prepare(config: TransportConfig | PlanConfig, models: Models) -> Prepared:
       ValueError: what cannot be, naming it.
     """
     moving, depth = make_transport(config.method, config.options), read_depth(config.depth)
+    if config.stream:
+        _check_streams(config, moving)
     source, target = models[config.source], models[config.target]
     check_pair(moving, source, target)
     part, way = find_part(source, config.part), asking(target)
@@ -91,6 +93,17 @@ def prepare(config: TransportConfig | PlanConfig, models: Models) -> Prepared:
             way.check(target, held_out, prompts)
     notes += tuple(dict.fromkeys(note for model in (source, target) for note in way.notes(model)))
     return Prepared(moving, way, part, depth, prompts, found, held_out, share is not None, notes)
+
+
+def _check_streams(config: TransportConfig | PlanConfig, moving: Transport) -> None:
+    """Raises a ValueError for what has to be in memory as a whole."""
+    if config.task_vector is not None and is_adapter(config.task_vector):
+        raise ValueError(
+            f"{config.task_vector!r} is an adapter, which is moved by its factors: leave --stream out, or make a task "
+            "vector of it first (tvjax extract --adapter)"
+        )
+    if moving.needs_task_vector:
+        raise ValueError(f"{config.method} runs the fine-tuned source, which is made in memory: leave --stream out")
 
 
 def of_head(model: Opened, prompts: Prompts) -> Prompts:

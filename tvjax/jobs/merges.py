@@ -14,7 +14,8 @@ import jax
 from tvjax import merge as methods
 from tvjax.merge import registry
 
-KINDS: dict[Any, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}  # by annotation
+KINDS: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str, "None": type(None)}  # annotated
+_LARGEST = 2**53  # the whole numbers that a float can hold
 WITH_DATA = ("regmean", "regmean_plus_plus", "fisher")
 BY_LEAF = (
     *("average", "task_arithmetic", "slerp", "karcher_mean", "ties", "dare", "della", "breadcrumbs", "model_stock"),
@@ -104,11 +105,17 @@ def check_options(name: str, method: Callable[..., Any], options: Mapping[str, A
                 raise ValueError(f"{name} has no options, found {option!r}")
             near = difflib.get_close_matches(option, known, n=1, cutoff=0.0)[0]
             raise ValueError(f"{name} has no option {option!r}; the nearest of {', '.join(known)} is {near!r}")
-        kind = parameters[option].annotation
-        if kind in KINDS and (not isinstance(value, KINDS[kind]) or (isinstance(value, bool) and kind != "bool")):
-            raise ValueError(f"{name}: {option} is {value!r}, expected {kind}")
+        kinds = str(parameters[option].annotation).split(" | ")
+        if KINDS.keys() >= set(kinds) and not any(_is_kind(value, kind) for kind in kinds):
+            raise ValueError(f"{name}: {option} is {value!r}, expected {' or '.join(kinds)}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name}: {option} is {value}, expected a finite number")
+        if isinstance(value, int) and abs(value) > _LARGEST:
+            raise ValueError(f"{name}: {option} is {value}, expected a number of at most {_LARGEST}")
+
+
+def _is_kind(value: Any, kind: str) -> bool:
+    return isinstance(value, KINDS[kind]) and (kind == "bool" or not isinstance(value, bool))
 
 
 def read_settings(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,6 +131,8 @@ def read_settings(options: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, Mapping) and "by_depth" in value:
             if set(value) != {"by_depth", "other"}:
                 raise ValueError(f"a setting by depth has by_depth and other, found {sorted(value)}")
+            if not isinstance(value["by_depth"], list):
+                raise ValueError(f"by_depth is {value['by_depth']!r}, expected a list of numbers")
             return methods.ByDepth(tuple(value["by_depth"]), value["other"])
         return [read(item) for item in value] if isinstance(value, list) else value
 
@@ -131,7 +140,7 @@ def read_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     if "merge" in settings:  # the merge inside KnOTS or Core Space
         inner = settings["merge"]
         known = registry.merges()
-        if inner not in known or inner in ("knots", "core_space"):
+        if not isinstance(inner, str) or inner not in known or inner in ("knots", "core_space"):
             raise ValueError(f"merge: found {inner!r}, expected one of {', '.join(known)}")
         settings["merge"] = known[inner]
     return settings

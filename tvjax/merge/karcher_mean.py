@@ -63,7 +63,7 @@ def karcher_mean(
             f"tolerance must be 0 or more and iterations 1 or more, found tolerance {tolerance} and iterations "
             f"{iterations}"
         )
-    stop = {"tolerance": np.float32(tolerance), "iterations": np.int32(iterations)}
+    stop = {"tolerance": np.float32(tolerance), "iterations": np.int32(min(iterations, 2**31 - 1))}
     parameters = {path: {"weights": each / each.sum(), **stop} for path, each in numbers.items()}
     return merge_by_products(vectors, "Karcher mean", _coefficients, parameters, scope=scope, base=base, report=report)
 

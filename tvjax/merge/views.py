@@ -167,6 +167,9 @@ def leaf_axes(shapes: Mapping[str, Shape], matrices: Matrices) -> dict[str, str]
     {'query/kernel': 'lioo', 'norm/scale': 'lv'}
     """
     paths = list(shapes)
+    patterns = [matrices] if isinstance(matrices, str) else [] if matrices is None else matrices
+    if not isinstance(patterns, Mapping | list | tuple) or not all(isinstance(one, str) for one in patterns):
+        raise ValueError(f"`matrices` is {matrices!r}, expected patterns of paths, or letters by pattern")
     if isinstance(matrices, Mapping):
         given = {path: axes for pattern, axes in matrices.items() for path in tree.match(paths, pattern)}
         rule = {path: _by_rule(shapes[path], path) for path in paths if path not in given}
@@ -177,7 +180,6 @@ def leaf_axes(shapes: Mapping[str, Shape], matrices: Matrices) -> dict[str, str]
         return {path: given.get(path, "v" * len(shapes[path])) for path in paths}
     chosen = set(paths)
     if matrices is not None:
-        patterns = [matrices] if isinstance(matrices, str) else matrices
         chosen = {path for pattern in patterns for path in tree.match(paths, pattern)}
         flat = [f"{path}: {shapes[path]}" for path in paths if path in chosen and len(shapes[path]) < 2]
         if flat:
