@@ -4,12 +4,10 @@ import pytest
 
 import tvjax as tv
 from tvjax.citations import papers_behind
-from tvjax.jobs.configs import ComposeConfig
-from tvjax.merge import merges
-from tvjax.transport.registry import methods
+from tvjax.jobs.configs import MERGES, TRANSPORTS, ComposeConfig
 
 
-@pytest.mark.parametrize("name", (*methods(), *merges()))
+@pytest.mark.parametrize("name", (*TRANSPORTS, *MERGES))
 def test_every_method_has_an_entry(name):
     text = tv.cite(name)
     assert text.startswith("@misc{tvjax,") and all(key in text for key in papers_behind(name))

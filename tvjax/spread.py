@@ -58,8 +58,8 @@ def spread(mesh: Mesh, shape: tuple[int, ...], axis: int = 0) -> NamedSharding:
       axis: the one that is taken where several are divided as far.
 
     >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
-    >>> spread(mesh, (3, 4), axis=-1).spec
-    PartitionSpec(None, 'data')
+    >>> tuple(spread(mesh, (3, 4), axis=-1).spec)
+    (None, 'data')
     """
     most, place, over = 0, 0, tuple[str, ...]()
     subsets = [

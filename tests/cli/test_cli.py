@@ -60,7 +60,7 @@ def test_nonsense_is_one_line_and_exit_code_2(arguments, message, capsys):
         ("wider", "nonsense", "there is no method 'nonsense': choose among naive"),
         ("wider", "gradfix+bico", "put bico first"),
         ("wider", "gradfix", "gradfix needs towers of one shape: hidden_size is 8 in .* and 12"),
-        ("wider", "naive", "identity needs towers of one shape"),
+        ("wider", "naive", "naive needs towers of one shape"),
         ("finetuned", "bico", "has no text tower to make a zero-shot head from: give the full model"),
         ("wider", "bico", "bico looks at calibration images: give --data"),
     ],

@@ -60,7 +60,7 @@ def test_leaf_by_leaf_is_what_it_is_at_once(files, tmp_path, monkeypatch, method
 
 def test_which_merges_act_by_leaf():
     whole = {name for name in MERGES if not acts_by_leaf(name, {})}
-    assert whole == {"ties", "iso_cts", "knots", "core_space"}
+    assert whole == {"ties", "iso_cts", "knots", "core_space", "nuslerp", "multi_slerp", "ace", "lines", "svc"}
     assert not acts_by_leaf("average", {"weights": [{"**": 1.0}, 2.0]})
     assert not acts_by_leaf("slerp", {"scope": "vector"}) and not acts_by_leaf("mine", {})
 

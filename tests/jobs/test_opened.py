@@ -66,7 +66,7 @@ def test_a_transport_opens_each_thing_once(images, tmp_path, seen, method):
         assert seen["files"][f"{folder}/config.json"] == seen["files"][f"{folder}/model.safetensors"] == 1, folder
     assert {Path(file).parent for file, _ in seen["weights"]} == set(map(Path, folders))
     assert set(seen["weights"].values()) == {1}
-    passes = 3 if validation else 1  # of the fit, and of the choice of a scale, for the copy beside it too
+    passes = 2 if validation else 1  # of the fit, and of the choice of scales, of the copy beside it too
     assert len(seen["examples"]) == 6 and set(seen["examples"].values()) == {passes}
 
 

@@ -70,9 +70,11 @@ def test_entries_that_are_not_finite(bad):
         threshold.kth_largest_of_all(Vectors([{**tau, "v": np.ones((3, 4), np.float32)}, tau]), [2, 2])
 
 
-def test_inside_jit_it_says_what_to_do():
-    with pytest.raises(ValueError, match="scope='leaf'"):
-        jax.jit(lambda tau: threshold.kth_largest_of_all(Vectors([tau]), [1]))({"w": jnp.ones(3)})
+def test_inside_jit_it_is_the_same():
+    tau = {"v": jnp.array([[0.5, -3.0], [2.0, 0.0]]), "w": jnp.array([1.0, -2.5, 2.0])}
+    for k in range(1, 8):
+        found = jax.jit(lambda tau, k=k: jnp.stack(threshold.kth_largest_of_all(Vectors([tau]), [k])))(tau)
+        np.testing.assert_array_equal(found, np.stack(threshold.kth_largest_of_all(Vectors([tau]), [k])))
 
 
 @pytest.mark.parametrize("size", [0, 1, 127, 4095, 4096, 4097, 128 * 128, 128 * 128 + 128, 3 * 128 * 128 + 129])

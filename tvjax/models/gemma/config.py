@@ -22,6 +22,11 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 _THETA = {FULL: 1_000_000.0, SLIDING: 10_000.0}  # of Gemma 3
 
 
+def _kinds(depth: int, pattern: int) -> list[str]:
+    """The kinds of the blocks, every n-th of them full."""
+    return [SLIDING if (block + 1) % pattern else FULL for block in range(depth)]
+
+
 @dataclasses.dataclass(frozen=True)
 class GemmaConfig:
     """A decoder with norms before and behind attention and MLPs; the names are those of Hugging Face.
@@ -43,7 +48,8 @@ class GemmaConfig:
       sliding_window: how many tokens back a token sees in the sliding blocks; None for all.
       attn_logit_softcapping: what products of queries and keys cannot grow above; None for any.
       final_logit_softcapping: what logits cannot grow above; None for any.
-      layer_types: of each block, ``sliding_attention`` or ``full_attention``.
+      layer_types: of each block, ``sliding_attention`` or ``full_attention``; () takes every second one of Gemma 2, and
+        every sixth of Gemma 3, as full.
       rope: the rotary positions of full blocks.
       local_rope: those of sliding blocks.
       model_type: the family's name in ``config.json``.
@@ -71,6 +77,9 @@ class GemmaConfig:
     model_type: str = "gemma2"
 
     def __post_init__(self) -> None:
+        if not self.layer_types and self.model_type in _DEFAULTS:
+            every = _DEFAULTS[self.model_type]["sliding_window_pattern"]
+            object.__setattr__(self, "layer_types", tuple(_kinds(self.num_hidden_layers, every)))
         if self.hidden_activation not in ACTIVATIONS:
             raise ValueError(
                 f"hidden_activation {self.hidden_activation!r} is not supported: use one of {sorted(ACTIVATIONS)}"
@@ -139,7 +148,7 @@ class GemmaConfig:
             pattern = found["sliding_window_pattern"]
             if not isinstance(pattern, int) or pattern < 1:
                 raise ValueError(f"sliding_window_pattern is {pattern!r}, expected a number of layers")
-            kinds = [SLIDING if (block + 1) % pattern else FULL for block in range(depth)]
+            kinds = _kinds(depth, pattern)
         if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
             raise ValueError(f"layer_types is {kinds!r}, expected a list of {SLIDING!r} and {FULL!r}")
         longest = shape.get("max_position_embeddings", cls.max_position_embeddings)
