@@ -11,7 +11,9 @@ TRUE = {"zero-shot": 0.4, "few-shot fine-tuning": 0.7, "distillation": 0.6, "BiC
 
 def record(accuracy):
     """Two candidates: the second has the less loss, the first the greater validation accuracy."""
-    return {"candidates": [Candidate([1.0], 2.0, 0.9, accuracy), Candidate([2.0], 1.0, 0.8, accuracy - 0.1)]}
+    return {
+        "candidates": [Candidate([1.0], 2.0, 0.9, accuracy), Candidate(compare_carry.DEFAULT, 1.0, 0.8, accuracy - 0.1)]
+    }
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def records():
 
 def test_without_labels_the_least_loss_counts_and_with_labels_validation(records):
     candidates = record(0.5)["candidates"]
-    assert compare_carry.chosen(candidates, 0).setting == [2.0]
+    assert compare_carry.chosen(candidates, 0).setting == compare_carry.DEFAULT
     assert compare_carry.chosen(candidates, 5).setting == [1.0]
     tie = [Candidate([1.0], 1.0, 0.5, 0.1), Candidate([2.0], 1.0, 0.5, 0.2)]
     assert {compare_carry.chosen(tie, labels).setting[0] for labels in (0, 5)} == {1.0}
@@ -58,6 +60,8 @@ def test_differences_pair_what_both_have(records):
     start = row["minus its start from zero"]
     assert (start["over_pairs"]["pairs"], start["over_tasks"]["pairs"]) == (4, 2)
     np.testing.assert_allclose(start["over_pairs"]["mean"], 0.15, atol=1e-9)
+    default = row["at the default rate"]["minus its start from zero"]["over_pairs"]
+    np.testing.assert_allclose(default["mean"], 0.15, atol=1e-9)
     assert "BiCo, then distillation" in compare_carry.table([row], "other tasks")
 
 
