@@ -37,7 +37,7 @@ def _texts(found: Planned, config: PlanConfig) -> list[Any]:
     """The plan for people."""
     from rich.table import Table
 
-    title = f"{config.source} to {config.target} by {config.method}"
+    title = f"{config.source} to {config.target} by {found.method}"
     leaves = Table(title=title)
     for column in ("link", "what becomes of a leaf", "leaves", "such as"):
         leaves.add_column(column, overflow="fold", no_wrap=column == "leaves")

@@ -13,7 +13,7 @@ def transport(config: TransportConfig, quiet: Quiet = False, json: Json = False)
     """Move what a fine-tuning learned into another model, and save the edited model with a report by leaf."""
     from tvjax import jobs
 
-    with progress(config.method, quiet or json) as report:
+    with progress(config.method or "transport", quiet or json) as report:
         found = jobs.transport(config, report)
     show(
         found._asdict(),

@@ -16,6 +16,7 @@ from tvjax.jobs.configs import PlanConfig
 from tvjax.jobs.matching import overlap_shapes
 from tvjax.jobs.opened import Models, Opened
 from tvjax.jobs.parts import copied
+from tvjax.jobs.recommended import with_method
 from tvjax.jobs.schema import Progress
 from tvjax.renamed import warn
 from tvjax.stages import Batch, PyTree
@@ -30,6 +31,7 @@ class Planned(NamedTuple):
     """What `plan` found.
 
     Attributes:
+      method: the transport.
       leaves: what becomes of each.
       stages: of the target: the source's stage, how tokens are compared, the maps.
       examples: how many there are, and how many make the maps unique.
@@ -42,6 +44,7 @@ class Planned(NamedTuple):
       notes: what the user should know.
     """
 
+    method: str
     leaves: list[dict[str, Any]]
     stages: list[dict[str, Any]]
     examples: dict[str, int]
@@ -74,7 +77,9 @@ def plan(config: PlanConfig, progress: Progress | None = None) -> Planned:
     if config.save_task_vector is not None:
         inputs.check_file(config.save_task_vector)
     with Models() as models:
+        config, why = with_method(config, models)
         ready = prepare(config, models)
+        ready = ready._replace(notes=(*why, *ready.notes))
         found = ready.found
         number = config.count if found is None else len(found)
         sizes = [min(config.batch_size, number - start) for start in range(0, number, config.batch_size)]
@@ -97,7 +102,7 @@ def plan(config: PlanConfig, progress: Progress | None = None) -> Planned:
     if config.depth == "cka":
         notes.append("source layers are paired by cka when they have been run; shown is uniform")
     as_it_is = copied(tree.nest(ready.part.of(held[0])), held[1])
-    found_of_fit = _planned(fitted, held, [a.params, b.params], number, disk, notes)
+    found_of_fit = _planned(ready.method, fitted, held, [a.params, b.params], number, disk, notes)
     return found_of_fit._replace(copy=as_it_is if isinstance(as_it_is, str) else "", likeness=alike)
 
 
@@ -126,11 +131,18 @@ def _converted(held: PyTree, tower: PyTree) -> int:
 
 
 def _planned(
-    found: Plan, held: list[PyTree], towers: list[PyTree], examples: int, disk: dict[str, int], notes: list[str]
+    method: str,
+    found: Plan,
+    held: list[PyTree],
+    towers: list[PyTree],
+    examples: int,
+    disk: dict[str, int],
+    notes: list[str],
 ) -> Planned:
     """A plan as a record.
 
     Args:
+      method: the transport.
       found: the plan of the fit.
       held: source, target and fine-tuned model as stored, in shapes.
       towers: source and target as they are computed with, in shapes.
@@ -163,4 +175,4 @@ def _planned(
         "applying": read + tau + fit["maps"] + moved + tree.nbytes(held[1]),
         "streaming": fit["residual streams"] + fit["largest streamed stage"] + _WORKED_ON * largest,
     }
-    return Planned(leaves, stages, numbers, memory, dict(fit), disk, "", None, tuple(notes))
+    return Planned(method, leaves, stages, numbers, memory, dict(fit), disk, "", None, tuple(notes))

@@ -32,6 +32,7 @@ from tvjax.jobs.methods import scales_of
 from tvjax.jobs.opened import Models, Opened
 from tvjax.jobs.parts import changed_elsewhere, copied, part_task_vector
 from tvjax.jobs.recipes import recipe_of, write_recipe
+from tvjax.jobs.recommended import with_method
 from tvjax.jobs.schema import Progress
 from tvjax.jobs.task_vectors import is_adapter, read_given
 from tvjax.renamed import warn
@@ -97,7 +98,9 @@ def transport(config: TransportConfig, progress: Progress | None = None) -> Tran
     if config.save_task_vector is not None:
         inputs.check_file(config.save_task_vector)
     with Models(on_disk=config.stream) as models:
+        config, why = with_method(config, models)
         ready = prepare(config, models)
+        ready = ready._replace(notes=(*why, *ready.notes))
         looked_at = None if ready.found is None else inputs.record(ready.found)
         work = _Work(config, ready, models, looked_at, progress)
         tau, also = _task_vector(config, ready, models)
@@ -123,7 +126,7 @@ class _Work(NamedTuple):
         return Transported(
             output=config.output,
             form=form,
-            method=config.method,
+            method=ready.method,
             source=config.source,
             finetuned=config.finetuned or config.task_vector or "",
             target=config.target,
@@ -225,7 +228,7 @@ def _fitted(work: _Work, tau: PyTree, **stream: Any) -> State:
     store = None
     if config.maps is not None:
         depends_on = {
-            "method": config.method,
+            "method": ready.method,
             "options": json.dumps(config.options, sort_keys=True),
             "batch size": str(config.batch_size),
             "depth": config.depth,

@@ -23,6 +23,7 @@ class Prepared(NamedTuple):
     """What a transport needs, before any weight is read.
 
     Attributes:
+      method: the name of the transport.
       moving: the transport.
       way: how both models are asked.
       part: the leaves that are moved.
@@ -34,6 +35,7 @@ class Prepared(NamedTuple):
       notes: what the user should know of the models.
     """
 
+    method: str
     moving: Transport
     way: OwnHead
     part: Part
@@ -51,6 +53,7 @@ def prepare(config: TransportConfig | PlanConfig, models: Models) -> Prepared:
     Raises:
       ValueError: what cannot be, naming it.
     """
+    assert config.method is not None  # with_method
     moving, depth = make_transport(config.method, config.options), read_depth(config.depth)
     if config.stream:
         _check_streams(config, moving)
@@ -92,7 +95,7 @@ def prepare(config: TransportConfig | PlanConfig, models: Models) -> Prepared:
         if isinstance(config, TransportConfig):
             way.check(target, held_out, prompts)
     notes += tuple(dict.fromkeys(note for model in (source, target) for note in way.notes(model)))
-    return Prepared(moving, way, part, depth, prompts, found, held_out, share is not None, notes)
+    return Prepared(config.method, moving, way, part, depth, prompts, found, held_out, share is not None, notes)
 
 
 def _check_streams(config: TransportConfig | PlanConfig, moving: Transport) -> None:

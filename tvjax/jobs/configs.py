@@ -96,7 +96,13 @@ class Moving(Drawn):
     """The pre-trained source: folder, hub id or id@revision."""
     target: Annotated[str, MODEL]
     """The model to move the task into."""
-    method: Annotated[str, Field(description=f"One of {', '.join(TRANSPORTS)}; or a chain such as bico+gradfix.")]
+    method: Annotated[
+        str | None,
+        Field(
+            description=f"One of {', '.join(TRANSPORTS)}; or a chain such as bico+gradfix. Default: the recommended "
+            "one, bico with labelled examples, theseus with others, naive without any where the shapes agree."
+        ),
+    ] = None
     options: Options = {}
     part: Annotated[str | None, Typed("PATH")] = None
     """The part of the model that is moved; default: the vision tower of a CLIP, of another model all but its head."""
@@ -125,6 +131,12 @@ class Moving(Drawn):
     killed goes on."""
     allow_config_differences: AllowConfigDifferences = False
     any_base: AnyBase = False
+
+    @model_validator(mode="after")
+    def _has_a_method(self) -> Moving:
+        if self.options and self.method is None:
+            raise ValueError(f"--options are those of a method, found {', '.join(self.options)}: give --method too")
+        return self
 
     @model_validator(mode="after")
     def _can_stream(self) -> Moving:
