@@ -124,3 +124,28 @@ def test_heads_fewer_than_devices_stay_whole_and_others_must_divide(mesh):
         specs(tensor_parallel(mesh), LlamaConfig(16, 16, 30, 1, 4, 4))
     with pytest.raises(ValueError, match="this model has none: give rules, or fsdp"):
         specs(tensor_parallel(mesh), GenericConfig({}, {"wte/weight": (4, 4)}))
+
+
+def test_what_is_no_placement_is_named():
+    mesh = jax.make_mesh((8,), ("x",))
+    leaves = {"kernel": jax.ShapeDtypeStruct((8, 8), "float32")}
+    for placement, said in (
+        (mesh, "found a Mesh"),
+        (PartitionSpec("x"), "PartitionSpec as the sh"),
+        ([], "found a list"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            leaf_shardings(placement, leaves)
+    for table, said in (
+        ([".*"], "expected a pair"),
+        ([(3, PartitionSpec())], "expected a pair"),
+        ([(".*", "x")], "expected a PartitionSpec"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            rules(mesh, table)
+    with pytest.raises(ValueError, match="found None for the mesh"):
+        fsdp(None)
+    with pytest.raises(ValueError, match="largest names the axis 'fsdp'"):
+        leaf_shardings(rules(mesh, [(".*", largest("fsdp"))]), leaves)
+    with pytest.raises(ValueError, match="an axis cuts one dimension only"):
+        leaf_shardings(rules(mesh, [(".*", lambda leaf: PartitionSpec("x", "x"))]), leaves)

@@ -65,7 +65,7 @@ def rules(mesh: Mesh, table: Sequence[Rule]) -> Rules:
       table: pairs of a regular expression and a ``PartitionSpec``, or a function such as `largest` that chooses one.
 
     Raises:
-      ValueError: a pattern that is none, or a partition that names an axis which the mesh lacks.
+      ValueError: what is no pair of a pattern and a partition, or a partition that names an axis which the mesh lacks.
 
     >>> mesh = jax.make_mesh((1,), ("data",))
     >>> placed = rules(mesh, [(".*kernel", PartitionSpec(None, "data")), (".*", PartitionSpec())])
@@ -73,14 +73,22 @@ def rules(mesh: Mesh, table: Sequence[Rule]) -> Rules:
     >>> [tuple(found.spec) for found in leaf_shardings(placed, leaves).values()]
     [(None, 'data'), ()]
     """
-    for pattern, spec in table:
+    _check_mesh(mesh)
+    for rule in table:
+        if not isinstance(rule, tuple | list) or len(rule) != 2 or not isinstance(rule[0], str):
+            raise ValueError(f"found the rule {rule!r}, expected a pair (pattern, PartitionSpec)")
+        pattern, spec = rule
+        if not isinstance(spec, PartitionSpec) and not callable(spec):
+            raise ValueError(
+                f"the rule {pattern!r} gives {spec!r}, expected a PartitionSpec or a function like largest()"
+            )
         try:
             re.compile(pattern)
         except re.error as error:
             raise ValueError(f"the rule {pattern!r} is no regular expression: {error}") from error
         for axis in _axes(spec) if isinstance(spec, PartitionSpec) else ():
             _check_axis(mesh, axis, f"the rule {pattern!r}")
-    return Rules(mesh, tuple(table))
+    return Rules(mesh, tuple((pattern, spec) for pattern, spec in table))
 
 
 def largest(axis: str = "fsdp") -> Choose:
@@ -158,7 +166,12 @@ def leaf_shardings(placement: Placement, leaves: Mapping[str, Any], config: Any 
     """
     if isinstance(placement, Rules):
         return _by_rules(placement, leaves, config)
-    found = {}
+    if isinstance(placement, Mesh | PartitionSpec) or not (isinstance(placement, Sharding) or callable(placement)):
+        raise ValueError(
+            f"found a {type(placement).__name__} as the sharding, expected rules (tvjax.sharding.rules(mesh, [...]), "
+            "fsdp, tensor_parallel), a jax.sharding.Sharding, or a function of a path and a leaf"
+        )
+    found: dict[str, Sharding] = {}
     for path, leaf in leaves.items():
         kind = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         found[path] = placement if isinstance(placement, Sharding) else placement(path, kind)
@@ -213,6 +226,8 @@ def _check_spec(pattern: str, spec: PartitionSpec, path: str, shape: tuple[int, 
     )
     if len(spec) > len(shape):
         raise ValueError(f"{about}: it has more dimensions than the leaf")
+    if len(set(_axes(spec))) < len(_axes(spec)):
+        raise ValueError(f"{about}: an axis cuts one dimension only")
     for axis, size in enumerate(shape[: len(spec)]):
         names = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
         parts = math.prod(sizes[name] for name in names if name is not None and name in sizes)
@@ -226,7 +241,13 @@ def _axes(spec: PartitionSpec) -> list[str]:
     return [name for entry in entries for name in entry if isinstance(name, str)]
 
 
+def _check_mesh(mesh: Any) -> None:
+    if not isinstance(mesh, Mesh):
+        raise ValueError(f"found {mesh!r} for the mesh, expected a jax.sharding.Mesh, such as jax.make_mesh gives")
+
+
 def _check_axis(mesh: Mesh, axis: str, who: str) -> None:
+    _check_mesh(mesh)
     if axis not in mesh.shape:
         has = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
         raise ValueError(f"{who} names the axis {axis!r}, and the mesh has {has}: name one of these, or another mesh")
@@ -241,6 +262,8 @@ def _largest(axis: str, leaf: PlacedLeaf, taken: Sequence[str | None] = ()) -> P
     spec = list(taken) or [None] * len(leaf.shape)
     if _RELATIVE_POSITIONS.fullmatch(leaf.path):
         return PartitionSpec(*spec)
+    if axis not in leaf.sizes:
+        raise ValueError(f"largest names the axis {axis!r}, and the mesh has {', '.join(leaf.sizes)}")
     free = [(size, place) for place, size in enumerate(leaf.shape) if spec[place] is None]
     fit = [(size, place) for size, place in free if size and size % leaf.sizes[axis] == 0]
     if fit:
