@@ -131,7 +131,7 @@ def test_what_is_no_placement_is_named():
     leaves = {"kernel": jax.ShapeDtypeStruct((8, 8), "float32")}
     for placement, said in (
         (mesh, "found a Mesh"),
-        (PartitionSpec("x"), "PartitionSpec as the sh"),
+        (PartitionSpec("x"), "as the sharding, expected rules"),
         ([], "found a list"),
     ):
         with pytest.raises(ValueError, match=said):
