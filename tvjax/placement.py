@@ -83,7 +83,16 @@ def explicit_mesh(tree: PyTree) -> AbstractMesh | None:
 
 def within(mesh: AbstractMesh | None) -> AbstractContextManager[Any]:
     """A context in which the explicit axes of a mesh are automatic."""
-    return nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(_automatic(mesh))
+    return nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(automatic_mesh(mesh))
+
+
+@functools.cache
+def automatic_mesh(mesh: Any) -> Any:
+    """The same mesh, concrete or abstract, its explicit axes automatic."""
+    types = tuple(AxisType.Auto if kind == AxisType.Explicit else kind for kind in mesh.axis_types)
+    if isinstance(mesh, Mesh):
+        return Mesh(mesh.devices, mesh.axis_names, axis_types=types)
+    return mesh.update_axis_types(dict(zip(mesh.axis_names, types, strict=True)))
 
 
 def as_automatic(tree: PyTree) -> PyTree:
@@ -100,8 +109,8 @@ def as_automatic(tree: PyTree) -> PyTree:
             return leaf
         if isinstance(leaf, jax.core.Tracer):
             kept = [tuple(n for n in _names(entry) if n not in mesh.explicit_axes) for entry in _spec(leaf)]
-            return jax.sharding.reshard(leaf, NamedSharding(_automatic(mesh), PartitionSpec(*kept)))
-        return jax.device_put(leaf, NamedSharding(_automatic(leaf.sharding.mesh), leaf.sharding.spec))
+            return jax.sharding.reshard(leaf, NamedSharding(automatic_mesh(mesh), PartitionSpec(*kept)))
+        return jax.device_put(leaf, NamedSharding(automatic_mesh(leaf.sharding.mesh), leaf.sharding.spec))
 
     return jax.tree.map(view, tree, is_leaf=_is_iterator)
 
@@ -199,14 +208,6 @@ def _mesh(leaf: Any) -> AbstractMesh | None:
 
 def _axes(mesh: AbstractMesh) -> str:
     return ", ".join(f"{name}: {size}" for name, size in mesh.shape.items())
-
-
-def _automatic(mesh: Any) -> Any:
-    """The same mesh, concrete or abstract, its explicit axes automatic."""
-    types = tuple(AxisType.Auto if kind == AxisType.Explicit else kind for kind in mesh.axis_types)
-    if isinstance(mesh, Mesh):
-        return Mesh(mesh.devices, mesh.axis_names, axis_types=types)
-    return mesh.update_axis_types(dict(zip(mesh.axis_names, types, strict=True)))
 
 
 def _back(results: PyTree, patterns: PyTree, mesh: AbstractMesh) -> PyTree:

@@ -12,9 +12,10 @@ from functools import cache
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tvjax.factors import LowRank, is_low_rank
+from tvjax.placement import automatic_mesh
 
 PyTree = Any
 
@@ -39,13 +40,7 @@ def mesh_of(*trees: PyTree) -> Mesh | None:
     True
     """
     found = (sharding_of(leaf) for leaf in jax.tree.leaves(trees))
-    return next((automatic(sharding.mesh) for sharding in found if sharding is not None), None)
-
-
-@cache
-def automatic(mesh: Mesh) -> Mesh:
-    """The same mesh with automatic axes."""
-    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    return next((automatic_mesh(sharding.mesh) for sharding in found if sharding is not None), None)
 
 
 @cache
@@ -57,7 +52,7 @@ def spread(mesh: Mesh, shape: tuple[int, ...], axis: int = 0) -> NamedSharding:
       shape: of the array.
       axis: the one that is taken where several are divided as far.
 
-    >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     >>> tuple(spread(mesh, (3, 4), axis=-1).spec)
     (None, 'data')
     """
@@ -75,14 +70,14 @@ def spread(mesh: Mesh, shape: tuple[int, ...], axis: int = 0) -> NamedSharding:
     spec: list[Any] = [None] * len(shape)
     if most:
         spec[place] = over if len(over) > 1 else over[0]
-    return NamedSharding(automatic(mesh), PartitionSpec(*spec))
+    return NamedSharding(automatic_mesh(mesh), PartitionSpec(*spec))
 
 
 def laid(array: Any, sharding: NamedSharding | None) -> Any:
     """An array that lies as it is said, under automatic axes; unchanged where nothing is said."""
     if sharding is None:
         return array
-    sharding = NamedSharding(automatic(sharding.mesh), sharding.spec)
+    sharding = NamedSharding(automatic_mesh(sharding.mesh), sharding.spec)
     if isinstance(array, jax.core.Tracer):
         return jax.lax.with_sharding_constraint(array, sharding)
     return jax.device_put(array, sharding)
@@ -136,7 +131,7 @@ def like_leaf(leaf: Any, sharding: NamedSharding | None) -> Any:
 def name_of(mesh: Mesh) -> str:
     """The axes of a mesh and their sizes, as messages have them.
 
-    >>> name_of(jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,)))
+    >>> name_of(jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)))
     '(data=1)'
     """
     return f"({', '.join(f'{name}={size}' for name, size in mesh.shape.items())})"
