@@ -2,6 +2,7 @@
 
 import os
 from importlib.metadata import version
+from pathlib import Path
 
 # Thousands of small programs are compiled here, and most of them run once: machine code is not optimised, and nothing
 # is split over threads to be compiled. A busy machine may keep one device waiting for the others far longer than
@@ -30,9 +31,11 @@ jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
-    """Thousands of compiled programs in one process run into the system's limit of memory maps."""
+    """Thousands of compiled programs in one process run into the system's limit of memory maps, 65,530."""
     yield
-    jax.clear_caches()
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
 
 
 @pytest.fixture
