@@ -10,8 +10,10 @@ matrices in float32 at the precision that moments are formed with (`jax.lax.Prec
 - ``transport``: CLIP ViT-B/16's vision tower onto ViT-L/14's with random weights, by either method.
 - ``language``: one Llama of 1.1 B parameters onto another (`scripts/bench_language.py`'s, in bfloat16), Theseus.
 - ``gradfix``: votes on ViT-B/16, beside one plain forward and backward pass of the same images.
+- ``correction``: one pass of `tvjax.logit_correction` (three by default) on ViT-L/14 from the scores of ViT-B/16, 32
+  images in batches of 8, 100 classes, beside three epochs of distillation by Adam in the same batches.
 
-The last three compile with `UNTUNED`: else XLA tries many kernels for each of some hundred float32 products before it
+The last four compile with `UNTUNED`: else XLA tries many kernels for each of some hundred float32 products before it
 runs them once (one method on an H200, two blocks a tower: 153 programs in 134 seconds).
 
     python scripts/bench_accelerator.py                    # every case, on the first device
@@ -34,7 +36,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-CASES = ("arithmetic", "moments", "polar", "gradfix", "language", "transport")
+CASES = ("arithmetic", "moments", "polar", "gradfix", "language", "transport", "correction")
 UNTUNED = "--xla_gpu_autotune_level=0"  # a flag of XLA: take its first choice of a kernel
 NAMES = ("B/16", "L/14")
 REPEATS = 7
@@ -238,8 +240,56 @@ def gradfix(small: bool) -> dict[str, Any]:
     return {"votes_seconds": votes, "plain_seconds": plain, "ratio": votes / plain}
 
 
-def tower(size: str, small: bool, depth: int | None = None) -> Any:
-    """A CLIP vision tower with random weights and a classification loss over ten random classes."""
+def correction(small: bool) -> dict[str, Any]:
+    """A pass of the closed form and three epochs of Adam, each compiled before; the peak of the first is its own."""
+    import jax
+    import optax
+
+    import tvjax as tv
+    from tvjax import tree
+    from tvjax.compose import class_scores, constant, distillation, distillation_losses, train
+    from tvjax.data.batches import split
+
+    count, size, classes, epochs = (8, 4, 70, 3) if small else (32, 8, 100, 3)
+    batch, optimiser = images(small, count), lambda rate: optax.adam(rate)
+    batches = split(tv.Batch(batch.inputs, None), size)
+    result: dict[str, Any] = {"images": count, "batch": size, "classes": classes, "epochs": epochs}
+    teacher = class_scores(tower("B/16", small, None, classes), batches)
+
+    def timed(run: Callable[[Any], Any], name: str, *depths: int | None) -> None:
+        """Compiled at the first depth; timed at the last."""
+        times = []
+        for depth in depths:
+            model = jax.block_until_ready(tower("L/14", small, depth, classes))
+            started = time.perf_counter()
+            params = jax.block_until_ready(run(model))
+            times.append(time.perf_counter() - started)
+        before, after = (
+            float(distillation_losses(class_scores(m, batches), teacher).mean())
+            for m in (model, model.replace(params=params))
+        )
+        peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        result[name] = {"compile_seconds": times[0] - times[1], "run_seconds": times[-1], "peak_device_bytes": peak}
+        result[name] |= {"loss_before": before, "loss_after": after}
+
+    def adam(model: Any) -> Any:
+        objective = distillation(model, batch.inputs, teacher)
+        return train(
+            tree.replace, model.params, tree.flatten(model.params), objective, key=jax.random.key(0), schedule=constant,
+            learning_rates=(1e-5,), optimiser=optimiser, epochs=epochs, batch_size=size,
+            batches_per_epoch=count // size,
+        ).trainable  # fmt: skip
+
+    def closed(model: Any) -> Any:
+        return tv.apply(model.params, tv.logit_correction(model, teacher, batches, passes=1))
+
+    timed(closed, "a pass of the closed form", 2, 2, None)  # whose programs are those of a stage
+    timed(lambda model: tree.replace(model.params, adam(model)), "distillation", None, None)
+    return result
+
+
+def tower(size: str, small: bool, depth: int | None = None, classes: int = 10) -> Any:
+    """A CLIP vision tower with random weights and a classification loss over some random classes."""
     import jax
 
     from tvjax.models.clip.config import CLIPConfig, CLIPVisionConfig
@@ -257,7 +307,7 @@ def tower(size: str, small: bool, depth: int | None = None) -> Any:
         text=None,
     )  # fmt: skip
     model = clip(config, init(config, jax.random.key(0 if size == "B/16" else 1)))
-    return with_head(model, jax.random.normal(jax.random.key(7), (joint, 10)), jax.numpy.float32(4.6))
+    return with_head(model, jax.random.normal(jax.random.key(7), (joint, classes)), jax.numpy.float32(4.6))
 
 
 def images(small: bool, count: int) -> Any:
