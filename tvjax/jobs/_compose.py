@@ -30,7 +30,7 @@ from tvjax.jobs.parts import check_labels
 from tvjax.jobs.recipes import recipe_of, write_recipe
 from tvjax.jobs.schema import Progress
 from tvjax.jobs.teachers import Teacher, find_teacher
-from tvjax.report.plots import plot_coefficients
+from tvjax.report.leaf_plots import plot_coefficients
 from tvjax.stages import Batch, Model, PyTree
 from tvjax.tasks import Task
 
@@ -111,6 +111,7 @@ def compose(config: ComposeConfig, progress: Progress | None = None) -> Composed
                 "learning rate": trained.learning_rate,
             },
             results={"epochs": trained.epochs, "validation accuracy": trained.score},
+            pictures={"Coefficients by kind of leaf and depth": "coefficients.png"},
         )
         save_pretrained(opened.pretrained.with_params(params), config.output, card=card)
     save_coefficients(config.output / "coefficients.safetensors", coefficients, metadata)

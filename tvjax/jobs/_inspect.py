@@ -15,7 +15,7 @@ from tvjax.jobs.recipes import recipe_of, write_recipe
 from tvjax.jobs.schema import Progress
 from tvjax.report import inspection
 from tvjax.report.inspection import Comparison, Contents, StageSites, Sums
-from tvjax.report.plots import plot_coefficients, plot_leaves
+from tvjax.report.leaf_plots import plot_coefficients, plot_leaves
 
 
 class Inspected(NamedTuple):
