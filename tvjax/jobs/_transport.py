@@ -315,7 +315,7 @@ def _write_report(config: TransportConfig, result: Transported, state: State, fo
     write_json(config.output / "leaf_report.json", content, sort_keys=False)
     write_text(config.output / "leaf_report.txt", summary(state, forms) + "\n")
     if processes.is_first():
-        plot_norms(*(result.leaf_norms[side] for side in _SIDES), config.output / _PICTURE)
+        plot_norms(result.leaf_norms["source"], result.leaf_norms["target"], config.output / _PICTURE)
 
 
 def _card(config: TransportConfig, form: str, scale: float, examples: dict[str, Any] | None, models: Models) -> str:

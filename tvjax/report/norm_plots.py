@@ -71,7 +71,7 @@ def plot_norms(
       names: of the two, in the legend.
     """
     sides = _by_kind(source), _by_kind(moved)
-    kinds = in_order(key for side in sides for key in side if key[0])
+    kinds = list(dict.fromkeys(key for side in sides for key in side if key[0]))
     rest = in_order(key[1] for side in sides for key in side if not key[0])
     sizes = {kind: max(side.get(("", kind), {0: 0.0})[0] for side in sides) for kind in rest}
     shown = sorted(sorted(rest, key=lambda kind: -sizes[kind])[:_MOST], key=rest.index)
