@@ -12,7 +12,7 @@ from tvjax.compose.coefficients import Coefficients
 from tvjax.jobs import inputs
 from tvjax.jobs.configs import InspectConfig
 from tvjax.jobs.recipes import recipe_of, write_recipe
-from tvjax.jobs.schema import Progress
+from tvjax.progress import Progress
 from tvjax.report import comparison, contents, inspection
 from tvjax.report.comparison import Comparison
 from tvjax.report.contents import Contents
@@ -103,7 +103,7 @@ def _inspected(config: InspectConfig, found: Contents, progress: Progress) -> In
         norms = found.kind == contents.TASK_VECTOR or plot is not None
     if not norms:
         return Inspected(found, stages, learned, None, None, None)
-    references, made_for = (None, None) if base is None else inspection.base_sums(found, base)
+    references, made_for = (None, None) if base is None else inspection.base_sums(found, base, progress)
     sums = inspection.measure(found, progress)
     if plot is not None:
         _plot_norms(found, sums, references, plot)

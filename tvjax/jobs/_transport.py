@@ -33,8 +33,8 @@ from tvjax.jobs.opened import Models, Opened
 from tvjax.jobs.parts import changed_elsewhere, copied, part_task_vector
 from tvjax.jobs.recipes import recipe_of, write_recipe
 from tvjax.jobs.recommended import with_method
-from tvjax.jobs.schema import Progress
 from tvjax.jobs.task_vectors import is_adapter, read_given
+from tvjax.progress import Progress, begin
 from tvjax.renamed import warn
 from tvjax.report.norm_plots import plot_norms
 from tvjax.stages import Model, PyTree
@@ -96,7 +96,8 @@ def transport(config: TransportConfig, progress: Progress | None = None) -> Tran
 
     Args:
       config: what to move, where to and how.
-      progress: called after every stage of the fit.
+      progress: called when a part begins, after every stage of the fit, and after every batch of the choice of a
+        scale.
 
     Raises:
       ValueError: what cannot be, before anything is written, and before any weight is read where headers show it.
@@ -104,7 +105,8 @@ def transport(config: TransportConfig, progress: Progress | None = None) -> Tran
     check_new(config.output)
     if config.save_task_vector is not None:
         inputs.check_file(config.save_task_vector)
-    with Models(on_disk=config.stream) as models:
+    begin(progress, "reading the examples")
+    with Models(on_disk=config.stream, progress=progress) as models:
         config, why = with_method(config, models)
         ready = prepare(config, models)
         ready = ready._replace(notes=(*why, *ready.notes))
@@ -157,12 +159,13 @@ def _whole(work: _Work, tau: PyTree, also: list[str]) -> tuple[Transported, Stat
     if ready.held_out is not None:
         task = ready.way.task(target, ready.held_out, ready.prompts)
         scored = with_task(target, task), task.batches(ready.held_out, config.batch_size)
-        best, copy = _chosen(moved, tau, target, ready, *scored)
+        best, copy = _chosen(moved, tau, target, ready, *scored, work.progress)
         chosen = {"scale": best.scale, "validation": _curve(best, ready.held_out), "copy": copy}
         if best.scale == 0:
             nothing = "no scale does better than none on the validation examples: the target is written as it was"
             state = dataclasses.replace(state, notes=(*state.notes, nothing))
     result = work.result(state, form, (_norms(tau), _norms(moved)), **chosen)
+    begin(work.progress, f"writing {config.output}")
     _save(config, result, models, moved)
     return result, state, forms
 
@@ -174,6 +177,7 @@ def _streamed(work: _Work, tau: PyTree, also: list[str]) -> tuple[Transported, S
     norms: Norms = {}
     scratch = Scratch()
 
+    begin(work.progress, "checking the weights")
     card = _card(config, "model", config.scale, work.looked_at, work.models)  # reads, and so checks, every weight
     with write_checkpoint(target.checkpoint, config.output, card=lambda: card) as write:
 
@@ -265,6 +269,7 @@ def _fitted(work: _Work, tau: PyTree, **stream: Any) -> State:
             depends_on["prompts"] = json.dumps(ready.prompts.templates)
         store = TransportStore(config.maps, depends_on)
     pairs, loader = ([], None) if ready.found is None else paired_batches(ready, source, target, config.batch_size)
+    begin(progress, "fitting")
     options: dict[str, Any] = {"depth": ready.depth, "tokens": config.tokens, "progress": progress, "cache": store}
     options |= {"tau": tau if ready.moving.needs_task_vector else None, **stream}
     state = fit(ready.moving, *sides, pairs, **options)
@@ -272,7 +277,13 @@ def _fitted(work: _Work, tau: PyTree, **stream: Any) -> State:
 
 
 def _chosen(
-    moved: PyTree, tau: PyTree, target: Opened, ready: Prepared, scored: Model, held_out: Loader
+    moved: PyTree,
+    tau: PyTree,
+    target: Opened,
+    ready: Prepared,
+    scored: Model,
+    held_out: Loader,
+    progress: Progress | None,
 ) -> tuple[ChosenScale, dict[str, Any] | None]:
     """The best scale, and what the task vector does as it is: the baseline that every transport must beat.
 
@@ -282,7 +293,7 @@ def _chosen(
     as_it_is = copied(tau, target.pretrained.params)
     if not isinstance(as_it_is, str):
         edits.append((as_it_is, scales_of(identity())))
-    best, *copies = choose_scales(scored, edits, held_out)
+    best, *copies = choose_scales(scored, edits, held_out, progress)
     return best, {"scale": copies[0].scale, "accuracy": copies[0].accuracy} if copies else None
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from tvjax.models.differences import from_text
+from tvjax.progress import Progress
 from tvjax.report.contents import TASK_VECTOR, TENSORS, Contents
 from tvjax.report.sums import PairSums, Sums, pair_sums_of, sums_of, total
 
@@ -76,7 +77,7 @@ class Comparison(NamedTuple):
         return Row((norms[0], norms[1]), own.norms[0], own.distance, own.cosine, signs)
 
 
-def compare(first: Contents, second: Contents, progress: Callable[[int, int, str], None] | None = None) -> Comparison:
+def compare(first: Contents, second: Contents, progress: Progress | None = None) -> Comparison:
     """Reads two trees leaf by leaf, and sums over the entries of each leaf, and over the pairs of entries.
 
     Args:
@@ -157,7 +158,7 @@ def _one_base(first: Contents, second: Contents) -> bool | None:
 class _Counted:
     """Progress by leaf."""
 
-    def __init__(self, progress: Callable[[int, int, str], None] | None, count: int):
+    def __init__(self, progress: Progress | None, count: int):
         self.progress, self.count, self.done = progress, count, 0
 
     def __call__(self, path: str) -> None:

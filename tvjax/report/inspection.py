@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +14,7 @@ from tvjax.capture import SiteTable, sites
 from tvjax.checkpoints.safetensors import Fingerprint
 from tvjax.models.families import family_of_config
 from tvjax.models.generic import GenericConfig, no_code
+from tvjax.progress import Progress, counted
 from tvjax.report.contents import MODEL, Contents
 from tvjax.report.sums import Sums, sums_of
 from tvjax.stages import Model, PyTree, local_params
@@ -34,7 +34,7 @@ class StageSites(NamedTuple):
     tokens: tuple[int, ...]
 
 
-def measure(found: Contents, progress: Callable[[int, int, str], None] | None = None) -> dict[str, Sums]:
+def measure(found: Contents, progress: Progress | None = None) -> dict[str, Sums]:
     """Reads every tensor, and sums over its entries.
 
     Args:
@@ -56,7 +56,9 @@ def measure(found: Contents, progress: Callable[[int, int, str], None] | None = 
     return sums
 
 
-def base_sums(vector: Contents, model: Contents) -> tuple[dict[str, Sums], bool | None]:
+def base_sums(
+    vector: Contents, model: Contents, progress: Progress | None = None
+) -> tuple[dict[str, Sums], bool | None]:
     """The sums of the parameters that a task vector covers, and whether it was made for these very weights.
 
     Returns:
@@ -80,7 +82,7 @@ def base_sums(vector: Contents, model: Contents) -> tuple[dict[str, Sums], bool 
     covered = {leaf.path: Sums() for leaf in vector.leaves}
     identity = Fingerprint()
     with model.reading() as read:
-        for path in sorted(covered if wanted is None else shapes):
+        for path in counted(sorted(covered if wanted is None else shapes), progress, model.name):
             array = read(path)
             identity.add(path, np.asarray(array, order="C"))
             if path in covered:
