@@ -172,7 +172,7 @@ def _streamed(work: _Work, tau: PyTree, also: list[str]) -> tuple[Transported, S
             nonlocal squares
             change, before = np.asarray(leaf), np.asarray(left.pop(path))
             squares += float(np.vdot(change, change))
-            write(path, edit_leaf(before, [change], path, config.scale, scratch).astype(before.dtype))
+            write(path, edit_leaf(before, change, config.scale, before.dtype, scratch))
 
         state = _fitted(work, tau, stream=[tau], write=edit)
         for path, leaf in left.items():
