@@ -126,7 +126,7 @@ class Tensors:
                 _read_checked(key, file, path, offset, array)
             return contiguous(to_ours(array))
 
-        return DiskArray(to_ours(np.broadcast_to(np.int8(0), shape)).shape, dtype, read)
+        return DiskArray(to_ours(np.broadcast_to(np.int8(0), shape)).shape, dtype, read, checks=True)
 
     def map(self, key: str) -> np.ndarray:
         """One tensor, read-only and unchecked, whose values are read from the disk as far as they are used.

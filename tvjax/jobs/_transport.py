@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from tvjax import tree
@@ -35,6 +36,7 @@ from tvjax.jobs.recipes import recipe_of, write_recipe
 from tvjax.jobs.recommended import with_method
 from tvjax.jobs.schema import Progress
 from tvjax.jobs.task_vectors import is_adapter, read_given
+from tvjax.on_disk import DiskArray, is_on_disk
 from tvjax.renamed import warn
 from tvjax.stages import Model, PyTree
 from tvjax.transport import State, fit, identity, leaf_forms, leaf_report, summary
@@ -165,7 +167,10 @@ def _streamed(work: _Work, tau: PyTree, also: list[str]) -> tuple[Transported, S
     left = tree.flatten(target.pretrained.params)
     squares, scratch = 0.0, Scratch()
 
-    card = _card(config, "model", config.scale, work.looked_at, work.models)  # reads, and so checks, every weight
+    # The card says the fingerprints, which are taken over the weights in the order of their paths: the walk, which goes
+    # by stages, reads them again. This first reading is also the one that finds values that are not finite.
+    card = _card(config, "model", config.scale, work.looked_at, work.models)
+    tau, norms = _measured(tau)
     with write_checkpoint(target.checkpoint, config.output, card=lambda: card) as write:
 
         def edit(number: int, path: str, leaf: Any) -> None:
@@ -178,8 +183,26 @@ def _streamed(work: _Work, tau: PyTree, also: list[str]) -> tuple[Transported, S
         for path, leaf in left.items():
             write(path, np.asarray(leaf))
     state = dataclasses.replace(state, notes=(*state.notes, *work.ready.notes, *also))
-    before = sum(float(np.vdot(leaf, leaf)) for leaf in map(np.asarray, jax.tree.leaves(tau)))
+    before = sum(norm**2 for norm in norms.values())
     return work.result(state, "model", (before**0.5, squares**0.5)), state, ()
+
+
+def _measured(tau: PyTree) -> tuple[PyTree, dict[str, float]]:
+    """A task vector, and the norms of its leaves by path: those on disk are measured when the fit checks them."""
+    norms: dict[str, float] = {}
+
+    def read(path: str, leaf: Any) -> np.ndarray:
+        values = np.asarray(leaf)
+        norms[path] = math.sqrt(np.vdot(values, values))
+        return values
+
+    def measured(path: str, leaf: Any) -> Any:
+        if is_on_disk(leaf):
+            return DiskArray(leaf.shape, leaf.dtype, functools.partial(read, path, leaf))
+        read(path, leaf)
+        return leaf
+
+    return tree.map_with_path(measured, tau), norms
 
 
 def _task_vector(config: TransportConfig, ready: Prepared, models: Models) -> tuple[PyTree, list[str]]:
