@@ -98,7 +98,8 @@ def refine(
         about |= {"learning_rate": trained.learning_rate, "epochs": trained.epochs}
         edit = partial(_combined, trained.trainable, moved)
     taught = edit(head.params)
-    losses = compose.distillation_losses(compose.class_scores(head.replace(params=taught), batches), said)
+    scores = compose.class_scores(head.replace(params=taught), batches)
+    losses = compose.distillation_losses(jnp.asarray(scores), jnp.asarray(said))
     about |= {"loss": float(losses.mean()), "accuracy": None if score is None else score(taught)}
     return edit(target.pretrained.params), {"scale": start.scale, "refined": about}
 
