@@ -53,3 +53,30 @@ def images(tmp_path_factory):
         for number in range(3):
             Image.fromarray(rng.integers(0, 256, (10, 12, 3), np.uint8)).save(folder / name / f"{number}.png")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def nothing_of_silence(monkeypatch):
+    """No line on what is going on: on a machine that is slow today it would stand between the lines of an error."""
+    monkeypatch.setattr("tvjax.cli.progress.SILENCE", 1e6)
+
+
+@pytest.fixture
+def programs():
+    """The names of the programs that a call compiles: ``programs(function, *args)``."""
+
+    def names(function, *args, **kwargs):
+        found = []
+
+        def listen(event, _, fun_name="", **__):
+            if event.endswith("backend_compile_duration"):
+                found.append(fun_name.removeprefix("jit(").removesuffix(")"))
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            jax.block_until_ready(function(*args, **kwargs))
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+        return found
+
+    return names

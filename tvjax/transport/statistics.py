@@ -114,7 +114,7 @@ class MomentAccumulator:
     def _fold(self) -> None:
         gram = self.options.whiten > 0
         for a, b, weights in self.rows:
-            self.moments = _add_rows(a.ndim - 2, self.mesh, gram, self.moments, a, b, weights)
+            self.moments = add_rows(a.ndim - 2, self.mesh, gram, self.moments, a, b, weights)
         self.rows = []
 
     def count(self) -> jax.Array:
@@ -187,7 +187,7 @@ class MomentAccumulator:
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _add_rows(
+def add_rows(
     layers: int,
     mesh: Mesh | None,
     gram: bool,
