@@ -20,13 +20,13 @@ from tvjax.compose.coefficients import Coefficients, combine, init
 from tvjax.compose.edited import Edited, computed
 from tvjax.compose.objectives import Objective, value
 from tvjax.placement import automatic, devices, like
+from tvjax.progress import Progress
 
 PyTree = Any
 Schedule = Callable[[Array], Array]
 Optimiser = Callable[[Schedule], optax.GradientTransformation]
 Score = Callable[[PyTree], float]
 Stop = Callable[[Sequence[float]], bool]
-Progress = Callable[[int, int, str], None]
 
 
 class Store(Protocol):

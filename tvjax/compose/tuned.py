@@ -25,6 +25,7 @@ from tvjax.compose.edited import Edited
 from tvjax.compose.objectives import Objective, value
 from tvjax.compose.train import Optimiser, Schedule, Trained, clipped_adamw, train
 from tvjax.placement import automatic
+from tvjax.progress import Progress, counted
 
 PyTree = Any
 SCALES = tuple(np.linspace(0, 5, 21).round(2).tolist())
@@ -121,6 +122,7 @@ def best_start(
     key: Array,
     scales: Sequence[float] = SCALES,
     coefficients: Coefficients | None = None,
+    progress: Progress | None = None,
 ) -> Coefficients:
     """Coefficients with ONE task vector at one scale, the pair of the least objective on all examples at once.
 
@@ -133,6 +135,7 @@ def best_start(
       key: a random key, for augmentation.
       scales: the grid.
       coefficients: whose layout is kept; `init` of the vectors by default.
+      progress: called with (task vectors done, task vectors in all, ``"start"``).
 
     Returns:
       The coefficients of that vector at that scale, all others 0.
@@ -153,7 +156,8 @@ def best_start(
         raise ValueError("scales: found none, expected one number at least")
     start = init(taus) if coefficients is None else coefficients
     jax.eval_shape(combine, params, list(taus), start)
-    found = np.array([[float(_objective_at(objective, params, tau, scale, key)) for scale in grid] for tau in taus])
+    tried = counted(list(taus), progress, "start")
+    found = np.array([[float(_objective_at(objective, params, tau, scale, key)) for scale in grid] for tau in tried])
     if np.isnan(found).all():
         raise ValueError("the objective is NaN at every scale: are the examples and the parameters finite?")
     vector, scale = np.unravel_index(np.nanargmin(found), found.shape)

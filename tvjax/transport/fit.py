@@ -21,6 +21,7 @@ from tvjax.factors import float32
 from tvjax.finite import check_finite
 from tvjax.on_disk import trim
 from tvjax.placement import name_of
+from tvjax.progress import Progress
 from tvjax.renamed import renamed_arguments, warn
 from tvjax.spread import brought, lies_elsewhere, mesh_of
 from tvjax.stages import Batch, Model
@@ -42,7 +43,6 @@ from tvjax.walk import Walk
 PyTree = Any
 Overlaps = Mapping[str, Any]
 Batches = Iterable[Batch | tuple[Batch, Batch] | tuple[Batch, Batch, Overlaps]]
-Progress = Callable[[int, int, str], None]
 Write = Callable[[int, str, Any], None]
 
 
