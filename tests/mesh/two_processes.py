@@ -10,8 +10,7 @@ from pathlib import Path
 DEVICES = 4
 
 if __name__ == "__main__":
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2"
-    os.environ |= {"JAX_PLATFORMS": "cpu", "NPROC": "16"}
+    os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=2"  # beside those of the tests
 
 import jax
 import jax.numpy as jnp
