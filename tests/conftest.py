@@ -46,3 +46,9 @@ def images(tmp_path_factory):
         for number in range(3):
             Image.fromarray(rng.integers(0, 256, (10, 12, 3), np.uint8)).save(folder / name / f"{number}.png")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def nothing_of_silence(monkeypatch):
+    """No line on what is going on: on a machine that is slow today it would stand between the lines of an error."""
+    monkeypatch.setattr("tvjax.cli.progress.SILENCE", 1e6)

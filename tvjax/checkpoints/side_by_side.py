@@ -11,8 +11,7 @@ import numpy as np
 from tvjax.checkpoints.folder import Checkpoint
 from tvjax.checkpoints.memory import Scratch
 from tvjax.checkpoints.safetensors import Fingerprint
-
-Progress = Callable[[int, int, str], None]
+from tvjax.progress import Progress
 
 
 class SideBySide:

@@ -28,9 +28,9 @@ from tvjax.jobs.configs import ComposeConfig
 from tvjax.jobs.opened import Models, Opened
 from tvjax.jobs.parts import check_labels
 from tvjax.jobs.recipes import recipe_of, write_recipe
-from tvjax.jobs.schema import Progress
 from tvjax.jobs.teachers import Teacher, find_teacher
-from tvjax.report.plots import plot_coefficients
+from tvjax.progress import Progress, begin
+from tvjax.report.leaf_plots import plot_coefficients
 from tvjax.stages import Batch, Model, PyTree
 from tvjax.tasks import Task
 
@@ -83,7 +83,8 @@ def compose(config: ComposeConfig, progress: Progress | None = None) -> Composed
       ValueError: what cannot be, before anything is written.
     """
     check_new(config.output)
-    with Models() as models:
+    begin(progress, "reading the examples")
+    with Models(progress=progress) as models:
         opened = models[config.model]
         data = read(config, opened, models)
         looked_at = {
@@ -111,7 +112,9 @@ def compose(config: ComposeConfig, progress: Progress | None = None) -> Composed
                 "learning rate": trained.learning_rate,
             },
             results={"epochs": trained.epochs, "validation accuracy": trained.score},
+            pictures={"Coefficients by kind of leaf and depth": "coefficients.png"},
         )
+        begin(progress, f"writing {config.output}")
         save_pretrained(opened.pretrained.with_params(params), config.output, card=card)
     save_coefficients(config.output / "coefficients.safetensors", coefficients, metadata)
     plot_coefficients(coefficients, config.output / "coefficients.png")
@@ -186,7 +189,9 @@ def _learn(
     names = [str(file) for file in config.task_vectors]
     coefficients = learned.init(taus, blocks=config.blocks, partitions=config.partitions, key=part_key, names=names)
     if (config.start or ("best" if config.is_told else "zero")) == "best":
-        coefficients = learned.best_start(head.params, taus, goal, key=key, coefficients=coefficients)
+        coefficients = learned.best_start(
+            head.params, taus, goal, key=key, coefficients=coefficients, progress=progress
+        )
     trained = (learned.tune if _tunes(config) else learned.learn)(
         head.params,
         taus,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from tvjax import tree
+from tvjax import processes, tree
 from tvjax.arithmetic import apply, scale
 from tvjax.checkpoints import TransportStore, model_card, save_adapter, save_pretrained, save_tree
 from tvjax.checkpoints.atomic import write_text
@@ -34,20 +34,25 @@ from tvjax.jobs.parts import changed_elsewhere, copied, part_task_vector
 from tvjax.jobs.recipes import recipe_of, write_recipe
 from tvjax.jobs.recommended import with_method
 from tvjax.jobs.refined import Refinement, prepare_refinement, refine
-from tvjax.jobs.schema import Progress
 from tvjax.jobs.task_vectors import is_adapter, read_given
+from tvjax.progress import Progress, begin
 from tvjax.renamed import warn
+from tvjax.report.norm_plots import plot_norms
 from tvjax.stages import Model, PyTree
 from tvjax.transport import State, fit, identity, leaf_forms, leaf_report, summary
 from tvjax.transport.leaf_report import Forms
+
+Norms = dict[str, float]
+_SIDES = ("source", "target")
+_PICTURE = "norms.png"
 
 
 class Transported(NamedTuple):
     """What `transport` did.
 
     Attributes:
-      output: the folder of the edited model, or of the adapter for it, with ``leaf_report.txt`` and
-        ``leaf_report.json``.
+      output: the folder of the edited model, or of the adapter for it, with ``leaf_report.txt``,
+        ``leaf_report.json`` and ``norms.png``.
       form: ``model`` or ``adapter``.
       method: the transport.
       scale: factor of the moved task vector, chosen where there is validation.
@@ -60,6 +65,7 @@ class Transported(NamedTuple):
       copy: the task vector added as it is, at its own best scale on the same examples; None where the shapes do not
         agree, or there is no validation.
       norms: of the task vector in the source and in the target.
+      leaf_norms: the same leaf by leaf, by path.
       notes: what the user should know.
     """
 
@@ -75,6 +81,7 @@ class Transported(NamedTuple):
     refined: dict[str, Any] | None
     copy: dict[str, Any] | None
     norms: dict[str, float]
+    leaf_norms: dict[str, dict[str, float]]
     notes: tuple[str, ...]
 
     @property
@@ -92,7 +99,8 @@ def transport(config: TransportConfig, progress: Progress | None = None) -> Tran
 
     Args:
       config: what to move, where to and how.
-      progress: called after every stage of the fit.
+      progress: called when a part begins, after every stage of the fit, and after every batch of the choice of a
+        scale.
 
     Raises:
       ValueError: what cannot be, before anything is written, and before any weight is read where headers show it.
@@ -100,7 +108,8 @@ def transport(config: TransportConfig, progress: Progress | None = None) -> Tran
     check_new(config.output)
     if config.save_task_vector is not None:
         inputs.check_file(config.save_task_vector)
-    with Models(on_disk=config.stream) as models:
+    begin(progress, "reading the examples")
+    with Models(on_disk=config.stream, progress=progress) as models:
         config, why = with_method(config, models)
         ready = prepare(config, models)
         ready = ready._replace(notes=(*why, *ready.notes))
@@ -124,8 +133,8 @@ class _Work(NamedTuple):
     taught: Refinement | None
     progress: Progress | None
 
-    def result(self, state: State, form: str, norms: tuple[float, float], **chosen: Any) -> Transported:
-        """What was done."""
+    def result(self, state: State, form: str, norms: tuple[Norms, Norms], **chosen: Any) -> Transported:
+        """What was done; `norms` are those of the leaves of the task vector, and of the moved one."""
         config, ready = self.config, self.ready
         done: dict[str, Any] = {"scale": config.scale, "validation": None, "refined": None, "copy": None}
         return Transported(
@@ -136,7 +145,8 @@ class _Work(NamedTuple):
             finetuned=config.finetuned or config.task_vector or "",
             target=config.target,
             examples=self.looked_at,
-            norms=dict(zip(("source", "target"), norms, strict=True)),
+            norms={side: math.hypot(*own.values()) for side, own in zip(_SIDES, norms, strict=True)},
+            leaf_norms=dict(zip(_SIDES, norms, strict=True)),
             notes=(*inputs.notes_of(ready.found, ready.held_out), *state.notes),
             **(done | chosen),
         )
@@ -157,12 +167,13 @@ def _whole(work: _Work, tau: PyTree, also: list[str]) -> tuple[Transported, Stat
     elif ready.held_out is not None:
         task = ready.way.task(target, ready.held_out, ready.prompts)
         scored = with_task(target, task), task.batches(ready.held_out, config.batch_size)
-        best, copy = _chosen(moved, tau, target, ready, *scored)
+        best, copy = _chosen(moved, tau, target, ready, *scored, work.progress)
         chosen = {"scale": best.scale, "validation": _curve(best, ready.held_out), "copy": copy}
         if best.scale == 0:
             nothing = "no scale does better than none on the validation examples: the target is written as it was"
             state = dataclasses.replace(state, notes=(*state.notes, nothing))
-    result = work.result(state, form, (float(tree.norm(tau)), float(tree.norm(moved))), **chosen)
+    result = work.result(state, form, (_norms(tau), _norms(moved)), **chosen)
+    begin(work.progress, f"writing {config.output}")
     _save(config, result, models, moved, params)
     return result, state, forms
 
@@ -171,23 +182,31 @@ def _streamed(work: _Work, tau: PyTree, also: list[str]) -> tuple[Transported, S
     """The models on disk: a stage in memory at a time, each moved leaf added to the target's and written at once."""
     config, target = work.config, work.models[work.config.target]
     left = tree.flatten(target.pretrained.params)
-    squares, scratch = 0.0, Scratch()
+    norms: Norms = {}
+    scratch = Scratch()
 
+    begin(work.progress, "checking the weights")
     card = _card(config, "model", config.scale, work.looked_at, work.models)  # reads, and so checks, every weight
     with write_checkpoint(target.checkpoint, config.output, card=lambda: card) as write:
 
         def edit(number: int, path: str, leaf: Any) -> None:
-            nonlocal squares
             change, before = np.asarray(leaf), np.asarray(left.pop(path))
-            squares += float(np.vdot(change, change))
+            norms[path] = math.sqrt(np.vdot(change, change))
             write(path, edit_leaf(before, [change], path, config.scale, scratch).astype(before.dtype))
 
         state = _fitted(work, tau, stream=[tau], write=edit)
         for path, leaf in left.items():
             write(path, np.asarray(leaf))
     state = dataclasses.replace(state, notes=(*state.notes, *work.ready.notes, *also))
-    before = sum(float(np.vdot(leaf, leaf)) for leaf in map(np.asarray, jax.tree.leaves(tau)))
-    return work.result(state, "model", (before**0.5, squares**0.5)), state, ()
+    read = map(np.asarray, tree.flatten(tau).values())  # one in memory at a time
+    before = {path: math.sqrt(np.vdot(leaf, leaf)) for path, leaf in zip(tree.flatten(tau), read, strict=True)}
+    return work.result(state, "model", (before, norms)), state, ()
+
+
+def _norms(tau: PyTree) -> Norms:
+    """The norm of each leaf by path."""
+    found = processes.fetch(tree.by_leaf(tree.norm, tau))
+    return {path: float(norm) for path, norm in found.items()}
 
 
 def _task_vector(config: TransportConfig, ready: Prepared, models: Models) -> tuple[PyTree, list[str]]:
@@ -258,6 +277,7 @@ def _fitted(work: _Work, tau: PyTree, **stream: Any) -> State:
             depends_on["prompts"] = json.dumps(ready.prompts.templates)
         store = TransportStore(config.maps, depends_on)
     pairs, loader = ([], None) if ready.found is None else paired_batches(ready, source, target, config.batch_size)
+    begin(progress, "fitting")
     options: dict[str, Any] = {"depth": ready.depth, "tokens": config.tokens, "progress": progress, "cache": store}
     options |= {"tau": tau if ready.moving.needs_task_vector else None, **stream}
     state = fit(ready.moving, *sides, pairs, **options)
@@ -265,7 +285,13 @@ def _fitted(work: _Work, tau: PyTree, **stream: Any) -> State:
 
 
 def _chosen(
-    moved: PyTree, tau: PyTree, target: Opened, ready: Prepared, scored: Model, held_out: Loader
+    moved: PyTree,
+    tau: PyTree,
+    target: Opened,
+    ready: Prepared,
+    scored: Model,
+    held_out: Loader,
+    progress: Progress | None,
 ) -> tuple[ChosenScale, dict[str, Any] | None]:
     """The best scale, and what the task vector does as it is: the baseline that every transport must beat.
 
@@ -275,7 +301,7 @@ def _chosen(
     as_it_is = copied(tau, target.pretrained.params)
     if not isinstance(as_it_is, str):
         edits.append((as_it_is, scales_of(identity())))
-    best, *copies = choose_scales(scored, edits, held_out)
+    best, *copies = choose_scales(scored, edits, held_out, progress)
     return best, {"scale": copies[0].scale, "accuracy": copies[0].accuracy} if copies else None
 
 
@@ -307,6 +333,8 @@ def _write_report(config: TransportConfig, result: Transported, state: State, fo
     content = {**about, **given, "notes": state.notes, "leaves": leaves}
     write_json(config.output / "leaf_report.json", content, sort_keys=False)
     write_text(config.output / "leaf_report.txt", summary(state, forms) + "\n")
+    if processes.is_first():
+        plot_norms(result.leaf_norms["source"], result.leaf_norms["target"], config.output / _PICTURE)
 
 
 def _card(config: TransportConfig, form: str, scale: float, examples: dict[str, Any] | None, models: Models) -> str:
@@ -332,5 +360,6 @@ def _card(config: TransportConfig, form: str, scale: float, examples: dict[str, 
             **{f"option {name}": value for name, value in config.options.items()},
         },
         results=None if examples is None else {"examples": examples},
+        pictures={"Norm by layer and kind of leaf, in the source and moved": _PICTURE},
         library="peft" if form == "adapter" else "transformers",
     )

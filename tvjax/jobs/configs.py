@@ -436,6 +436,8 @@ class InspectConfig(Config):
 
     things: Annotated[Several[str], Typed("THING [THING]", argument=True), Field(min_length=1)]
     """A model (folder or hub id), or a file of tvjax: a task vector, maps, coefficients. Two are compared."""
+    compare: bool = False
+    """Compare two things, as is done wherever two are given."""
     norms: bool | None = None
     """Norms by block; every tensor is read. Default: for task vectors."""
     sites: bool = False
@@ -449,6 +451,8 @@ class InspectConfig(Config):
     def _fit_together(self) -> InspectConfig:
         if len(self.things) > 2:
             raise ValueError(f"{len(self.things)} things given, expected one, or two to compare")
+        if self.compare and len(self.things) == 1:
+            raise ValueError(f"--compare is for two things, found only {self.things[0]!r}: give another beside it")
         if len(self.things) == 2 and (self.sites or self.model is not None or self.norms is False):
             raise ValueError("--sites, --model and --no-norms are for one thing, found two")
         if self.norms is False and (self.plot is not None or self.model is not None):
