@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -35,6 +36,7 @@ from tvjax.jobs.recipes import recipe_of, write_recipe
 from tvjax.jobs.recommended import with_method
 from tvjax.jobs.refined import Refinement, prepare_refinement, refine
 from tvjax.jobs.task_vectors import is_adapter, read_given
+from tvjax.on_disk import DiskArray, is_on_disk
 from tvjax.progress import Progress, begin
 from tvjax.renamed import warn
 from tvjax.report.norm_plots import plot_norms
@@ -182,31 +184,50 @@ def _streamed(work: _Work, tau: PyTree, also: list[str]) -> tuple[Transported, S
     """The models on disk: a stage in memory at a time, each moved leaf added to the target's and written at once."""
     config, target = work.config, work.models[work.config.target]
     left = tree.flatten(target.pretrained.params)
-    norms: Norms = {}
+    after: Norms = {}
     scratch = Scratch()
 
+    # The card says the fingerprints, which are taken over the weights in the order of their paths: the walk, which goes
+    # by stages, reads them again. This first reading is also the one that finds values that are not finite.
     begin(work.progress, "checking the weights")
-    card = _card(config, "model", config.scale, work.looked_at, work.models)  # reads, and so checks, every weight
+    card = _card(config, "model", config.scale, work.looked_at, work.models)
+    tau, before = _measured(tau)
     with write_checkpoint(target.checkpoint, config.output, card=lambda: card) as write:
 
         def edit(number: int, path: str, leaf: Any) -> None:
-            change, before = np.asarray(leaf), np.asarray(left.pop(path))
-            norms[path] = math.sqrt(np.vdot(change, change))
-            write(path, edit_leaf(before, [change], path, config.scale, scratch).astype(before.dtype))
+            change, own = np.asarray(leaf), np.asarray(left.pop(path))
+            after[path] = math.sqrt(np.vdot(change, change))
+            write(path, edit_leaf(own, change, config.scale, own.dtype, scratch))
 
         state = _fitted(work, tau, stream=[tau], write=edit)
         for path, leaf in left.items():
             write(path, np.asarray(leaf))
     state = dataclasses.replace(state, notes=(*state.notes, *work.ready.notes, *also))
-    read = map(np.asarray, tree.flatten(tau).values())  # one in memory at a time
-    before = {path: math.sqrt(np.vdot(leaf, leaf)) for path, leaf in zip(tree.flatten(tau), read, strict=True)}
-    return work.result(state, "model", (before, norms)), state, ()
+    return work.result(state, "model", (before, after)), state, ()
 
 
 def _norms(tau: PyTree) -> Norms:
     """The norm of each leaf by path."""
     found = processes.fetch(tree.by_leaf(tree.norm, tau))
     return {path: float(norm) for path, norm in found.items()}
+
+
+def _measured(tau: PyTree) -> tuple[PyTree, Norms]:
+    """A task vector, and the norms of its leaves by path: those on disk are measured when the fit checks them."""
+    norms: Norms = {}
+
+    def read(path: str, leaf: Any) -> np.ndarray:
+        values = np.asarray(leaf)
+        norms[path] = math.sqrt(np.vdot(values, values))
+        return values
+
+    def measured(path: str, leaf: Any) -> Any:
+        if is_on_disk(leaf):
+            return DiskArray(leaf.shape, leaf.dtype, functools.partial(read, path, leaf))
+        read(path, leaf)
+        return leaf
+
+    return tree.map_with_path(measured, tau), norms
 
 
 def _task_vector(config: TransportConfig, ready: Prepared, models: Models) -> tuple[PyTree, list[str]]:
