@@ -71,8 +71,8 @@ def test_no_weight_is_read_only_to_be_checked_or_measured(folders, images, tmp_p
         name: max(number for (file, _), number in counts.items() if file.startswith(f"{folder}/"))
         for name, folder in folders.items()
     }
-    # Of all the fingerprint; of the target the walk and the sum; of the source, a block of which is paired with two, the
-    # difference as it is checked, and twice the walk and the difference that is moved.
+    # Of all the fingerprint; of the target the walk and the sum; of the source, a block of which is paired with two,
+    # the difference as it is checked, and twice the walk and the difference that is moved.
     assert most == {"source": 1 + 1 + 2 * 2, "finetuned": 1 + 1 + 2, "target": 1 + 2}
 
 
