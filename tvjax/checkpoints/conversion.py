@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from tvjax import tree
 from tvjax.checkpoints.code_trees import CODES, find_code_tree, load_code_tree, save_code_tree
+from tvjax.checkpoints.fingerprints import Fingerprint, fingerprint
 from tvjax.checkpoints.folder import open_checkpoint
 from tvjax.checkpoints.huggingface import (
     MAX_SHARD_SIZE,
@@ -29,8 +30,9 @@ from tvjax.checkpoints.huggingface import (
 from tvjax.checkpoints.memory import contiguous, to_jax
 from tvjax.checkpoints.model_card import model_card
 from tvjax.checkpoints.orbax import METADATA, PARAMS, load_orbax, save_orbax
-from tvjax.checkpoints.safetensors import Fingerprint, cast, check_finite, fingerprint, tensor_header
+from tvjax.checkpoints.reader import check_finite
 from tvjax.checkpoints.side_by_side import SideBySide
+from tvjax.checkpoints.tensor_dtypes import cast, tensor_header
 from tvjax.checkpoints.torch_files import load_tensors
 from tvjax.models.clip.config import CLIPConfig
 from tvjax.models.families import shapes_of

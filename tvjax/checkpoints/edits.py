@@ -14,19 +14,15 @@ from jax.typing import DTypeLike
 
 from tvjax import tree
 from tvjax.checkpoints import elementwise
+from tvjax.checkpoints.fingerprints import Fingerprint
 from tvjax.checkpoints.folder import Checkpoint, Name, open_checkpoint
 from tvjax.checkpoints.huggingface import write_checkpoint
 from tvjax.checkpoints.memory import Scratch
 from tvjax.checkpoints.model_card import model_card
 from tvjax.checkpoints.provenance import check_made_for, check_same_base, check_same_config
-from tvjax.checkpoints.safetensors import (
-    Fingerprint,
-    cast,
-    check_finite,
-    open_tensors,
-    tensor_header,
-)
+from tvjax.checkpoints.reader import check_finite, open_tensors
 from tvjax.checkpoints.side_by_side import Progress, SideBySide
+from tvjax.checkpoints.tensor_dtypes import cast, tensor_header
 from tvjax.stages import PyTree
 
 

@@ -16,12 +16,9 @@ from tvjax.checkpoints.elementwise import difference
 from tvjax.checkpoints.folder import Checkpoint, Name, open_checkpoint
 from tvjax.checkpoints.memory import Scratch
 from tvjax.checkpoints.provenance import check_configs
-from tvjax.checkpoints.safetensors import (
-    cast,
-    cast_header,
-    write_tensors,
-)
 from tvjax.checkpoints.side_by_side import Progress, SideBySide
+from tvjax.checkpoints.tensor_dtypes import cast, cast_header
+from tvjax.checkpoints.writer import write_tensors
 from tvjax.models.families import GENERIC
 from tvjax.models.key_table import Tensor
 

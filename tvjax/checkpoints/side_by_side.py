@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from tvjax.checkpoints.fingerprints import Fingerprint
 from tvjax.checkpoints.memory import Scratch
-from tvjax.checkpoints.safetensors import Fingerprint
 
 Progress = Callable[[int, int, str], None]
 _TURNS = 4  # leaves that are there at once: a small one is soon done with, while a large one is still being read

@@ -16,11 +16,11 @@ from tvjax.arithmetic import apply, scale
 from tvjax.checkpoints import TransportStore, model_card, save_adapter, save_pretrained, save_tree
 from tvjax.checkpoints.atomic import write_text
 from tvjax.checkpoints.edits import edit_leaf
+from tvjax.checkpoints.fingerprints import fingerprint
 from tvjax.checkpoints.huggingface import check_new, write_checkpoint
 from tvjax.checkpoints.json_files import write_json
 from tvjax.checkpoints.memory import Scratch
 from tvjax.checkpoints.processors import processor_fingerprint
-from tvjax.checkpoints.safetensors import fingerprint
 from tvjax.data.loader import Loader
 from tvjax.data.texts import Texts
 from tvjax.evaluate.scale import ChosenScale, choose_scales

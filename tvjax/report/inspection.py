@@ -24,8 +24,9 @@ from tvjax import tree
 from tvjax.capture import SiteTable, sites
 from tvjax.checkpoints import coefficients as coefficient_files
 from tvjax.checkpoints import transport_state as map_files
+from tvjax.checkpoints.fingerprints import Fingerprint
 from tvjax.checkpoints.folder import open_checkpoint
-from tvjax.checkpoints.safetensors import Fingerprint, open_tensors
+from tvjax.checkpoints.reader import open_tensors
 from tvjax.models.families import family_of_config
 from tvjax.models.generic import GenericConfig, no_code
 from tvjax.models.layer_table import Layout
