@@ -50,6 +50,14 @@ def test_a_streamed_run_writes_what_one_in_memory_writes(folders, images, tmp_pa
         np.testing.assert_array_equal(leaf, expected[path])
     assert any((leaf != before[path]).any() for path, leaf in found.items())
     np.testing.assert_allclose(list(streamed.norms.values()), list(whole.norms.values()), rtol=1e-5)
+    for side, norms in whole.leaf_norms.items():
+        assert norms.keys() == streamed.leaf_norms[side].keys()
+        np.testing.assert_allclose(np.linalg.norm(list(norms.values())), whole.norms[side], rtol=1e-5)
+        for path, norm in norms.items():
+            np.testing.assert_allclose(streamed.leaf_norms[side][path], norm, rtol=1e-5, atol=1e-7)
+    for name in ("whole", "streamed"):
+        assert "(norms.png)" in (tmp_path / name / "README.md").read_text()
+        assert (tmp_path / name / "norms.png").stat().st_size > 10_000
     reports = [json.loads((tmp_path / name / "leaf_report.json").read_text()) for name in ("whole", "streamed")]
     assert reports[0]["leaves"] == reports[1]["leaves"] and streamed.notes == whole.notes
     shards = sorted(file.name for file in (tmp_path / "streamed").glob("*.safetensors"))

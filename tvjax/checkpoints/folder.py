@@ -31,6 +31,7 @@ from tvjax.models.differences import function_values, to_text
 from tvjax.models.families import GENERIC, Family, family_of_settings, shapes_of
 from tvjax.models.key_table import Source, check_copies, find_sources
 from tvjax.models.settings import NoCode, Settings, check_not_quantised
+from tvjax.progress import Progress
 from tvjax.stages import PyTree
 
 if TYPE_CHECKING:
@@ -201,13 +202,17 @@ class Checkpoint:
         return contiguous(source.to_ours(raw), None if keep else scratch.take("ours", size))
 
     def params(
-        self, shardings: Mapping[str, jax.sharding.Sharding] | None = None, dtype: DTypeLike | None = None
+        self,
+        shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+        dtype: DTypeLike | None = None,
+        progress: Progress | None = None,
     ) -> PyTree:
         """All parameters, each read and transposed into the memory that it stays in.
 
         Args:
           shardings: where each is to lie, by path; a process then reads no more than its own shards.
           dtype: of the parameters; None keeps those of the files.
+          progress: called with (leaves done, leaves in all, path of the last).
 
         Raises:
           ValueError: where values are not finite.
@@ -227,7 +232,12 @@ class Checkpoint:
 
         with ThreadPoolExecutor(_THREADS) as pool:
             try:
-                return tree.nest(dict(zip(self.sources, pool.map(load, self.sources), strict=True)))
+                leaves: dict[str, jax.Array] = {}
+                for path, leaf in zip(self.sources, pool.map(load, self.sources), strict=True):
+                    leaves[path] = leaf
+                    if progress is not None:
+                        progress(len(leaves), len(self.sources), path)
+                return tree.nest(leaves)
             except BaseException:
                 pool.shutdown(cancel_futures=True)  # nothing more is read
                 raise

@@ -11,8 +11,8 @@ import numpy as np
 
 from tvjax.checkpoints.fingerprints import Fingerprint
 from tvjax.checkpoints.memory import Scratch
+from tvjax.progress import Progress
 
-Progress = Callable[[int, int, str], None]
 _TURNS = 4  # leaves that are there at once: a small one is soon done with, while a large one is still being read
 _AHEAD = 2**28  # bytes of them; a larger one is there alone
 _KEPT = 2**25  # bytes of a leaf whose memory is kept for the next

@@ -9,7 +9,7 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from tvjax.demo.arithmetic import addition, analogies, negation
 from tvjax.demo.setup import BASE, SOURCE, TARGETS, TITLES, Settings, load, photographs, style_of
 from tvjax.demo.transports import EQUAL_SHAPES, Bench, Result, methods
 from tvjax.evaluate.protocols import Edit
+from tvjax.progress import Progress
 from tvjax.report.measurements import Comparison, Measurement, compare, in_order
 from tvjax.report.plots import Curve, plot_methods, plot_scales
 from tvjax.stages import Batch
@@ -41,7 +42,6 @@ ABOUT = {
 }
 
 _SETS = ("calibration", "validation", "test")
-Progress = Callable[[int, int, str], None]
 
 
 class Findings(NamedTuple):
