@@ -6,6 +6,7 @@ but tensors is made of it.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from tvjax import tree
+from tvjax.checkpoints.behind import Behind
 from tvjax.checkpoints.code_trees import CODES, check_code, find_code_tree, load_code_tree, save_code_tree
 from tvjax.checkpoints.fingerprints import Fingerprint, fingerprint
 from tvjax.checkpoints.folder import open_checkpoint
@@ -201,12 +203,14 @@ def _rewrite(
         def card() -> str:
             return _card(folder, opened.name, opened.revision, dtype, found())
 
-        with write_checkpoint(opened, folder, dtype=dtype, max_shard_size=max_shard_size, card=card) as write:
+        with (
+            write_checkpoint(opened, folder, dtype=dtype, max_shard_size=max_shard_size, card=card) as write,
+            Behind() as behind,
+        ):
             for path, (read,) in reader.leaves(progress):
                 leaf = cast(read, dtype)
-                hashed = reader.submit(written.add, path, leaf)
-                write(path, leaf)
-                hashed.result()
+                behind.do(functools.partial(written.add, path, leaf), functools.partial(write, path, leaf))
+                behind.wait()  # what was read is valid until the next
                 parameters += leaf.size
                 dtypes.add(leaf.dtype.name)
     return found()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from jax.typing import DTypeLike
 
 from tvjax import tree
 from tvjax.checkpoints import elementwise
+from tvjax.checkpoints.behind import Behind
 from tvjax.checkpoints.fingerprints import Fingerprint
 from tvjax.checkpoints.folder import Checkpoint, Name, open_checkpoint
 from tvjax.checkpoints.huggingface import write_checkpoint
@@ -161,7 +163,7 @@ def apply_trees(
     """
     changes = _Changes(taus)
     changed = [path for path in sorted(base.shapes) if path in changes.shapes]
-    written, scratch = Fingerprint(), Scratch()
+    written = Fingerprint()
     count = sum(math.prod(shape) for shape in base.shapes.values())
     with SideBySide(base, changes, hashed=[base]) as reader:
 
@@ -173,25 +175,23 @@ def apply_trees(
             chosen = {"scale": scale, **settings}
             return model_card(Path(folder).name, action, about, inputs=inputs, settings=chosen, results=results)
 
-        with write_checkpoint(base, folder, dtype=dtype, max_shard_size=max_shard_size, card=card) as write:
+        options: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size, "card": card}
+        with write_checkpoint(base, folder, **options) as write, Behind() as behind:
             for leaf, (theta, change) in reader.leaves(progress):
                 stored = theta.dtype if dtype is None else np.dtype(dtype)
-                edited = cast(theta, stored) if change is None else edit_leaf(theta, change, scale, stored, scratch)
-                hashed = reader.submit(written.add, leaf, edited)
-                write(leaf, edited)
-                hashed.result()
+                if change is None:
+                    edited = cast(theta, stored)
+                else:
+                    edited = behind.take(theta.shape, stored)
+                    elementwise.edited(theta, change, scale, edited)
+                behind.do(functools.partial(written.add, leaf, edited), functools.partial(write, leaf, edited))
+                if change is None:  # what was read is valid until the next
+                    behind.wait()
+            behind.wait()
             origin.check_weights(base, reader.fingerprints()[0])
     covered = set(changed)
     copied = tuple(leaf for leaf in sorted(base.shapes) if leaf not in covered)
     return Applied(tuple(changed), copied, count, written.hexdigest(), base.others)
-
-
-def edit_leaf(theta: np.ndarray, change: np.ndarray, scale: float, dtype: DTypeLike, scratch: Scratch) -> np.ndarray:
-    """``theta + scale * change``, taken in float32 and rounded once to a dtype, in the memory of the scratch."""
-    stored = np.dtype(dtype)
-    out = scratch.take("edited", theta.size * stored.itemsize).view(stored).reshape(theta.shape)
-    elementwise.edited(theta, change, scale, out)
-    return out
 
 
 class _Changes:
