@@ -23,7 +23,7 @@ class Behind:
     ...     for number in range(3):
     ...         array = behind.take((2,), np.float32)
     ...         array[:] = number
-    ...         behind.do(functools.partial(done.append, array.sum()))
+    ...         behind.do(lambda total=array.sum(): done.append(total))
     >>> [float(one) for one in done]
     [0.0, 2.0, 4.0]
     """
