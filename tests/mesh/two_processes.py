@@ -21,7 +21,7 @@ import tvjax as tv
 from tvjax import processes, sharding, tree
 from tvjax.checkpoints import Pretrained, TrainingStore, TransportStore, fingerprint, load_orbax, save_orbax
 from tvjax.checkpoints.json_files import write_json
-from tvjax.checkpoints.safetensors import TensorWriter
+from tvjax.checkpoints.writer import TensorWriter
 from tvjax.compose import learn, of_loss
 from tvjax.models import vit
 from tvjax.models.families import shapes_of
