@@ -23,7 +23,7 @@ TOWER = CLIPConfig(CONFIG.vision, None)
 def random_params(config, seed, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32).astype(dtype), shapes)
+    return jax.tree.map(lambda leaf: jax.device_put(np.float32(rng.normal(size=leaf.shape))).astype(dtype), shapes)
 
 
 def write(folder, config, params, **options):

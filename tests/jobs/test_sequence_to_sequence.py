@@ -52,8 +52,10 @@ def write_t5(folder, width, depths, heads, seed, change=0.0, letters=False, kind
     config = kind(16, width, 4, 2 * width, *depths, heads, 8, 12, **changes)
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    params = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), shapes)
-    params = jax.tree.map(lambda x: x + jnp.asarray(change * rng.normal(size=x.shape), jnp.float32), params)
+    params = jax.tree.map(lambda leaf: jax.device_put(np.float32(0.3 * rng.normal(size=leaf.shape))), shapes)
+    params = jax.tree.map(
+        lambda x: jax.device_put(np.asarray(x) + np.float32(change * rng.normal(size=x.shape))), params
+    )
     save_pretrained(Pretrained(t5(config, params), config), folder)
     write_tokenizer(folder, letters=letters)
     return str(folder)

@@ -35,8 +35,10 @@ def write_llama(folder, width, depth, heads, seed, change=0.0, words=WORDS, voca
     config = LlamaConfig(vocabulary, width, 2 * width, depth, heads, 2, head_dim=4, max_position_embeddings=32)
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    params = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), shapes)
-    params = jax.tree.map(lambda x: x + jnp.asarray(change * rng.normal(size=x.shape), jnp.float32), params)
+    params = jax.tree.map(lambda leaf: jax.device_put(np.float32(0.3 * rng.normal(size=leaf.shape))), shapes)
+    params = jax.tree.map(
+        lambda x: jax.device_put(np.asarray(x) + np.float32(change * rng.normal(size=x.shape))), params
+    )
     save_pretrained(Pretrained(llama(config, params), config), folder)
     if words:
         write_tokenizer(folder, words, letters)

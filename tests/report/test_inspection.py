@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inspection")
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: init(CONFIG, jax.random.key(0)))
-    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), shapes)
+    params = jax.tree.map(lambda leaf: jax.device_put(np.float32(rng.normal(size=leaf.shape))), shapes)
     save_pretrained(Pretrained(clip(CONFIG, params), CONFIG), folder / "model")
     base = from_pretrained(folder / "model")
     for name, dtype, leave_out in (("a", None, ()), ("b", "bfloat16", ("pre_norm",))):
