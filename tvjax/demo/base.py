@@ -88,4 +88,4 @@ def named_key(seed: int, name: str) -> jax.Array:
 
 def float32(params: PyTree) -> PyTree:
     """The parameters in float32, so that edits are not rounded to the 16 bits of a file."""
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float32)), params)  # nothing to compile

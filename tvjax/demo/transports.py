@@ -8,11 +8,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tvjax.arithmetic import apply
 from tvjax.demo.base import Embedded, Sets, Settings, draw_examples, named_key
 from tvjax.evaluate.accuracy import accuracy
 from tvjax.evaluate.fine_tune import fine_tune
-from tvjax.evaluate.scale import choose_scale
+from tvjax.evaluate.scale import choose_scale, edited
 from tvjax.stages import Batch, Model, PyTree
 from tvjax.transport import State, Transport, bico, chain, fit, gradfix, orthogonal_shift, theseus
 from tvjax.transport.base import LinkState
@@ -77,9 +76,7 @@ class Bench(NamedTuple):
         model, own = self.target.model, self.target.taus[self.task]
         results = [
             Result("zero_shot", 0, 0.0, self._test(model)),
-            Result(
-                "fine_tuned", self.examples.trained, 1.0, self._test(model.replace(params=apply(model.params, own)))
-            ),
+            Result("fine_tuned", self.examples.trained, 1.0, self._test(edited(model, own))),
         ]
         if self.same_shape:
             tau, shift = self.source.taus[self.task], orthogonal_shift()
@@ -146,8 +143,8 @@ class Bench(NamedTuple):
         """The edit at the scale that is best on the validation examples."""
         model = self.target.model
         chosen = choose_scale(model, tau, grid, self.examples.validation)
-        edited = model.replace(params=apply(model.params, tau, chosen.scale))
-        return Result(method, labels, chosen.scale, self._test(edited), tuple(chosen.curve.tolist()))
+        found = self._test(edited(model, tau, chosen.scale))
+        return Result(method, labels, chosen.scale, found, tuple(chosen.curve.tolist()))
 
     def _test(self, model: Model) -> float:
         return accuracy(model, self.examples.test).fraction
