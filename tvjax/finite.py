@@ -103,7 +103,7 @@ def _is_finite(leaf: Any) -> Any:
     return not count_not_finite(np.asarray(leaf))
 
 
-def _is_on_host(leaf: jax.Array) -> bool:
+def _is_on_host(leaf: Any) -> bool:
     """Whether NumPy can look at an array without a copy."""
     return leaf.is_fully_addressable and [device.platform for device in leaf.sharding.device_set] == ["cpu"]
 

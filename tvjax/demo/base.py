@@ -67,12 +67,14 @@ class Sets(NamedTuple):
       validation: scales and hyperparameters are chosen on these.
       test: reported accuracies are measured on these.
       trained: examples of each class that the targets were fine-tuned on for their own task vectors.
+      repeats: how often each test example is there, all of them once and then again.
     """
 
     pool: Batch
     validation: Batch | Sequence[Batch]
     test: Batch | Sequence[Batch]
     trained: int
+    repeats: int = 1
 
 
 def draw_examples(pool: Batch, task: str, draw: int, settings: Settings) -> Batch:

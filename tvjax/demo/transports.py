@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tvjax.demo.base import Embedded, Sets, Settings, draw_examples, named_key
-from tvjax.evaluate.accuracy import accuracy
+from tvjax.evaluate.accuracy import predictions
 from tvjax.evaluate.fine_tune import fine_tune
 from tvjax.evaluate.scale import choose_scale, edited
 from tvjax.stages import Batch, Model, PyTree
@@ -38,15 +39,20 @@ class Result(NamedTuple):
       method: its name.
       labels_per_class: labelled training examples of each class that it read.
       alpha: scale of its edit.
-      accuracy: fraction of the test examples.
+      right: ``[n]``, in what share of its repeats each test example is right.
       curve: accuracy on the validation examples at every scale of its grid; empty where there is no grid.
     """
 
     method: str
     labels_per_class: int
     alpha: float
-    accuracy: float
+    right: np.ndarray
     curve: tuple[float, ...] = ()
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction of the test examples."""
+        return float(self.right.mean())
 
 
 class Bench(NamedTuple):
@@ -159,5 +165,5 @@ class Bench(NamedTuple):
         found = self._test(edited(model, tau, chosen.scale))
         return Result(method, labels, chosen.scale, found, tuple(chosen.curve.tolist()))
 
-    def _test(self, model: Model) -> float:
-        return accuracy(model, self.examples.test).fraction
+    def _test(self, model: Model) -> np.ndarray:
+        return predictions(model, self.examples.test).right.reshape(self.examples.repeats, -1).mean(0)
