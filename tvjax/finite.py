@@ -15,6 +15,7 @@ import numpy as np
 
 from tvjax import processes, tree
 from tvjax.factors import is_low_rank
+from tvjax.on_disk import is_on_disk
 
 PyTree = Any
 
@@ -32,8 +33,8 @@ def check_finite(values: PyTree, what: str) -> None:
 
     Each leaf is passed over once, where it lies: NumPy arrays, memory maps and JAX arrays of one CPU device on the
     host, without new memory and with nothing to compile; other JAX arrays by one reduction on their own devices, all
-    answers fetched together. Leaves without values, those that are
-    traced (inside `jit`) or are shapes, cannot be looked at, and are not.
+    answers fetched together. Leaves on disk (`tvjax.on_disk`) are read, but for those that were read and found finite
+    before. Leaves without values, those that are traced (inside `jit`) or are shapes, cannot be looked at, and are not.
 
     Args:
       values: any pytree; leaves that are no floating-point arrays are finite.
@@ -100,6 +101,8 @@ def _is_finite(leaf: Any) -> Any:
             return True
         if not _is_on_host(leaf):
             return _all_finite(leaf)
+    if is_on_disk(leaf) and leaf.known_finite:
+        return True
     return not count_not_finite(np.asarray(leaf))
 
 

@@ -5,6 +5,8 @@ import json
 import pathlib
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -141,6 +143,34 @@ def test_plain_lines_are_few_and_every_round_has_its_last(capsys):
     assert len(printed) <= 2 * (2 + 400 * 0.01 / progress.PAUSE)
     assert [line for line in printed if " 1/400" in line] == ["merge 1/400: leaf 0 (0:03 left)"] * 2
     assert [line for line in printed if "400/400" in line] == ["merge 400/400: leaf 399"] * 2
+
+
+def test_a_silence_is_broken_by_what_is_going_on(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SILENCE", 2.0)
+    now = iter(range(100)).__next__  # a second at every look
+    lines = progress.Lines("transport", clock=now)
+    for _ in range(3):
+        lines.still()
+    lines(0, 0, "reading a")
+    for _ in range(13):
+        lines.still()
+    lines(1, 3, "block 0")
+    for _ in range(2):
+        lines.still()
+    assert capsys.readouterr().err.splitlines() == [
+        *("transport: starting (0:02)", "transport: reading a (0:06)", "transport: reading a (0:10)"),
+        *("transport 1/3: block 0 (0:28 left)", "transport: after 1/3, block 0 (0:20)"),
+    ]
+
+
+def test_the_watch_beside_the_work_speaks_and_ends(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SILENCE", 0.01)
+    with progress.progress("merge", quiet=False) as report:
+        report(0, 0, "reading")
+        threads = [thread for thread in threading.enumerate() if thread.daemon and "watch" in thread.name]
+        time.sleep(0.1)
+    assert len(threads) == 1 and not threads[0].is_alive()
+    assert "merge: reading (0:00)" in capsys.readouterr().err
 
 
 def test_a_terminal_gets_one_bar_with_the_time_left(monkeypatch):

@@ -84,6 +84,28 @@ def test_two_task_vectors(vectors, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == found and (tmp_path / "p.png").exists()
 
 
+def test_two_models_of_two_shapes_by_block_and_kind(models, tmp_path, capsys, monkeypatch):
+    found = as_json(capsys, "--compare", models["source"], models["wider"])
+    query = "vision/blocks/0/attention/query/kernel"
+    assert found["shapes"][query] == [[8, 8], [12, 12]] and found["about"]["config.vision.hidden_size"] == [8, 12]
+    own = found["leaves"][query]
+    assert min(own["norms"]) > 0 and own["distance"] is own["cosine"] is own["sign_agreement"] is None
+    assert found["blocks"]["vision/blocks/2"]["norms"][0] is None  # the second has a block more
+    of_kind = [found["leaves"][query.replace("0", str(block))]["norms"][1] for block in range(3)]
+    kind = found["kinds"]["vision/blocks/*/attention/query/kernel"]["norms"][1]
+    np.testing.assert_allclose(kind, np.linalg.norm(of_kind))
+    assert run(["inspect", models["source"], models["wider"], "--compare"]) == 0
+    shown = capsys.readouterr().out
+    assert "other shapes" in shown and "only B has" in shown and "config.vision.hidden_size: 8 in A, 12 in B" in shown
+    assert "vision/blocks/*/mlp/up/kernel" in shown
+    held = []
+    monkeypatch.setattr(Tensors, "read", lambda self, key, read=Tensors.read: held.append(key) or read(self, key))
+    near = as_json(capsys, models["source"], models["same"], "--plot", str(tmp_path / "p.png"))
+    assert len(held) == 2 * len(near["leaves"]) and [*held[::2]] == [*held[1::2]]  # pair by pair, each once
+    with Image.open(tmp_path / "p.png") as image:
+        assert min(image.size) > 200
+
+
 def test_coefficients_say_what_they_are(tmp_path, capsys):
     file = str(tmp_path / "c.safetensors")
     layer = {"up": {"kernel": jnp.ones((2, 2))}}
@@ -103,6 +125,7 @@ def test_coefficients_say_what_they_are(tmp_path, capsys):
     [
         (["{a}", "{b}", "{a}"], "3 things given"),
         (["{a}", "{b}", "--sites"], "are for one thing"),
+        (["--compare", "{a}"], "--compare is for two things"),
         (["{a}", "--no-norms", "--plot", "{tmp}/p.png"], "need norms"),
         (["{a}", "--plot", "{tmp}/p.jpg"], "in .png"),
         (["{a}", "--plot", "{tmp}/none/p.png"], "its folder does not exist"),

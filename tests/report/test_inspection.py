@@ -16,6 +16,9 @@ from tvjax.checkpoints.safetensors import Tensors, save_tensors
 from tvjax.compose import init as init_coefficients
 from tvjax.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, clip, init
 from tvjax.report import inspection
+from tvjax.report import sums as adding
+from tvjax.report.comparison import compare
+from tvjax.report.contents import contents
 
 CONFIG = CLIPConfig(
     CLIPVisionConfig(8, 16, 2, 2, image_size=8, patch_size=4, projection_dim=4),
@@ -48,11 +51,11 @@ def no_weights(monkeypatch):
 
 @pytest.fixture(params=[50, 2**20], ids=["in small pieces", "whole"])
 def pieces(request, monkeypatch):
-    monkeypatch.setattr(inspection, "_PIECE", request.param)
+    monkeypatch.setattr(adding, "_PIECE", request.param)
 
 
 def test_a_model_is_known_from_its_headers(folder, no_weights):
-    found = inspection.contents(folder / "model")
+    found = contents(folder / "model")
     shapes = {path: leaf.shape for path, leaf in tree.flatten(init(CONFIG, jax.random.key(0))).items()}
     assert found.kind == "model" and found.about["config"]["vision"]["hidden_size"] == 8
     assert {leaf.path: leaf.shape for leaf in found.leaves} == shapes
@@ -62,7 +65,7 @@ def test_a_model_is_known_from_its_headers(folder, no_weights):
 
 
 def test_sites_are_those_of_each_kind_of_stage(folder, no_weights):
-    found = inspection.model_sites(inspection.contents(folder / "model"))
+    found = inspection.model_sites(contents(folder / "model"))
     stages = [kind.stages for kind in found]
     assert ("vision/blocks/0", "vision/blocks/1") in stages and ("text/blocks/0",) in stages
     assert sum(map(len, stages)) == 2 + 2 + 1 + 2 + 1
@@ -79,7 +82,7 @@ def test_sites_are_those_of_each_kind_of_stage(folder, no_weights):
 
 def test_sites_of_a_language_model():
     folder = Path(__file__).parents[1] / "models" / "goldens" / "mistral"
-    found = inspection.model_sites(inspection.contents(folder))
+    found = inspection.model_sites(contents(folder))
     assert [kind.stages for kind in found] == [("embeddings",), ("blocks/0", "blocks/1", "blocks/2"), ("head",)]
     assert {site.path for site in found[1].table.sites} >= {"attention/key/kernel", "mlp/gate/kernel", "norm1/scale"}
     assert [kind.table.unclassified for kind in found] == [{"tokens": ("gather",)}, {}, {}]
@@ -87,26 +90,26 @@ def test_sites_of_a_language_model():
 
 @pytest.mark.parametrize("name", ["a.safetensors", "b.safetensors"])
 def test_sums_by_leaf_block_and_whole(folder, pieces, name):
-    found = inspection.contents(folder / name)
+    found = contents(folder / name)
     tau, metadata = load_tree(folder / name)
     assert found.kind == "task vector" and found.about["base_fingerprint"] == metadata["base_fingerprint"]
     sums = inspection.measure(found)
     for path, leaf in tree.flatten(tau).items():
         np.testing.assert_allclose(sums[path].norm, tree.norm(leaf), rtol=1e-5)
         assert sums[path].zeros == np.sum(np.asarray(leaf) == 0) and sums[path].entries == leaf.size
-    blocks = inspection.by_block(sums)
+    blocks = adding.by_block(sums)
     assert sorted(path for paths in blocks.values() for path in paths) == sorted(sums)
-    of_block = inspection.total(sums, blocks["vision/blocks/1"])
+    of_block = adding.total(sums, blocks["vision/blocks/1"])
     np.testing.assert_allclose(of_block.norm, tree.norm(tau["vision"]["blocks"]["1"]), rtol=1e-5)
-    np.testing.assert_allclose(inspection.total(sums, sums).norm, tree.norm(tau), rtol=1e-5)
+    np.testing.assert_allclose(adding.total(sums, sums).norm, tree.norm(tau), rtol=1e-5)
 
 
 def test_likeness_by_leaf_and_whole(folder, pieces):
-    first, second = (inspection.contents(folder / f"{name}.safetensors") for name in "ab")
+    first, second = (contents(folder / f"{name}.safetensors") for name in "ab")
     told = []
-    compared = inspection.compare(first, second, lambda *step: told.append(step))
+    compared = compare(first, second, lambda *step: told.append(step))
     assert compared.only_first == ("vision/pre_norm/bias", "vision/pre_norm/scale") and compared.only_second == ()
-    assert [step[:2] for step in told] == [(i + 1, len(compared.sums)) for i in range(len(compared.sums))]
+    assert [step[:2] for step in told] == [(i + 1, len(compared.paths)) for i in range(len(compared.paths))]
     a, b = (load_tree(folder / f"{name}.safetensors")[0] for name in "ab")
     a["vision"].pop("pre_norm")
     for path, x, y in zip(tree.flatten(a), jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
@@ -114,35 +117,53 @@ def test_likeness_by_leaf_and_whole(folder, pieces):
         np.testing.assert_allclose(own.cosine, tree.cosine(x, y), rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(own.sign_agreement, tree.sign_agreement(x, y), rtol=1e-6)
         np.testing.assert_allclose(own.distance, tree.norm(x - y.astype(jnp.float32)), rtol=1e-5)
-    whole = inspection.total(compared.sums, compared.sums)
+    whole = adding.total(compared.sums, compared.sums)
     np.testing.assert_allclose(whole.cosine, tree.cosine(a, b), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(whole.sign_agreement, tree.sign_agreement(a, b), rtol=1e-6)
 
 
+def test_other_shapes_dtypes_and_bases_are_said_and_norms_compared(folder, tmp_path):
+    wider = {"vision": {"pre_norm": {"bias": np.full(9, 2.0, np.float32)}}, "new": np.ones(4, np.float32)}
+    save_tree(tmp_path / "wider.safetensors", wider, {"base_model": "another", "base_fingerprint": "1"})
+    found = compare(contents(folder / "a.safetensors"), contents(tmp_path / "wider.safetensors"))
+    bias = tree.get(load_tree(folder / "a.safetensors")[0], "vision/pre_norm/bias")
+    assert found.shapes == {"vision/pre_norm/bias": ((8,), (9,))} and not found.sums
+    row = found.row(["vision/pre_norm/bias"])
+    np.testing.assert_allclose(row.norms, (tree.norm(bias), 6.0), rtol=1e-5)
+    assert row[1:] == (0.0, None, None, None) and found.row(["new"]).norms == (None, 2.0)
+    assert found.one_base is False and found.about["base_model"][1] == "another"
+    np.testing.assert_allclose(found.row(found.paths).norms[1], np.sqrt(36 + 4), rtol=1e-6)
+    near = compare(contents(folder / "a.safetensors"), contents(folder / "b.safetensors"))
+    assert near.one_base is True and set(near.dtypes.values()) == {("F32", "BF16")} and not near.shapes
+    whole, leaves = near.row(near.paths), load_tree(folder / "a.safetensors")[0]
+    np.testing.assert_allclose(whole.norms[0], tree.norm(leaves), rtol=1e-5)  # with what only the first has
+    np.testing.assert_allclose(whole.reference**2, whole.norms[0] ** 2 - tree.norm(leaves["vision"]["pre_norm"]) ** 2)
+
+
 def test_a_tree_is_like_itself_and_zero_like_nothing():
     x = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
-    same, opposite, zero = (inspection.pair_sums_of(x, y) for y in (x, -x, 0 * x))
+    same, opposite, zero = (adding.pair_sums_of(x, y) for y in (x, -x, 0 * x))
     assert (same.cosine, same.sign_agreement, same.distance) == (1, 1, 0)
     assert (opposite.cosine, opposite.sign_agreement) == (-1, 0)
     assert (zero.cosine, zero.sign_agreement) == (0, 0)
     empty = np.zeros((0, 3))
-    assert inspection.sums_of(empty) == inspection.Sums() and inspection.pair_sums_of(empty, empty).cosine == 0
+    assert adding.sums_of(empty) == adding.Sums() and adding.pair_sums_of(empty, empty).cosine == 0
 
 
 def test_models_are_compared_in_the_layout_of_their_leaves(folder, tmp_path):
     base, tau = from_pretrained(folder / "model"), load_tree(folder / "a.safetensors")[0]
     save_pretrained(base.with_params(apply(base.params, tau)), tmp_path / "edited")
-    first, second = inspection.contents(folder / "model"), inspection.contents(tmp_path / "edited")
+    first, second = contents(folder / "model"), contents(tmp_path / "edited")
     compared, norms = (
-        inspection.compare(first, second),
-        inspection.measure(inspection.contents(folder / "a.safetensors")),
+        compare(first, second),
+        inspection.measure(contents(folder / "a.safetensors")),
     )
     for path, own in compared.sums.items():
         np.testing.assert_allclose(own.distance, norms[path].norm if path in norms else 0, rtol=1e-4)
 
 
 def test_a_task_vector_beside_the_model_that_it_was_made_for(folder, tmp_path):
-    vector, model = inspection.contents(folder / "a.safetensors"), inspection.contents(folder / "model")
+    vector, model = contents(folder / "a.safetensors"), contents(folder / "model")
     params = tree.flatten(from_pretrained(folder / "model").params)
     sums, made_for = inspection.base_sums(vector, model)
     for path, own in sums.items():
@@ -151,16 +172,16 @@ def test_a_task_vector_beside_the_model_that_it_was_made_for(folder, tmp_path):
     base = from_pretrained(folder / "model")
     changed = apply(base.params, {"text": {"final_norm": {"bias": np.ones(8, np.float32)}}})
     save_pretrained(base.with_params(changed), tmp_path / "other")
-    assert inspection.base_sums(vector, inspection.contents(tmp_path / "other"))[1] is False
+    assert inspection.base_sums(vector, contents(tmp_path / "other"))[1] is False
     save_tree(tmp_path / "nameless.safetensors", {"vision": {"pre_norm": {"bias": np.ones(8, np.float32)}}})
-    nameless = inspection.contents(tmp_path / "nameless.safetensors")
+    nameless = contents(tmp_path / "nameless.safetensors")
     assert nameless.kind == "tensors" and inspection.base_sums(nameless, model)[1] is None
 
 
 def test_layers_are_sorted_as_numbers(tmp_path):
     layers = {str(i): np.ones(1, np.float32) for i in range(12)}
     save_tree(tmp_path / "t.safetensors", {"blocks": layers})
-    paths = [leaf.path for leaf in inspection.contents(tmp_path / "t.safetensors").leaves]
+    paths = [leaf.path for leaf in contents(tmp_path / "t.safetensors").leaves]
     assert paths == [f"blocks/{i}" for i in range(12)]
 
 
@@ -211,20 +232,19 @@ def things(folder, tmp_path):
 )
 def test_what_cannot_be_inspected(things, name, message):
     with pytest.raises(ValueError, match=message):
-        inspection.contents(things / name)
+        contents(things / name)
 
 
 def test_what_cannot_be_compared(folder, things):
-    vector, model = inspection.contents(folder / "a.safetensors"), inspection.contents(folder / "model")
-    for other, message in (("elsewhere", "no leaf in common"), ("wider", r"pre_norm/bias is \[8\] and \[9\]")):
-        with pytest.raises(ValueError, match=message):
-            inspection.compare(vector, inspection.contents(things / f"{other}.safetensors"))
+    vector, model = contents(folder / "a.safetensors"), contents(folder / "model")
+    with pytest.raises(ValueError, match="no leaf in common"):
+        compare(vector, contents(things / "elsewhere.safetensors"))
     with pytest.raises(ValueError, match="give two of one kind"):
-        inspection.compare(vector, model)
+        compare(vector, model)
     with pytest.raises(ValueError, match="expected the pre-trained model"):
         inspection.base_sums(vector, vector)
     with pytest.raises(ValueError, match="1 of 1 leaves .* is \\[2\\] here and missing there"):
-        inspection.base_sums(inspection.contents(things / "elsewhere.safetensors"), model)
+        inspection.base_sums(contents(things / "elsewhere.safetensors"), model)
     with pytest.raises(ValueError, match="only a model has sites"):
         inspection.model_sites(vector)
     save_tensors(things / "nan.safetensors", {"a": np.ones(2, np.float32)})
@@ -232,4 +252,4 @@ def test_what_cannot_be_compared(folder, things):
     data[-4:] = np.float32("nan").tobytes()
     (things / "nan.safetensors").write_bytes(data)
     with pytest.raises(ValueError, match="1 of 2 values that are NaN"):
-        inspection.measure(inspection.contents(things / "nan.safetensors"))
+        inspection.measure(contents(things / "nan.safetensors"))

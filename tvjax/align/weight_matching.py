@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,8 +26,7 @@ from tvjax.align.permutations import (
     with_signs,
 )
 from tvjax.align.products import product, wide
-
-Progress = Callable[[int, int, str], None]
+from tvjax.progress import Progress
 
 _TOLERANCE = 1e-6  # a gain below this share of the product of the norms is rounding
 

@@ -21,7 +21,8 @@ from tvjax.checkpoints.huggingface import Pretrained, check_params
 from tvjax.checkpoints.json_files import read_json
 from tvjax.checkpoints.orbax import METADATA, restore_tree, stored_tree, write_orbax
 from tvjax.finite import check_finite
-from tvjax.interop import from_maxtext, from_tunix, to_maxtext, to_tunix
+from tvjax.interop import from_maxtext, from_tunix, maxtext, to_maxtext, to_tunix, tunix
+from tvjax.interop.table import TreeTable, check_known
 from tvjax.models.families import family_of_settings
 from tvjax.stages import PyTree
 
@@ -30,6 +31,7 @@ class Code(NamedTuple):
     """How a code keeps parameters on disk.
 
     Attributes:
+      table: of its trees, with the model types that are known.
       item: of a step, which holds them.
       around: path of the tree in the item.
       leaf: path of an array under its parameter.
@@ -38,6 +40,7 @@ class Code(NamedTuple):
       to_ours: its inverse.
     """
 
+    table: TreeTable
     item: str
     around: str
     leaf: str
@@ -47,8 +50,8 @@ class Code(NamedTuple):
 
 
 CODES = {
-    "maxtext": Code("items", "params/params", "", "token_embedder/embedding", to_maxtext, from_maxtext),
-    "tunix": Code("model_params", "", "value", "embedder/input_embedding", to_tunix, from_tunix),
+    "maxtext": Code(maxtext.TABLE, "items", "params/params", "", "token_embedder/embedding", to_maxtext, from_maxtext),
+    "tunix": Code(tunix.TABLE, "model_params", "", "value", "embedder/input_embedding", to_tunix, from_tunix),
 }
 
 
@@ -91,6 +94,11 @@ def save_code_tree(pretrained: Pretrained, folder: str | os.PathLike[str], code:
     flat = {"/".join(filter(None, (way.around, path, way.leaf))): leaf for path, leaf in tree.flatten(held).items()}
     said = {name: value for name, value in options.items() if name in _LAYOUT and value is not None}
     write_orbax(pretrained, folder, f"0/{way.item}", tree.nest(flat), {_LAYOUT_FILE: said} if said else {})
+
+
+def check_code(code: str, config: Any) -> None:
+    """Raises a ValueError where a code, a key of `CODES`, has no tree for the model of a config."""
+    check_known(CODES[code].table, config)
 
 
 def find_code_tree(source: str | os.PathLike[str]) -> Found | None:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from tvjax import tree
-from tvjax.checkpoints.code_trees import CODES, find_code_tree, load_code_tree, save_code_tree
+from tvjax.checkpoints.code_trees import CODES, check_code, find_code_tree, load_code_tree, save_code_tree
 from tvjax.checkpoints.folder import open_checkpoint
 from tvjax.checkpoints.huggingface import (
     MAX_SHARD_SIZE,
@@ -26,15 +26,17 @@ from tvjax.checkpoints.huggingface import (
     save_pretrained,
     write_checkpoint,
 )
-from tvjax.checkpoints.memory import Scratch, contiguous, to_jax
+from tvjax.checkpoints.memory import contiguous, to_jax
 from tvjax.checkpoints.model_card import model_card
 from tvjax.checkpoints.orbax import METADATA, PARAMS, load_orbax, save_orbax
 from tvjax.checkpoints.safetensors import Fingerprint, cast, check_finite, fingerprint, tensor_header
+from tvjax.checkpoints.side_by_side import SideBySide
 from tvjax.checkpoints.torch_files import load_tensors
 from tvjax.models.clip.config import CLIPConfig
 from tvjax.models.families import shapes_of
 from tvjax.models.key_table import check_copies, find_sources
 from tvjax.models.layer_table import LayerTable, Part, Row
+from tvjax.progress import Progress, begin
 
 Kind = Literal["huggingface", "orbax", "maxtext", "tunix"]
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
@@ -97,6 +99,7 @@ def convert(
     revision: str | None = None,
     scan_layers: bool = True,
     interleaved: bool | None = None,
+    progress: Progress | None = None,
 ) -> Converted:
     """Writes a model as another kind of checkpoint, or in another dtype.
 
@@ -116,6 +119,7 @@ def convert(
       scan_layers: for MaxText, whether the layers are written as one stack.
       interleaved: for MaxText, both ways, whether the pairs that positions rotate lie side by side; None: as
         `tvjax.interop.to_maxtext`.
+      progress: called with (leaves read or written, leaves in all, path of the last), and as each other part begins.
 
     Returns:
       What was written.
@@ -135,7 +139,7 @@ def convert(
     if (is_orbax or is_state_dict or found_code) and revision is not None:
         raise ValueError(f"{os.fspath(source)!r} has no revision {revision!r}: leave the revision out")
     if not is_orbax and not is_state_dict and not found_code and to == "huggingface":
-        return _rewrite(source, folder, dtype, max_shard_size, revision)
+        return _rewrite(source, folder, dtype, max_shard_size, revision, progress)
     left: Mapping[str, str] = {}
     if is_state_dict:
         if like is None:
@@ -151,7 +155,10 @@ def convert(
         model = load_orbax(source)
     else:
         with open_checkpoint(source, revision) as opened:
-            model, left = from_pretrained(opened), opened.others
+            if to in CODES:
+                check_code(to, opened.config)
+            begin(progress, f"reading {opened.name}")
+            model, left = from_pretrained(opened, progress=progress), opened.others
     if dtype is not None:
         leaves = {path: cast(np.asarray(leaf), dtype) for path, leaf in tree.flatten(model.params).items()}
         for path, leaf in leaves.items():
@@ -160,6 +167,7 @@ def convert(
     arrays = jax.tree.leaves(model.params)
     dtypes = tuple(sorted({leaf.dtype.name for leaf in arrays}))
     found = Converted(sum(leaf.size for leaf in arrays), dtypes, fingerprint(model.params), left)
+    begin(progress, f"writing {os.fspath(folder)}")
     if to == "orbax":
         save_orbax(model, folder)
     elif to in CODES:
@@ -167,7 +175,7 @@ def convert(
         save_code_tree(model, folder, to, **written, **({} if scan_layers else {"scan_axis": None}))
     else:
         card = _card(folder, model.name, model.revision, dtype, found)
-        save_pretrained(model, folder, max_shard_size=max_shard_size, card=card)
+        save_pretrained(model, folder, max_shard_size=max_shard_size, card=card, progress=progress)
     return found
 
 
@@ -177,12 +185,13 @@ def _rewrite(
     dtype: DTypeLike | None,
     max_shard_size: int | str,
     revision: str | None,
+    progress: Progress | None,
 ) -> Converted:
     """A Hugging Face folder as another one, tensor by tensor."""
-    written, scratch = Fingerprint(), Scratch()
+    written = Fingerprint()
     parameters = 0
     dtypes: set[str] = set()
-    with open_checkpoint(source, revision) as opened:
+    with open_checkpoint(source, revision) as opened, SideBySide(opened, hashed=()) as reader:
 
         def found() -> Converted:
             return Converted(parameters, tuple(sorted(dtypes)), written.hexdigest(), {})
@@ -191,10 +200,11 @@ def _rewrite(
             return _card(folder, opened.name, opened.revision, dtype, found())
 
         with write_checkpoint(opened, folder, dtype=dtype, max_shard_size=max_shard_size, card=card) as write:
-            for path in sorted(opened.sources):
-                leaf = cast(opened.read(path, scratch), dtype)
-                written.add(path, leaf)
+            for path, (read,) in reader.leaves(progress):
+                leaf = cast(read, dtype)
+                hashed = reader.submit(written.add, path, leaf)
                 write(path, leaf)
+                hashed.result()
                 parameters += leaf.size
                 dtypes.add(leaf.dtype.name)
     return found()

@@ -43,6 +43,7 @@ from tvjax.models.differences import function_values, to_text
 from tvjax.models.families import family_of_config, shapes_of
 from tvjax.models.key_table import Source, Tensor, copies_of_tied, sources_of
 from tvjax.models.settings import Settings
+from tvjax.progress import Progress
 from tvjax.sharding import Placement, leaf_shardings
 from tvjax.stages import Model, PyTree
 
@@ -124,6 +125,7 @@ def from_pretrained(
     sharding: Placement | None = None,
     param_dtype: DTypeLike | None = None,
     on_disk: bool = False,
+    progress: Progress | None = None,
 ) -> Pretrained:
     """Reads a model from a Hugging Face folder or from the hub.
 
@@ -144,6 +146,7 @@ def from_pretrained(
       param_dtype: dtype of the parameters; None keeps those of the files.
       on_disk: leave the weights in their files: the parameters are `tvjax.on_disk.DiskArray`, read when a stage that
         uses them is run or fitted, and let go after it. The files must stay as they are.
+      progress: called with (leaves read, leaves in all, path of the last).
 
     Returns:
       The model, its config, and where they come from.
@@ -160,9 +163,9 @@ def from_pretrained(
         if on_disk:
             params = opened.on_disk()
         elif sharding is not None:
-            params = _sharded(opened, sharding, param_dtype)
+            params = _sharded(opened, sharding, param_dtype, progress)
         else:
-            params = opened.params(dtype=param_dtype)
+            params = opened.params(dtype=param_dtype, progress=progress)
         model = opened.family.build(opened.config, params, dtype)
         stale = copies_of_tied(opened.family.table, opened.sources)
         keys = {path: source.key for path, source in opened.sources.items()}
@@ -179,7 +182,7 @@ def from_pretrained(
     )
 
 
-def _sharded(opened: Checkpoint, sharding: Placement, dtype: DTypeLike | None) -> PyTree:
+def _sharded(opened: Checkpoint, sharding: Placement, dtype: DTypeLike | None, progress: Progress | None) -> PyTree:
     """The parameters where rules say, after it is certain that all processes mean the same."""
     headers = opened.tensors.headers
     leaves = {
@@ -191,7 +194,7 @@ def _sharded(opened: Checkpoint, sharding: Placement, dtype: DTypeLike | None) -
     facts = {"config.json": dict(opened.settings), "tensors": headers, "dtype": str(dtype), "sharding": told}
     processes.check_same(f"load from {opened.name}", facts)
     with processes.together(f"read {opened.name}"):
-        return opened.params(shardings, dtype)
+        return opened.params(shardings, dtype, progress)
 
 
 def save_pretrained(
@@ -201,6 +204,7 @@ def save_pretrained(
     dtype: DTypeLike | None = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
     card: str | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Writes a model as a Hugging Face folder, with the other files of the folder that it was read from.
 
@@ -215,6 +219,7 @@ def save_pretrained(
       dtype: dtype of the parameters in the files; None keeps that of each.
       max_shard_size: of one file, in bytes or like ``5GB``; a larger model has several, with an index.
       card: the content of ``README.md``, such as that of `model_card`; None writes none.
+      progress: called with (leaves written, leaves in all, path of the last).
 
     Raises:
       ValueError: for parameters that do not fit the config or are not finite, and for a folder with another model.
@@ -239,13 +244,13 @@ def save_pretrained(
                 "greater max_shard_size"
             )
         with _replaced_model(folder, settings, headers) as write:
-            _write_all(write, leaves, sources, others)
+            _write_all(write, leaves, sources, others, progress)
         copy_files(pretrained.folder, folder)
         if card is not None:
             write_text(folder / _CARD, card)
         return
     with _new_model(folder, headers, file_of, settings, pretrained.folder) as (write, temporary):
-        _write_all(write, leaves, sources, others)
+        _write_all(write, leaves, sources, others, progress)
         if card is not None:
             write_text(temporary / _CARD, card)
 
@@ -266,10 +271,16 @@ def _headers(leaves: Mapping[str, Any], sources: Mapping[str, Source], dtype: DT
 
 
 def _write_all(
-    write: Write, leaves: Mapping[str, Any], sources: Mapping[str, Source], others: Mapping[str, np.ndarray]
+    write: Write,
+    leaves: Mapping[str, Any],
+    sources: Mapping[str, Source],
+    others: Mapping[str, np.ndarray],
+    progress: Progress | None,
 ) -> None:
-    for path, source in sources.items():
+    for number, (path, source) in enumerate(sources.items(), 1):
         write(source.key, leaves[path], source.to_ours)
+        if progress is not None:
+            progress(number, len(sources), path)
     for key, tensor in others.items():
         write(key, tensor)
 
@@ -326,10 +337,10 @@ def _new_model(
     """Opens a new folder; gives a function that writes a tensor under its key, and the folder as long as it is none."""
     check_new(folder)
     with new_folder(folder) as temporary, contextlib.ExitStack() as stack:
-        writers, scratch = {}, Scratch()
+        writers = {}
         for name in sorted(set(file_of.values())):
             part = {key: header for key, header in headers.items() if file_of[key] == name}
-            writers[name] = stack.enter_context(write_tensors(temporary / name, part, {"format": "pt"}, scratch))
+            writers[name] = stack.enter_context(write_tensors(temporary / name, part, {"format": "pt"}))
         yield lambda key, *tensor: writers[file_of[key]].write(key, *tensor), temporary
         if set(file_of.values()) != {WEIGHTS}:
             total = sum(tensor_bytes(key, header) for key, header in headers.items())

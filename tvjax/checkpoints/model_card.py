@@ -28,6 +28,7 @@ def model_card(
     inputs: Mapping[str, Mapping[str, str]] | None = None,
     settings: Mapping[str, Any] | None = None,
     results: Mapping[str, Any] | None = None,
+    pictures: Mapping[str, str] | None = None,
     license: str | None = None,  # noqa: A002 - the hub's name of the field
     library: str = "transformers",
 ) -> str:
@@ -43,6 +44,7 @@ def model_card(
       inputs: metadata of the task vectors by name of their file.
       settings: of the command or function; the papers behind a ``method`` or an ``objective`` are cited at the end.
       results: what came out, such as the fingerprint and the number of parameters.
+      pictures: files beside the card, by what they show.
       license: the hub's identifier of one.
       library: that loads it; ``peft`` for adapters.
 
@@ -70,6 +72,7 @@ def model_card(
         if known:
             rows = "\n".join(f"| {key} | {_cell(value)} |" for key, value in known.items())
             parts.append(f"## {heading}\n\n| | |\n|---|---|\n{rows}\n")
+    parts += [f"![{shown}]({file})\n" for shown, file in (pictures or {}).items()]
     used = [str(value) for key, value in (settings or {}).items() if key in _CITED]
     parts.append(f"## Citation\n\n```bibtex\n{cite(*filter(is_cited, used))}\n```\n")
     return "\n".join(parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tvjax.cli.commands import Json, Quiet, command
 from tvjax.cli.output import show
+from tvjax.cli.progress import progress
 from tvjax.jobs.configs import ConvertConfig
 
 
@@ -13,7 +14,8 @@ def convert(config: ConvertConfig, quiet: Quiet = False, json: Json = False) -> 
     from tvjax import jobs
     from tvjax.jobs import inputs
 
-    found = jobs.convert(config)
+    with progress("convert", quiet or json) as report:
+        found = jobs.convert(config, report)
     show(
         {"output": config.output, "source": config.source, "to": config.to, **found._asdict()},
         *(f"note: {note}" for note in inputs.left(found.left)),

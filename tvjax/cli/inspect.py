@@ -1,7 +1,8 @@
-"""``tvjax inspect``: what a model or a file holds, and how alike two task vectors are."""
+"""``tvjax inspect``: what a model or a file holds, and how alike two of them are."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,11 @@ from tvjax.jobs.configs import InspectConfig
 
 if TYPE_CHECKING:
     from tvjax.jobs._inspect import Compared, Inspected
-    from tvjax.report.inspection import Contents, StageSites
+    from tvjax.report.comparison import Comparison
+    from tvjax.report.contents import Contents
+    from tvjax.report.inspection import StageSites
+
+_MOST = 12  # lines of what two things say of themselves differently
 
 
 @command(InspectConfig)
@@ -24,7 +29,7 @@ def inspect(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show what a model or a file holds, and its norms; or the cosines and sign agreement of two of them.
+    """Show what a model or a file holds, and its norms; or how far two of them are from one another.
 
     Without norms only headers are read; for norms one tensor after the other.
     """
@@ -42,7 +47,8 @@ def inspect(
 def _describe(found: Inspected, config: InspectConfig, by_leaf: bool) -> tuple[dict[str, Any], list[Any]]:
     """One thing, for JSON and for people."""
     from tvjax.compose.coefficients import entries
-    from tvjax.report import inspection, inspection_tables
+    from tvjax.report import contents, inspection_tables
+    from tvjax.report import sums as adding
 
     own = found.contents
     rows = [leaf._asdict() for leaf in own.leaves]
@@ -59,7 +65,7 @@ def _describe(found: Inspected, config: InspectConfig, by_leaf: bool) -> tuple[d
         texts.append(inspection_tables.coefficient_table(found.coefficients))
     sums, references = found.sums, found.base_sums
     if sums is None:
-        named = by_leaf or (own.kind in (inspection.MODEL, inspection.TENSORS) and not config.sites)
+        named = by_leaf or (own.kind in (contents.MODEL, contents.TENSORS) and not config.sites)
         return result, [*texts, inspection_tables.leaf_table(own, by_leaf=by_leaf)] if named else texts
     if references is not None:
         result["made_for_model"] = found.made_for
@@ -68,41 +74,78 @@ def _describe(found: Inspected, config: InspectConfig, by_leaf: bool) -> tuple[d
             texts.append(f"made for {weights} {config.model}")
 
     def numbers(paths: Sequence[str]) -> dict[str, Any]:
-        total = inspection.total(sums, paths)
+        total = adding.total(sums, paths)
         values = {"norm": total.norm, "zeros": total.zeros}
-        return values if references is None else {**values, "model_norm": inspection.total(references, paths).norm}
+        return values if references is None else {**values, "model_norm": adding.total(references, paths).norm}
 
     for row in rows:
         row |= numbers([row["path"]])
-    result["blocks"] = {name: numbers(paths) for name, paths in inspection.by_block(sums).items()}
+    result["blocks"] = {name: numbers(paths) for name, paths in adding.by_block(sums).items()}
     result |= numbers(list(sums))
     return result, [*texts, inspection_tables.norm_table(sums, references, by_leaf=by_leaf)]
 
 
 def _compare(found: Compared, config: InspectConfig, by_leaf: bool) -> tuple[dict[str, Any], list[Any]]:
     """Two things, for JSON and for people."""
-    from tvjax.report import inspection, inspection_tables
+    from tvjax.report.inspection_tables import comparison_table
+    from tvjax.report.sums import by_block, by_kind
 
     compared = found.comparison
+    blocks, kinds = by_block(compared.paths), by_kind(compared.paths)
 
     def numbers(paths: Sequence[str]) -> dict[str, Any]:
-        own = inspection.total(compared.sums, paths)
-        values = {"cosine": own.cosine, "sign_agreement": own.sign_agreement, "norms": own.norms}
-        return {**values, "distance": own.distance}
+        row = compared.row(paths)
+        return {"norms": row.norms, "distance": row.distance, "cosine": row.cosine} | {
+            "sign_agreement": row.sign_agreement
+        }
 
     result = {
-        **{"names": config.things, "kind": found.contents[0].kind, **numbers(list(compared.sums))},
-        "blocks": {name: numbers(paths) for name, paths in inspection.by_block(compared.sums).items()},
-        "leaves": {path: numbers([path]) for path in compared.sums},
+        **{"names": config.things, "kind": found.contents[0].kind, **numbers(compared.paths)},
+        "blocks": {name: numbers(paths) for name, paths in blocks.items()},
+        "kinds": {name: numbers(paths) for name, paths in kinds.items()},
+        "leaves": {path: numbers([path]) for path in compared.paths},
         **{"only_first": compared.only_first, "only_second": compared.only_second},
+        **{"shapes": compared.shapes, "dtypes": compared.dtypes},
+        **{"about": compared.about, "one_base": compared.one_base},
     }
     texts: list[Any] = [
         f"{letter}: {one.name}, {one.kind}, {_size(one)}" for letter, one in zip("AB", found.contents, strict=True)
     ]
+    texts += _differences(compared)
+    if by_leaf:
+        return result, [*texts, comparison_table(compared, {path: [path] for path in compared.paths}, "leaf")]
+    return result, [*texts, comparison_table(compared, blocks, "block"), comparison_table(compared, kinds, "kind")]
+
+
+def _differences(compared: Comparison) -> list[str]:
+    """In what two things differ but for their values, a line each."""
+    lines = []
+    if compared.one_base is not None:
+        lines.append(f"made for {'the same' if compared.one_base else 'OTHER'} weights")
     for letter, paths in zip("AB", (compared.only_first, compared.only_second), strict=True):
         if paths:
-            texts.append(f"only {letter} has {', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''} ({len(paths)})")
-    return result, [*texts, inspection_tables.comparison_table(compared, "AB", by_leaf=by_leaf)]
+            lines.append(f"only {letter} has {_some(paths)}")
+    if compared.shapes:
+        shapes = [f"{path} ({_times(a)} and {_times(b)})" for path, (a, b) in compared.shapes.items()]
+        lines.append(f"other shapes, so that only norms are compared: {_some(shapes)}")
+    for (a, b), count in Counter(compared.dtypes.values()).items():
+        lines.append(f"other dtypes: {a} in A and {b} in B ({count})")
+    shown = [f"  {name}: {_short(a)} in A, {_short(b)} in B" for name, (a, b) in compared.about.items()]
+    left = len(shown) - _MOST
+    return [*lines, *shown[:_MOST], *([f"  and {left} more, which --json lists"] if left > 0 else [])]
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''} ({len(names)})"
+
+
+def _times(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value in (None, "") else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _size(found: Contents) -> str:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-WIDTH = 160  # of tables where there is no terminal
+WIDTH = 160  # of tables where there is no terminal, and no COLUMNS either
 
 
 def show(result: Mapping[str, Any], *texts: Any, as_json: bool = False, quiet: bool = False) -> None:
@@ -42,10 +42,21 @@ def show(result: Mapping[str, Any], *texts: Any, as_json: bool = False, quiet: b
         if isinstance(text, str):
             print(text)
         else:
-            from rich.console import Console
+            _print(text)
 
-            console = Console()
-            (console if console.is_terminal else Console(width=WIDTH)).print(text, markup=False)
+
+def _print(text: Any) -> None:
+    """Prints what rich prints; a table that is too wide, in parts."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from tvjax.cli.fold import folded
+
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(width=WIDTH)
+    for part in folded(text, console.width) if isinstance(text, Table) else [text]:
+        console.print(part, markup=False)
 
 
 def is_first_process() -> bool:

@@ -26,7 +26,7 @@ def plan(config: PlanConfig, quiet: Quiet = False, json: Json = False) -> None:
     """
     from tvjax import jobs
 
-    with progress("comparing", quiet or json or not config.compare) as report:
+    with progress("comparing" if config.compare else "plan", quiet or json) as report:
         found = jobs.plan(config, report)
     result = found._asdict()
     result["memory of the fit"] = result.pop("fit")

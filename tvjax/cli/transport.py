@@ -21,10 +21,18 @@ def transport(config: TransportConfig, quiet: Quiet = False, json: Json = False)
         f"{found.output}: {'an adapter for ' if found.form == 'adapter' else ''}{found.target} with {found.scale:g} "
         f"times the task of {found.finetuned}, moved by {found.method}",
         f"norm {found.norms['source']:.4g} in the source, {found.norms['target']:.4g} in the target; by leaf: "
-        "leaf_report.txt",
+        "leaf_report.txt, and as a picture: norms.png",
         *(
             [f"on the validation examples {100 * max(found.validation['accuracy']):.1f} %"]
             if found.validation is not None
+            else []
+        ),
+        *(
+            [
+                f"then taught by the fine-tuned source ({config.refine}): its loss on {found.refined['examples']} "
+                f"examples {found.refined['loss_of_start']:.4g} -> {found.refined['loss']:.4g}"
+            ]
+            if found.refined is not None
             else []
         ),
         *(

@@ -18,13 +18,14 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from tvjax import tree
+from tvjax import processes, tree
 from tvjax.arithmetic import apply
 from tvjax.compose.coefficients import Coefficients, combine, init
 from tvjax.compose.edited import Edited
 from tvjax.compose.objectives import Objective, value
 from tvjax.compose.train import Optimiser, Schedule, Trained, clipped_adamw, train
 from tvjax.placement import automatic
+from tvjax.progress import Progress, counted
 
 PyTree = Any
 SCALES = tuple(np.linspace(0, 5, 21).round(2).tolist())
@@ -95,6 +96,7 @@ def tune(
     >>> bool(tuned.coefficients.values[0, 0, 0] > 0.5), bool(jnp.any(tuned.leaves["w"] != 0))
     (True, True)
     """
+    processes.check_same("tune", {"parameters": params, "task vectors": taus, "leaves": leaves})
     if not share > 0:
         raise ValueError(f"share: found {share}, expected a positive number; `learn` trains coefficients alone")
     start = init(taus) if coefficients is None else coefficients
@@ -120,6 +122,7 @@ def best_start(
     key: Array,
     scales: Sequence[float] = SCALES,
     coefficients: Coefficients | None = None,
+    progress: Progress | None = None,
 ) -> Coefficients:
     """Coefficients with ONE task vector at one scale, the pair of the least objective on all examples at once.
 
@@ -132,6 +135,7 @@ def best_start(
       key: a random key, for augmentation.
       scales: the grid.
       coefficients: whose layout is kept; `init` of the vectors by default.
+      progress: called with (task vectors done, task vectors in all, ``"start"``).
 
     Returns:
       The coefficients of that vector at that scale, all others 0.
@@ -145,12 +149,15 @@ def best_start(
     >>> best_start({"w": jnp.float32(0)}, taus, objective, key=jax.random.key(0)).values.ravel().tolist()
     [0.0, 2.0]
     """
+    facts = {"parameters": params, "task vectors": taus, "objective": objective, "key": key}
+    processes.check_same("find the best start of", {**facts, "scales": scales})
     grid = sorted(float(scale) for scale in scales)
     if not grid:
         raise ValueError("scales: found none, expected one number at least")
     start = init(taus) if coefficients is None else coefficients
     jax.eval_shape(combine, params, list(taus), start)
-    found = np.array([[float(_objective_at(objective, params, tau, scale, key)) for scale in grid] for tau in taus])
+    tried = counted(list(taus), progress, "start")
+    found = np.array([[float(_objective_at(objective, params, tau, scale, key)) for scale in grid] for tau in tried])
     if np.isnan(found).all():
         raise ValueError("the objective is NaN at every scale: are the examples and the parameters finite?")
     vector, scale = np.unravel_index(np.nanargmin(found), found.shape)

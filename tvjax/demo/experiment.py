@@ -9,7 +9,7 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from tvjax.demo.setup import BASE, SOURCE, TARGETS, TITLES, Settings, load, phot
 from tvjax.demo.transports import EQUAL_SHAPES, Bench, Result, methods
 from tvjax.evaluate.accuracy import Accuracy
 from tvjax.evaluate.protocols import Edit
+from tvjax.progress import Progress
 from tvjax.report.measurements import (
     Comparison,
     Difference,
@@ -50,7 +51,6 @@ ABOUT = {
 }
 
 _SETS = ("calibration", "validation", "test")
-Progress = Callable[[int, int, str], None]
 
 
 class Findings(NamedTuple):

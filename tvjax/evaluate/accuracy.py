@@ -12,6 +12,7 @@ from jaxtyping import Array, Int
 
 from tvjax import tree
 from tvjax.placement import automatic
+from tvjax.progress import Progress, counted
 from tvjax.stages import Batch, Model, PyTree
 from tvjax.tasks.base import check_judged, judge_whole, loss_of
 from tvjax.tasks.losses import ClassLoss
@@ -107,18 +108,20 @@ class Predictions(NamedTuple):
         return [Accuracy(int(c), int(t)) if t else None for c, t in zip(correct, total, strict=True)]
 
 
-def predictions(model: Model, batches: Batch | Iterable[Batch]) -> Predictions:
+def predictions(model: Model, batches: Batch | Iterable[Batch], progress: Progress | None = None) -> Predictions:
     """Predictions for labelled batches; every stage is compiled once per batch shape.
 
     Args:
       model: of a task (`tvjax.tasks`), or one that returns logits of classes.
       batches: one batch or several, with labels.
+      progress: called with (batches done, batches in all, ``"batch"``).
 
     Raises:
       ValueError: for no batches, one without a label for each example, scores that are NaN, or a model whose outputs
         its task cannot score.
     """
-    return joined(of_batch(model, batch) for batch in ([batches] if isinstance(batches, Batch) else batches))
+    several = [batches] if isinstance(batches, Batch) else batches
+    return joined(of_batch(model, batch) for batch in counted(several, progress, "batch"))
 
 
 def of_batch(model: Model, batch: Batch) -> Predictions:

@@ -10,6 +10,7 @@ import numpy as np
 
 from tvjax.arithmetic import apply
 from tvjax.evaluate.accuracy import Predictions, joined, of_batch
+from tvjax.progress import Progress, counted
 from tvjax.stages import Batch, Model, PyTree
 
 
@@ -29,7 +30,13 @@ class ChosenScale(NamedTuple):
     curve: np.ndarray
 
 
-def choose_scale(model: Model, tau: PyTree, scales: Sequence[float], batches: Batch | Iterable[Batch]) -> ChosenScale:
+def choose_scale(
+    model: Model,
+    tau: PyTree,
+    scales: Sequence[float],
+    batches: Batch | Iterable[Batch],
+    progress: Progress | None = None,
+) -> ChosenScale:
     """The scale at which ``theta + scale * tau`` is most accurate; ties go to the smallest.
 
     Args:
@@ -37,6 +44,7 @@ def choose_scale(model: Model, tau: PyTree, scales: Sequence[float], batches: Ba
       tau: a task vector of its parameters.
       scales: the grid, such as 0 to 1 by 0.05.
       batches: labelled validation data.
+      progress: called with (batches done, batches in all, ``"batch"``).
 
     Returns:
       The scale, its accuracy and the whole curve.
@@ -51,11 +59,14 @@ def choose_scale(model: Model, tau: PyTree, scales: Sequence[float], batches: Ba
     >>> chosen.scale, chosen.curve.tolist()
     (2.0, [0.0, 0.5, 1.0, 1.0])
     """
-    return choose_scales(model, [(tau, scales)], batches)[0]
+    return choose_scales(model, [(tau, scales)], batches, progress)[0]
 
 
 def choose_scales(
-    model: Model, edits: Sequence[tuple[PyTree, Sequence[float]]], batches: Batch | Iterable[Batch]
+    model: Model,
+    edits: Sequence[tuple[PyTree, Sequence[float]]],
+    batches: Batch | Iterable[Batch],
+    progress: Progress | None = None,
 ) -> list[ChosenScale]:
     """`choose_scale` for each of several task vectors with its grid, in one pass through the batches.
 
@@ -65,7 +76,8 @@ def choose_scales(
     grids = [np.unique(np.asarray(scales, np.float64)) for _, scales in edits]
     taus = [tau for tau, _ in edits]
     chosen = []
-    for grid, found in zip(grids, _curves(model, taus, [grid.tolist() for grid in grids], batches), strict=True):
+    curves = _curves(model, taus, [grid.tolist() for grid in grids], batches, progress)
+    for grid, found in zip(grids, curves, strict=True):
         curve = np.array([at.accuracy.fraction for at in found])
         best = int(curve.argmax())
         chosen.append(ChosenScale(float(grid[best]), float(curve[best]), grid, curve))
@@ -73,7 +85,11 @@ def choose_scales(
 
 
 def scale_curve(
-    model: Model, tau: PyTree, scales: Sequence[float], batches: Batch | Iterable[Batch]
+    model: Model,
+    tau: PyTree,
+    scales: Sequence[float],
+    batches: Batch | Iterable[Batch],
+    progress: Progress | None = None,
 ) -> list[Predictions]:
     """What ``theta + scale * tau`` predicts, for each scale.
 
@@ -85,6 +101,7 @@ def scale_curve(
       tau: a task vector of its parameters.
       scales: finite numbers.
       batches: labelled data.
+      progress: called with (batches done, batches in all, ``"batch"``).
 
     Returns:
       Predictions of each scale, all for the same examples.
@@ -92,18 +109,23 @@ def scale_curve(
     Raises:
       ValueError: for no scales, values or scores that are not finite, no batches, or one without labels.
     """
-    return _curves(model, [tau], [scales], batches)[0]
+    return _curves(model, [tau], [scales], batches, progress)[0]
 
 
 def _curves(
-    model: Model, taus: Sequence[PyTree], grids: Sequence[Sequence[float]], batches: Batch | Iterable[Batch]
+    model: Model,
+    taus: Sequence[PyTree],
+    grids: Sequence[Sequence[float]],
+    batches: Batch | Iterable[Batch],
+    progress: Progress | None,
 ) -> list[list[Predictions]]:
     """`scale_curve` for each of several task vectors, in one pass through the batches."""
     for scales in grids:
         if not len(scales) or not np.isfinite(np.asarray(scales, np.float64)).all():
             raise ValueError(f"scales: found {list(scales)}, expected at least one finite number")
     parts: list[list[list[Predictions]]] = [[[] for _ in scales] for scales in grids]
-    for batch in [batches] if isinstance(batches, Batch) else batches:
+    several = [batches] if isinstance(batches, Batch) else batches
+    for batch in counted(several, progress, "batch"):
         for tau, scales, own in zip(taus, grids, parts, strict=True):
             for scale, part in zip(scales, own, strict=True):
                 part.append(of_batch(edited(model, tau, scale), batch))
@@ -127,7 +149,11 @@ class LeastLoss(NamedTuple):
 
 
 def scale_of_least_loss(
-    model: Model, tau: PyTree, scales: Sequence[float], batches: Batch | Iterable[Batch]
+    model: Model,
+    tau: PyTree,
+    scales: Sequence[float],
+    batches: Batch | Iterable[Batch],
+    progress: Progress | None = None,
 ) -> LeastLoss:
     """The scale at which the model's own loss is least: `choose_scale` where no label says what is right.
 
@@ -139,6 +165,7 @@ def scale_of_least_loss(
       tau: a task vector of its parameters.
       scales: the grid.
       batches: examples, with what the loss reads as their labels; passed through once.
+      progress: called with (batches done, batches in all, ``"batch"``).
 
     Returns:
       The scale, its mean loss over the examples, and the whole curve.
@@ -158,7 +185,7 @@ def scale_of_least_loss(
     if not len(grid) or not np.isfinite(grid).all():
         raise ValueError(f"scales: found {list(scales)}, expected at least one finite number")
     total, count = np.zeros(len(grid)), 0
-    for batch in [batches] if isinstance(batches, Batch) else batches:
+    for batch in counted([batches] if isinstance(batches, Batch) else batches, progress, "batch"):
         losses = [np.asarray(_loss_at(model, tau, float(scale), batch), np.float64) for scale in grid]
         total, count = total + [one.sum() for one in losses], count + losses[0].size
     if not count or np.isnan(total).all():

@@ -181,14 +181,24 @@ def names(table: TreeTable, config: Any, variant: Variant) -> dict[str, str]:
     return found
 
 
-def _places(table: TreeTable, config: Any, variant: Variant) -> dict[str, Place]:
-    """The place of each leaf of a config's model, by its path."""
+def check_known(table: TreeTable, config: Any) -> str:
+    """The model type of a config, which the table must know.
+
+    Raises:
+      ValueError: it does not.
+    """
     model_type = getattr(config, "model_type", None)
-    if model_type not in table.model_types:
+    if model_type is None or model_type not in table.model_types:
         raise ValueError(
             f"{table.code}'s trees are known for the model types {', '.join(table.model_types)}, found "
             f"{model_type or _name(config)!r}"
         )
+    return str(model_type)
+
+
+def _places(table: TreeTable, config: Any, variant: Variant) -> dict[str, Place]:
+    """The place of each leaf of a config's model, by its path."""
+    model_type = check_known(table, config)
     rows = [row for row in table.rows if not row.only or model_type in row.only]
     found, homeless = {}, []
     for path, shape in shapes_of(config).items():

@@ -7,7 +7,7 @@ from tvjax.checkpoints.huggingface import check_new
 from tvjax.checkpoints.streaming import Applied
 from tvjax.jobs.configs import ApplyConfig
 from tvjax.jobs.recipes import recipe_of, write_recipe
-from tvjax.jobs.schema import Progress
+from tvjax.progress import Progress
 
 
 def apply(config: ApplyConfig, progress: Progress | None = None) -> Applied:

@@ -6,7 +6,7 @@ from tvjax.checkpoints import conversion
 from tvjax.checkpoints.conversion import Converted
 from tvjax.jobs.configs import ConvertConfig
 from tvjax.jobs.recipes import recipe_of, write_recipe
-from tvjax.jobs.schema import Progress
+from tvjax.progress import Progress
 
 
 def convert(config: ConvertConfig, progress: Progress | None = None) -> Converted:
@@ -14,12 +14,12 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> Converte
 
     Args:
       config: the model, and what becomes of it.
-      progress: not called.
+      progress: called after every leaf that is read or written.
 
     Raises:
       ValueError: a source that is no model, or a folder that is taken; before anything is written.
     """
     settings = config.model_dump(exclude={"source", "output"})
-    found = conversion.convert(config.source, config.output, **settings)
+    found = conversion.convert(config.source, config.output, **settings, progress=progress)
     write_recipe(recipe_of(config), config.output)
     return found

@@ -22,7 +22,7 @@ from tvjax.jobs.copies import copy_beside
 from tvjax.jobs.harness import Harnessed, harness
 from tvjax.jobs.opened import Models, Opened
 from tvjax.jobs.parts import check_labels
-from tvjax.jobs.schema import Progress
+from tvjax.progress import Progress, begin
 from tvjax.renamed import warn
 from tvjax.report import records
 from tvjax.report.plots import plot_scale_curve
@@ -72,7 +72,7 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evalua
 
     Args:
       config: the models and the examples.
-      progress: called after every model.
+      progress: called when a part begins, and after every batch of every model.
 
     Raises:
       ValueError: what cannot be; before any weight is read where configs and files show it.
@@ -83,7 +83,8 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evalua
     for file, kind in ((config.output, ".json"), (config.plot, ".png")):
         if file is not None:
             inputs.check_file(file, kind)
-    with Models() as models:
+    begin(progress, "reading the examples")
+    with Models(progress=progress) as models:
         names = list(dict.fromkeys((*config.models, *([config.reference] if config.reference else []))))
         opened = {name: models[name] for name in names}
         ways = {name: asking(one) for name, one in opened.items()}
@@ -110,12 +111,13 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evalua
             task = ways[name].task(whole, found, prompts)
             head, loader = with_task(whole, task), task.batches(found, config.batch_size)
             loaders.append(loader)
+            tell = _of_model(progress, number, len(names), name)
             if config.task_vector is not None and name == config.models[0]:
                 check_fit(one.checkpoint, [tau], [str(config.task_vector)])
                 inputs.check_base(about, one.pretrained, [config.task_vector], config.any_base)
-                *curve, seen[name] = scale_curve(head, tau, (*grid, 0.0), loader)
+                *curve, seen[name] = scale_curve(head, tau, (*grid, 0.0), loader, tell)
             else:
-                seen[name] = predictions(head, loader)
+                seen[name] = predictions(head, loader, tell)
             if one is not base:
                 one.release()
             copy = copy_beside(one, models) if name in config.models else None
@@ -123,13 +125,18 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evalua
                 seen[f"{name}, copied"] = predictions(with_task(copy, task), loader)
             elif copy:
                 beside.append(f"no copy is shown beside {name}: {copy}")
-            if progress is not None:
-                progress(number + 1, len(names), name)
         if all(ways[name].labels(one) is not None for name, one in opened.items()):
             prompts = prompts._replace(templates=())
         notes = [*inputs.notes_of(found, *loaders), *beside]
         notes += [note for name, one in opened.items() for note in ways[name].notes(one)]
     return _results(config, found, looked_at, prompts, seen, (grid, curve), notes)
+
+
+def _of_model(progress: Progress | None, number: int, models: int, name: str) -> Progress | None:
+    """Takes the batches of one model, and tells them as some of those of all models."""
+    if progress is None:
+        return None
+    return lambda done, total, _: progress(number * total + done, models * total, name)
 
 
 def read_scales(text: str) -> tuple[float, ...]:

@@ -14,7 +14,7 @@ from tvjax.checkpoints.streaming import Extracted, ExtractedAdapter
 from tvjax.jobs import inputs
 from tvjax.jobs.configs import ExtractConfig
 from tvjax.jobs.recipes import recipe_of, write_recipe
-from tvjax.jobs.schema import Progress
+from tvjax.progress import Progress
 
 
 def extract(config: ExtractConfig, progress: Progress | None = None) -> Extracted | ExtractedAdapter:

@@ -12,10 +12,13 @@ from tvjax.compose.coefficients import Coefficients
 from tvjax.jobs import inputs
 from tvjax.jobs.configs import InspectConfig
 from tvjax.jobs.recipes import recipe_of, write_recipe
-from tvjax.jobs.schema import Progress
-from tvjax.report import inspection
-from tvjax.report.inspection import Comparison, Contents, StageSites, Sums
-from tvjax.report.plots import plot_coefficients, plot_leaves
+from tvjax.progress import Progress
+from tvjax.report import comparison, contents, inspection
+from tvjax.report.comparison import Comparison
+from tvjax.report.contents import Contents
+from tvjax.report.inspection import StageSites
+from tvjax.report.leaf_plots import plot_coefficients, plot_leaves
+from tvjax.report.sums import Sums
 
 
 class Inspected(NamedTuple):
@@ -43,7 +46,7 @@ class Compared(NamedTuple):
 
     Attributes:
       contents: what each holds.
-      comparison: cosines and sign agreement by leaf.
+      comparison: norms, distances, cosines and sign agreement by leaf, and in what else they differ.
     """
 
     contents: tuple[Contents, Contents]
@@ -51,7 +54,7 @@ class Compared(NamedTuple):
 
 
 def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspected | Compared:
-    """Looks at a model or a file, and its norms; or at the cosines and the sign agreement of two of them.
+    """Looks at a model or a file, and its norms; or at how far two of them are from one another.
 
     Without norms only headers are read; for norms one tensor after the other.
 
@@ -71,33 +74,36 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecte
 
 
 def _looked_at(config: InspectConfig, tell: Progress) -> Inspected | Compared:
-    found = inspection.contents(config.things[0])
+    found = contents.contents(config.things[0])
     if len(config.things) == 1:
         return _inspected(config, found, tell)
-    other = inspection.contents(config.things[1])
-    compared = inspection.compare(found, other, tell)
+    other = contents.contents(config.things[1])
+    shapes = [{(leaf.path, leaf.shape) for leaf in one.leaves} for one in (found, other)]
+    if config.plot is not None and not shapes[0] & shapes[1]:
+        raise ValueError("--plot shows leaves that both have in one shape, and there are none: leave it out")
+    compared = Compared((found, other), comparison.compare(found, other, tell))
     if config.plot is not None:
         _plot_comparison(compared, config.plot)
-    return Compared((found, other), compared)
+    return compared
 
 
 def _inspected(config: InspectConfig, found: Contents, progress: Progress) -> Inspected:
     thing, plot, norms = config.things[0], config.plot, config.norms
-    if config.model is not None and found.kind != inspection.TASK_VECTOR:
+    if config.model is not None and found.kind != contents.TASK_VECTOR:
         raise ValueError(f"--model is for a task vector, but {thing!r} is a {found.kind}")
-    if plot is not None and found.kind == inspection.TRANSPORT:
+    if plot is not None and found.kind == contents.TRANSPORT:
         raise ValueError(f"--plot has no picture of a {found.kind}: it is for models, task vectors and coefficients")
-    base = None if config.model is None else inspection.contents(config.model)
+    base = None if config.model is None else contents.contents(config.model)
     stages = inspection.model_sites(found) if config.sites else []
-    learned = load_coefficients(thing)[0] if found.kind == inspection.COEFFICIENTS else None
+    learned = load_coefficients(thing)[0] if found.kind == contents.COEFFICIENTS else None
     if learned is not None and plot is not None:
         plot_coefficients(learned, plot)
         plot = None
     if norms is None:
-        norms = found.kind == inspection.TASK_VECTOR or plot is not None
+        norms = found.kind == contents.TASK_VECTOR or plot is not None
     if not norms:
         return Inspected(found, stages, learned, None, None, None)
-    references, made_for = (None, None) if base is None else inspection.base_sums(found, base)
+    references, made_for = (None, None) if base is None else inspection.base_sums(found, base, progress)
     sums = inspection.measure(found, progress)
     if plot is not None:
         _plot_norms(found, sums, references, plot)
@@ -112,9 +118,15 @@ def _plot_norms(found: Contents, sums: Mapping[str, Sums], references: Mapping[s
     plot_leaves({Path(found.name).name: values}, plot, label, positive=True)
 
 
-def _plot_comparison(compared: Comparison, plot: Path) -> None:
-    moved = {path: own for path, own in compared.sums.items() if own.compared}  # the others are grey
-    cosines = {path: own.cosine for path, own in moved.items()}
+def _plot_comparison(compared: Compared, plot: Path) -> None:
+    found = compared.comparison
+    rows = {path: found.row([path]) for path in found.sums}
+    if compared.contents[0].kind == contents.MODEL:  # of two models that are near, every cosine is nearly 1
+        distances = {path: row.relative_distance or 0.0 for path, row in rows.items()}
+        plot_leaves({"A and B": distances}, plot, "distance, relative to A's norm", positive=True)
+        return
+    moved = {path: row for path, row in rows.items() if row.sign_agreement is not None}  # the others are grey
+    cosines = {path: row.cosine or 0.0 for path, row in moved.items()}
     # From -1 to 1 like a cosine: 0 where half of the signs are the same, as by chance.
-    signs = {path: 2 * own.sign_agreement - 1 for path, own in moved.items()}
+    signs = {path: 2 * (row.sign_agreement or 0.0) - 1 for path, row in moved.items()}
     plot_leaves({"cosine": cosines, "signs: same - different": signs}, plot, "share, -1 to 1")

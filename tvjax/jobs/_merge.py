@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from tvjax import arithmetic, tree
 from tvjax import merge as methods
 from tvjax.checkpoints import load_tree, map_tree, model_card, save_adapter, save_tree, streaming
 from tvjax.checkpoints.adapters import open_adapter
+from tvjax.checkpoints.atomic import folder_beside
 from tvjax.checkpoints.folder import Checkpoint, open_checkpoint
 from tvjax.checkpoints.huggingface import check_new
 from tvjax.checkpoints.json_files import write_json
@@ -26,10 +26,10 @@ from tvjax.jobs import inputs
 from tvjax.jobs.configs import MergeConfig
 from tvjax.jobs.merges import acts_by_leaf, find_merge
 from tvjax.jobs.recipes import recipe_of, write_recipe
-from tvjax.jobs.schema import Progress
 from tvjax.jobs.task_vectors import is_adapter, is_model, read_adapter
 from tvjax.merge import MergedLeaf
 from tvjax.on_disk import DiskArray, is_on_disk
+from tvjax.progress import Progress, begin
 from tvjax.stages import PyTree
 from tvjax.truncate import Truncated, low_rank, not_smaller
 
@@ -79,6 +79,7 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> Merged:
       ValueError: what cannot be, before anything is written.
     """
     function = find_merge(config.method, config.options, config.seed)
+    begin(progress, "reading the task vectors")
     _check_output(config)
     on_models = config.options.get("base") is True
     if on_models and config.model is None:
@@ -94,7 +95,7 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> Merged:
             base = stack.enter_context(open_checkpoint(config.model))
         lazily = not any(adapters) and not on_models and config.rank is None
         lazily = lazily and acts_by_leaf(config.method, config.options)
-        loaded, made, told = _loaded(config, base, stack, lazily)
+        loaded, made, told = _loaded(config, base, stack, lazily, progress)
         metadata = check_same_base(files, made, config.any_base)
         if base is not None and "base_fingerprint" not in metadata:
             metadata = {name: value for name, value in base.identity("").items() if value}
@@ -112,7 +113,9 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> Merged:
         if form == "adapter":
             tau, lost = _shortened(config, tau)
             told += lost
-        left = _write(config, form, tau, base, metadata, origin)
+        writing = None if lazily else progress  # lazily, leaves are merged while they are written
+        begin(writing, f"writing {config.output}")
+        left = _write(config, form, tau, base, metadata, origin, writing)
     rows = work.rows
     about = {"method": config.method, "scale": config.scale, "form": form, "task_vectors": files}
     report = report_name(config.output)
@@ -150,6 +153,7 @@ def _write(
     base: Checkpoint | None,
     metadata: Mapping[str, str],
     origin: streaming.Origin,
+    progress: Progress | None,
 ) -> Mapping[str, str]:
     """Writes what was merged; returns why tensors of the model take no part."""
     count = len(origin.names)
@@ -161,7 +165,7 @@ def _write(
     if form == "model":
         action = f"{count} task vectors, merged by {config.method}, were added to the weights of the base model."
         return streaming.apply_trees(
-            base, [tau], config.output, origin, scale=config.scale, action=action, settings=settings
+            base, [tau], config.output, origin, scale=config.scale, action=action, settings=settings, progress=progress
         ).left
     card = model_card(
         config.output.name,
@@ -186,7 +190,7 @@ def _scaled(tau: PyTree, factor: float) -> PyTree:
 
 
 def _loaded(
-    config: MergeConfig, base: Checkpoint | None, stack: contextlib.ExitStack, on_disk: bool
+    config: MergeConfig, base: Checkpoint | None, stack: contextlib.ExitStack, on_disk: bool, progress: Progress | None
 ) -> tuple[tuple[PyTree, ...], tuple[dict[str, str], ...], list[str]]:
     """The task vectors, what their files say of their model, and what the user should know."""
     loaded: list[PyTree] = []
@@ -196,7 +200,7 @@ def _loaded(
         if is_model(file):
             if base is None:
                 raise ValueError(f"{file!r} is a model: give --model, the one that it was fine-tuned from")
-            tau, metadata, notes = _differences(file, base, config.output, stack)
+            tau, metadata, notes = _differences(file, base, config.output, stack, progress)
             told += notes
             loaded.append(tau)
             made.append(metadata)
@@ -215,16 +219,14 @@ def _loaded(
 
 
 def _differences(
-    model: str, base: Checkpoint, output: Path, stack: contextlib.ExitStack
+    model: str, base: Checkpoint, output: Path, stack: contextlib.ExitStack, progress: Progress | None
 ) -> tuple[PyTree, dict[str, str], tuple[str, ...]]:
     """A fine-tuned model as a task vector, made leaf by leaf into a file that lasts as long as the stack."""
     if Path(model).resolve() == base.folder.resolve():  # a single zero, seen as all entries
         return tree.nest({path: np.broadcast_to(np.float32(0), shape) for path, shape in base.shapes.items()}), {}, ()
     near = next(folder for folder in output.resolve().parents if folder.is_dir())
-    file = (
-        Path(stack.enter_context(tempfile.TemporaryDirectory(dir=near, prefix=".tvjax-"))) / "differences.safetensors"
-    )
-    notes = streaming.extract(base, model, file, subtree="").notes
+    file = stack.enter_context(folder_beside(near / output.name)) / "differences.safetensors"
+    notes = streaming.extract(base, model, file, subtree="", progress=progress).notes
     return *map_tree(file), notes
 
 

@@ -17,7 +17,8 @@ from tvjax.jobs.matching import overlap_shapes
 from tvjax.jobs.opened import Models, Opened
 from tvjax.jobs.parts import copied
 from tvjax.jobs.recommended import with_method
-from tvjax.jobs.schema import Progress
+from tvjax.jobs.refined import prepare_refinement
+from tvjax.progress import Progress, begin
 from tvjax.renamed import warn
 from tvjax.stages import Batch, PyTree
 from tvjax.transport import likeness
@@ -67,7 +68,7 @@ def plan(config: PlanConfig, progress: Progress | None = None) -> Planned:
 
     Args:
       config: what a transport takes.
-      progress: called after every block that is compared; the rest is done in no time.
+      progress: called when a part begins, and after every block that is compared.
 
     Raises:
       ValueError: what the transport would refuse.
@@ -76,10 +77,13 @@ def plan(config: PlanConfig, progress: Progress | None = None) -> Planned:
         check_new(config.output)
     if config.save_task_vector is not None:
         inputs.check_file(config.save_task_vector)
-    with Models() as models:
+    begin(progress, "looking at the models")
+    with Models(progress=progress) as models:
         config, why = with_method(config, models)
         ready = prepare(config, models)
         ready = ready._replace(notes=(*why, *ready.notes))
+        if config.refine and config.finetuned:
+            prepare_refinement(config, models)
         found = ready.found
         number = config.count if found is None else len(found)
         sizes = [min(config.batch_size, number - start) for start in range(0, number, config.batch_size)]
@@ -92,6 +96,7 @@ def plan(config: PlanConfig, progress: Progress | None = None) -> Planned:
         alike = _likeness(ready, opened[0], opened[1], config, progress) if config.compare else None
     pairs = [_pair(ready, *view) for view in zip(*views, strict=True)] if ready.moving.needs_examples else []
     depth = "uniform" if ready.depth == "cka" else ready.depth  # which compares activations; sizes do not depend on it
+    begin(progress, "tracing the fit")
     fitted = plan_fit(ready.moving, a, b, pairs, depth=depth, tokens=config.tokens)
     disk = {"edited model": tree.nbytes(held[1])}
     if config.maps is not None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from tvjax import tree
+from tvjax import processes, tree
 from tvjax.arithmetic import apply, scale
 from tvjax.checkpoints import TransportStore, model_card, save_adapter, save_pretrained, save_tree
 from tvjax.checkpoints.atomic import write_text
@@ -33,20 +34,27 @@ from tvjax.jobs.opened import Models, Opened
 from tvjax.jobs.parts import changed_elsewhere, copied, part_task_vector
 from tvjax.jobs.recipes import recipe_of, write_recipe
 from tvjax.jobs.recommended import with_method
-from tvjax.jobs.schema import Progress
+from tvjax.jobs.refined import Refinement, prepare_refinement, refine
 from tvjax.jobs.task_vectors import is_adapter, read_given
+from tvjax.on_disk import DiskArray, is_on_disk
+from tvjax.progress import Progress, begin
 from tvjax.renamed import warn
+from tvjax.report.norm_plots import plot_norms
 from tvjax.stages import Model, PyTree
 from tvjax.transport import State, fit, identity, leaf_forms, leaf_report, summary
 from tvjax.transport.leaf_report import Forms
+
+Norms = dict[str, float]
+_SIDES = ("source", "target")
+_PICTURE = "norms.png"
 
 
 class Transported(NamedTuple):
     """What `transport` did.
 
     Attributes:
-      output: the folder of the edited model, or of the adapter for it, with ``leaf_report.txt`` and
-        ``leaf_report.json``.
+      output: the folder of the edited model, or of the adapter for it, with ``leaf_report.txt``,
+        ``leaf_report.json`` and ``norms.png``.
       form: ``model`` or ``adapter``.
       method: the transport.
       scale: factor of the moved task vector, chosen where there is validation.
@@ -55,9 +63,11 @@ class Transported(NamedTuple):
       target: the model before.
       examples: of the calibration.
       validation: the examples that the scale was chosen on, with the accuracy at every scale.
+      refined: how the fine-tuned source taught the target from there on; None where it did not.
       copy: the task vector added as it is, at its own best scale on the same examples; None where the shapes do not
         agree, or there is no validation.
       norms: of the task vector in the source and in the target.
+      leaf_norms: the same leaf by leaf, by path.
       notes: what the user should know.
     """
 
@@ -70,8 +80,10 @@ class Transported(NamedTuple):
     target: str
     examples: dict[str, Any] | None
     validation: dict[str, Any] | None
+    refined: dict[str, Any] | None
     copy: dict[str, Any] | None
     norms: dict[str, float]
+    leaf_norms: dict[str, dict[str, float]]
     notes: tuple[str, ...]
 
     @property
@@ -89,7 +101,8 @@ def transport(config: TransportConfig, progress: Progress | None = None) -> Tran
 
     Args:
       config: what to move, where to and how.
-      progress: called after every stage of the fit.
+      progress: called when a part begins, after every stage of the fit, and after every batch of the choice of a
+        scale.
 
     Raises:
       ValueError: what cannot be, before anything is written, and before any weight is read where headers show it.
@@ -97,12 +110,14 @@ def transport(config: TransportConfig, progress: Progress | None = None) -> Tran
     check_new(config.output)
     if config.save_task_vector is not None:
         inputs.check_file(config.save_task_vector)
-    with Models(on_disk=config.stream) as models:
+    begin(progress, "reading the examples")
+    with Models(on_disk=config.stream, progress=progress) as models:
         config, why = with_method(config, models)
         ready = prepare(config, models)
         ready = ready._replace(notes=(*why, *ready.notes))
         looked_at = None if ready.found is None else inputs.record(ready.found)
-        work = _Work(config, ready, models, looked_at, progress)
+        taught = prepare_refinement(config, models) if config.refine else None
+        work = _Work(config, ready, models, looked_at, taught, progress)
         tau, also = _task_vector(config, ready, models)
         result, state, forms = (_streamed if config.stream else _whole)(work, tau, also)
         _write_report(config, result, state, forms)
@@ -117,12 +132,13 @@ class _Work(NamedTuple):
     ready: Prepared
     models: Models
     looked_at: dict[str, Any] | None
+    taught: Refinement | None
     progress: Progress | None
 
-    def result(self, state: State, form: str, norms: tuple[float, float], **chosen: Any) -> Transported:
-        """What was done."""
+    def result(self, state: State, form: str, norms: tuple[Norms, Norms], **chosen: Any) -> Transported:
+        """What was done; `norms` are those of the leaves of the task vector, and of the moved one."""
         config, ready = self.config, self.ready
-        done: dict[str, Any] = {"scale": config.scale, "validation": None, "copy": None, **chosen}
+        done: dict[str, Any] = {"scale": config.scale, "validation": None, "refined": None, "copy": None}
         return Transported(
             output=config.output,
             form=form,
@@ -131,9 +147,10 @@ class _Work(NamedTuple):
             finetuned=config.finetuned or config.task_vector or "",
             target=config.target,
             examples=self.looked_at,
-            norms=dict(zip(("source", "target"), norms, strict=True)),
+            norms={side: math.hypot(*own.values()) for side, own in zip(_SIDES, norms, strict=True)},
+            leaf_norms=dict(zip(_SIDES, norms, strict=True)),
             notes=(*inputs.notes_of(ready.found, ready.held_out), *state.notes),
-            **done,
+            **(done | chosen),
         )
 
 
@@ -143,19 +160,23 @@ def _whole(work: _Work, tau: PyTree, also: list[str]) -> tuple[Transported, Stat
     state = _fitted(work, tau)
     moved = ready.moving.apply(state, tau)
     forms = leaf_forms(ready.moving, state, tau) if any(map(is_low_rank, tree.flatten(tau).values())) else ()
-    form = _form(config, tau, moved)
+    form = "model" if work.taught is not None else _form(config, tau, moved)
     state = dataclasses.replace(state, notes=(*state.notes, *ready.notes, *also, *_lost(moved, forms, state)))
     chosen: dict[str, Any] = {}
-    if ready.held_out is not None:
+    params = None
+    if work.taught is not None:
+        params, chosen = refine(work.taught, target, moved, scales_of(ready.moving), work.progress)
+    elif ready.held_out is not None:
         task = ready.way.task(target, ready.held_out, ready.prompts)
         scored = with_task(target, task), task.batches(ready.held_out, config.batch_size)
-        best, copy = _chosen(moved, tau, target, ready, *scored)
+        best, copy = _chosen(moved, tau, target, ready, *scored, work.progress)
         chosen = {"scale": best.scale, "validation": _curve(best, ready.held_out), "copy": copy}
         if best.scale == 0:
             nothing = "no scale does better than none on the validation examples: the target is written as it was"
             state = dataclasses.replace(state, notes=(*state.notes, nothing))
-    result = work.result(state, form, (float(tree.norm(tau)), float(tree.norm(moved))), **chosen)
-    _save(config, result, models, moved)
+    result = work.result(state, form, (_norms(tau), _norms(moved)), **chosen)
+    begin(work.progress, f"writing {config.output}")
+    _save(config, result, models, moved, params)
     return result, state, forms
 
 
@@ -163,23 +184,50 @@ def _streamed(work: _Work, tau: PyTree, also: list[str]) -> tuple[Transported, S
     """The models on disk: a stage in memory at a time, each moved leaf added to the target's and written at once."""
     config, target = work.config, work.models[work.config.target]
     left = tree.flatten(target.pretrained.params)
-    squares, scratch = 0.0, Scratch()
+    after: Norms = {}
+    scratch = Scratch()
 
-    card = _card(config, "model", config.scale, work.looked_at, work.models)  # reads, and so checks, every weight
+    # The card says the fingerprints, which are taken over the weights in the order of their paths: the walk, which goes
+    # by stages, reads them again. This first reading is also the one that finds values that are not finite.
+    begin(work.progress, "checking the weights")
+    card = _card(config, "model", config.scale, work.looked_at, work.models)
+    tau, before = _measured(tau)
     with write_checkpoint(target.checkpoint, config.output, card=lambda: card) as write:
 
         def edit(number: int, path: str, leaf: Any) -> None:
-            nonlocal squares
-            change, before = np.asarray(leaf), np.asarray(left.pop(path))
-            squares += float(np.vdot(change, change))
-            write(path, edit_leaf(before, [change], path, config.scale, scratch).astype(before.dtype))
+            change, own = np.asarray(leaf), np.asarray(left.pop(path))
+            after[path] = math.sqrt(np.vdot(change, change))
+            write(path, edit_leaf(own, change, config.scale, own.dtype, scratch))
 
         state = _fitted(work, tau, stream=[tau], write=edit)
         for path, leaf in left.items():
             write(path, np.asarray(leaf))
     state = dataclasses.replace(state, notes=(*state.notes, *work.ready.notes, *also))
-    before = sum(float(np.vdot(leaf, leaf)) for leaf in map(np.asarray, jax.tree.leaves(tau)))
-    return work.result(state, "model", (before**0.5, squares**0.5)), state, ()
+    return work.result(state, "model", (before, after)), state, ()
+
+
+def _norms(tau: PyTree) -> Norms:
+    """The norm of each leaf by path."""
+    found = processes.fetch(tree.by_leaf(tree.norm, tau))
+    return {path: float(norm) for path, norm in found.items()}
+
+
+def _measured(tau: PyTree) -> tuple[PyTree, Norms]:
+    """A task vector, and the norms of its leaves by path: those on disk are measured when the fit checks them."""
+    norms: Norms = {}
+
+    def read(path: str, leaf: Any) -> np.ndarray:
+        values = np.asarray(leaf)
+        norms[path] = math.sqrt(np.vdot(values, values))
+        return values
+
+    def measured(path: str, leaf: Any) -> Any:
+        if is_on_disk(leaf):
+            return DiskArray(leaf.shape, leaf.dtype, functools.partial(read, path, leaf))
+        read(path, leaf)
+        return leaf
+
+    return tree.map_with_path(measured, tau), norms
 
 
 def _task_vector(config: TransportConfig, ready: Prepared, models: Models) -> tuple[PyTree, list[str]]:
@@ -222,7 +270,7 @@ def _side(opened: Opened, ready: Prepared) -> Model:
 
 def _fitted(work: _Work, tau: PyTree, **stream: Any) -> State:
     """The fitted transport, from the maps that are kept where there are some; of a stream, what is left of it."""
-    config, ready, models, looked_at, progress = work
+    config, ready, models, looked_at, _, progress = work
     source, target = models[config.source], models[config.target]
     sides = _side(source, ready), _side(target, ready)
     store = None
@@ -250,6 +298,7 @@ def _fitted(work: _Work, tau: PyTree, **stream: Any) -> State:
             depends_on["prompts"] = json.dumps(ready.prompts.templates)
         store = TransportStore(config.maps, depends_on)
     pairs, loader = ([], None) if ready.found is None else paired_batches(ready, source, target, config.batch_size)
+    begin(progress, "fitting")
     options: dict[str, Any] = {"depth": ready.depth, "tokens": config.tokens, "progress": progress, "cache": store}
     options |= {"tau": tau if ready.moving.needs_task_vector else None, **stream}
     state = fit(ready.moving, *sides, pairs, **options)
@@ -257,7 +306,13 @@ def _fitted(work: _Work, tau: PyTree, **stream: Any) -> State:
 
 
 def _chosen(
-    moved: PyTree, tau: PyTree, target: Opened, ready: Prepared, scored: Model, held_out: Loader
+    moved: PyTree,
+    tau: PyTree,
+    target: Opened,
+    ready: Prepared,
+    scored: Model,
+    held_out: Loader,
+    progress: Progress | None,
 ) -> tuple[ChosenScale, dict[str, Any] | None]:
     """The best scale, and what the task vector does as it is: the baseline that every transport must beat.
 
@@ -267,7 +322,7 @@ def _chosen(
     as_it_is = copied(tau, target.pretrained.params)
     if not isinstance(as_it_is, str):
         edits.append((as_it_is, scales_of(identity())))
-    best, *copies = choose_scales(scored, edits, held_out)
+    best, *copies = choose_scales(scored, edits, held_out, progress)
     return best, {"scale": copies[0].scale, "accuracy": copies[0].accuracy} if copies else None
 
 
@@ -276,15 +331,15 @@ def _curve(chosen: ChosenScale, held_out: Any) -> dict[str, Any]:
     return {**inputs.record(held_out), **curve}
 
 
-def _save(config: TransportConfig, result: Transported, models: Models, moved: PyTree) -> None:
-    """Writes the edited model or the adapter, and the moved task vector where it is asked for."""
+def _save(config: TransportConfig, result: Transported, models: Models, moved: PyTree, params: PyTree) -> None:
+    """Writes the edited model, of these parameters where there are some, or the adapter; and the moved task vector."""
     receiver = models[config.target].pretrained
     card = _card(config, result.form, result.scale, result.examples, models)
     if result.form == "adapter":
         adapter = scale(moved, result.scale)
         save_adapter(adapter, config.output, receiver, metadata=receiver.identity(), card=card)
     else:
-        edited = apply(receiver.params, moved, result.scale)
+        edited = apply(receiver.params, moved, result.scale) if params is None else params
         save_pretrained(receiver.with_params(edited), config.output, card=card)
     if config.save_task_vector is not None:
         save_tree(config.save_task_vector, moved, receiver.identity())
@@ -299,6 +354,8 @@ def _write_report(config: TransportConfig, result: Transported, state: State, fo
     content = {**about, **given, "notes": state.notes, "leaves": leaves}
     write_json(config.output / "leaf_report.json", content, sort_keys=False)
     write_text(config.output / "leaf_report.txt", summary(state, forms) + "\n")
+    if processes.is_first():
+        plot_norms(result.leaf_norms["source"], result.leaf_norms["target"], config.output / _PICTURE)
 
 
 def _card(config: TransportConfig, form: str, scale: float, examples: dict[str, Any] | None, models: Models) -> str:
@@ -308,9 +365,11 @@ def _card(config: TransportConfig, form: str, scale: float, examples: dict[str, 
     }
     if config.task_vector is not None:
         inputs_of[config.task_vector] = {"kind": "adapter" if is_adapter(config.task_vector) else "task vector"}
+    after = f"; the fine-tuned source then taught it from there on ({config.refine})" if config.refine else ""
     return model_card(
         config.output.name,
-        f"What a fine-tuning taught the source was moved into the base model by {config.method}, without training.",
+        f"What a fine-tuning taught the source was moved into the base model by {config.method}"
+        f"{after or ', without training'}.",
         models[config.target].pretrained.identity(),
         inputs=inputs_of,
         settings={
@@ -322,5 +381,6 @@ def _card(config: TransportConfig, form: str, scale: float, examples: dict[str, 
             **{f"option {name}": value for name, value in config.options.items()},
         },
         results=None if examples is None else {"examples": examples},
+        pictures={"Norm by layer and kind of leaf, in the source and moved": _PICTURE},
         library="peft" if form == "adapter" else "transformers",
     )

@@ -19,7 +19,7 @@ from tvjax.jobs import inputs
 from tvjax.jobs.asking import Language, asking
 from tvjax.jobs.configs import EvaluateConfig
 from tvjax.jobs.opened import Models
-from tvjax.jobs.schema import Progress
+from tvjax.progress import Progress
 
 _OURS = {"model", "model_args", "tasks", "output_path", "batch_size"}
 

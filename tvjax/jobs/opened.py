@@ -16,6 +16,7 @@ from tvjax.data.images import Images
 from tvjax.data.loader import image_batches
 from tvjax.data.tokens import Encoder
 from tvjax.models.bert.config import BertConfig
+from tvjax.progress import Progress, begin
 from tvjax.stages import tower
 from tvjax.tasks.classification import text_batches
 from tvjax.tasks.zero_shot import unit_embeddings
@@ -27,10 +28,11 @@ class Opened:
     Attributes:
       checkpoint: its folder, config and tensors.
       on_disk: whether the weights stay in their files (`tvjax.on_disk`).
+      progress: told when weights are read.
     """
 
-    def __init__(self, checkpoint: Checkpoint, on_disk: bool = False):
-        self.checkpoint, self.on_disk = checkpoint, on_disk
+    def __init__(self, checkpoint: Checkpoint, on_disk: bool = False, progress: Progress | None = None):
+        self.checkpoint, self.on_disk, self.progress = checkpoint, on_disk, progress
 
     @property
     def name(self) -> str:
@@ -45,6 +47,7 @@ class Opened:
     @functools.cached_property
     def pretrained(self) -> Pretrained:
         """The model with its weights."""
+        begin(self.progress, f"reading {self.name}")
         return from_pretrained(self.checkpoint, on_disk=self.on_disk)
 
     @functools.cached_property
@@ -89,12 +92,12 @@ class Opened:
 class Models(contextlib.ExitStack):
     """Opens models by their names, each once, until the block ends; their weights may stay in their files."""
 
-    def __init__(self, on_disk: bool = False) -> None:
+    def __init__(self, on_disk: bool = False, progress: Progress | None = None) -> None:
         super().__init__()
-        self._on_disk = on_disk
+        self._on_disk, self._progress = on_disk, progress
         self._opened: dict[str, Opened] = {}
 
     def __getitem__(self, name: str) -> Opened:
         if name not in self._opened:
-            self._opened[name] = Opened(self.enter_context(open_checkpoint(name)), self._on_disk)
+            self._opened[name] = Opened(self.enter_context(open_checkpoint(name)), self._on_disk, self._progress)
         return self._opened[name]

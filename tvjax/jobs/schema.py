@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-Progress = Callable[[int, int, str], None]
-"""Takes the steps done, the steps in all, and what was done last."""
 
 Self = TypeVar("Self", bound="Config")
 Item = TypeVar("Item")

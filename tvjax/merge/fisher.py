@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from tvjax.merge.leaf_report import Report
 from tvjax.merge.matrices import total
 from tvjax.merge.settings import Settings, check_votes, resolve_each
 from tvjax.per_example import ExampleGradients
+from tvjax.progress import Progress
 from tvjax.renamed import renamed_arguments
 from tvjax.stages import Batch, Model
 from tvjax.walk import Walk
@@ -72,7 +73,7 @@ def diagonal_fisher(
     *,
     chunk: int = 4,
     offload: bool = False,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> PyTree:
     """The diagonal of the empirical Fisher matrix: ``F = 1/N sum_n (dL(x_n, y_n)/dtheta)^2``.
 

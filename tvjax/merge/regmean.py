@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from tvjax.merge.leaf_report import Report, tell
 from tvjax.merge.matrices import total, weighted
 from tvjax.merge.settings import Settings, check_votes, resolve_each
 from tvjax.merge.spectral import solve
+from tvjax.progress import Progress
 from tvjax.renamed import renamed_arguments
 from tvjax.stages import Batch, Model, owner_paths
 from tvjax.walk import Walk
@@ -109,7 +110,7 @@ def input_grams(
     batches: Sequence[Batch],
     *,
     offload: bool = False,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Grams:
     """The Gram matrices of what the kernels of a model read, per row: ``1/n sum_rows x x^T``.
 

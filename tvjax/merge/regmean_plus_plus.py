@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from tvjax.merge.leaf_report import Report, tell
 from tvjax.merge.matrices import weighted
 from tvjax.merge.regmean import check_options, per_row, regression, stage_grams
 from tvjax.merge.settings import Settings, check_votes, resolve_each
+from tvjax.progress import Progress
 from tvjax.stages import Batch, Model, owner_paths
 from tvjax.walk import Walk
 
@@ -29,7 +30,7 @@ def regmean_plus_plus(
     shrink: float = 0.95,
     ridge: float = 1e-6,
     offload: bool = False,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
     report: Report | None = None,
 ) -> PyTree:
     """`tvjax.merge.regmean`, stage by stage, each on what the merged stages before it make of every task's data.

@@ -1,4 +1,4 @@
-"""Tables of what `tvjax.report.inspection` finds, for the terminal."""
+"""Tables of what `tvjax.report.inspection` and `tvjax.report.comparison` find, for the terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from rich import box
 from rich.table import Table
 
 from tvjax.compose.coefficients import Coefficients
-from tvjax.report.inspection import Comparison, Contents, StageSites, Sums, by_block, place, total, without_number
+from tvjax.report.comparison import Comparison
+from tvjax.report.contents import Contents
+from tvjax.report.inspection import StageSites
+from tvjax.report.sums import Sums, by_block, place, total, without_number
 
 
 def leaf_table(found: Contents, *, by_leaf: bool = False) -> Table:
@@ -52,28 +55,25 @@ def norm_table(sums: Mapping[str, Sums], base: Mapping[str, Sums] | None = None,
     return table
 
 
-def comparison_table(found: Comparison, names: Sequence[str], *, by_leaf: bool = False) -> Table:
-    """Cosine and sign agreement of two trees by block, or by leaf, and as a whole.
+def comparison_table(found: Comparison, groups: Mapping[str, Sequence[str]], title: str) -> Table:
+    """Norms, distance, cosine and sign agreement of two trees, a row for each group of leaves, and for all.
 
     Args:
-      found: of `tvjax.report.inspection.compare`.
-      names: of the two.
-      by_leaf: one row for each leaf.
+      found: of `tvjax.report.comparison.compare`.
+      groups: paths by name.
+      title: of the names.
 
     Returns:
-      The table; the distance is relative to the norm of the first.
+      The table; the distance is relative to the norm of the first, of leaves that both have in one shape.
     """
-    columns = ("cosine", "same sign", *(f"norm {name}" for name in names), "distance")
-    table = _table("leaf" if by_leaf else "block", *columns, right=columns)
-    blocks = {path: [path] for path in found.sums} if by_leaf else by_block(found.sums)
-    for name, paths in (*blocks.items(), ("all", list(found.sums))):
-        own = total(found.sums, paths)
-        cells = [
-            f"{own.cosine:.4f}",
-            _percent(own.sign_agreement) if own.compared else "",
-            *(f"{norm:.4g}" for norm in own.norms),
-        ]
-        table.add_row(name, *cells, _ratio(own.distance, own.norms[0]))
+    columns = ("norm A", "norm B", "distance", "cosine", "same sign")
+    table = _table(title, *columns, right=columns)
+    for name, paths in (*groups.items(), ("all", found.paths)):
+        row = found.row(paths)
+        cells = ["" if norm is None else f"{norm:.4g}" for norm in row.norms]
+        cells += ["" if row.relative_distance is None else f"{row.relative_distance:.4g}"]
+        cells += ["" if row.cosine is None else f"{row.cosine:.4f}"]
+        table.add_row(name, *cells, "" if row.sign_agreement is None else _percent(row.sign_agreement))
     return table
 
 

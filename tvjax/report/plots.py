@@ -1,30 +1,17 @@
-"""Plots as PNG files, drawn without a display."""
+"""Plots of accuracies as PNG files, drawn without a display."""
 
 from __future__ import annotations
 
-import math
 import os
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from tvjax.checkpoints.atomic import replacing
-from tvjax.compose.coefficients import Coefficients, entries
 from tvjax.evaluate.accuracy import Accuracy
 from tvjax.report.measurements import Measurement, accuracies, in_order
-
-# Okabe and Ito's colours, told apart by every kind of colour vision.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-GREY = "#8A8A8A"
-DARK = "#333333"
-MARKERS = ("o", "s", "^", "D", "v", "P")
-BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
-STYLE = {"size": 9, "title": 10, "small": 8}
+from tvjax.report.style import BOX, COLOURS, DARK, GREY, MARKERS, STYLE, save, tidy
 
 
 class Curve(NamedTuple):
@@ -86,7 +73,7 @@ def plot_methods(
         axis.set_title(title, fontsize=STYLE["title"])
         axis.set_xlim(0, 100)
         axis.set_xlabel("accuracy on test examples, %", fontsize=STYLE["size"])
-        _tidy(axis, "x")
+        tidy(axis, "x")
     axes[0].set_yticks(range(len(methods)), [_label(name) for name in methods])
     axes[0].invert_yaxis()
     handles = [
@@ -99,7 +86,7 @@ def plot_methods(
         handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=STYLE["small"]
     )
     legend.set_in_layout(True)
-    _save(figure, file)
+    save(figure, file)
 
 
 def plot_scales(curves: Sequence[Curve], file: str | os.PathLike[str], titles: dict[str, str]) -> None:
@@ -125,7 +112,7 @@ def plot_scales(curves: Sequence[Curve], file: str | os.PathLike[str], titles: d
             axis.plot(found[0].alphas[best], mean[best], "o", color=_method_colour(method), markersize=4.5)
         axis.set_title(title, fontsize=STYLE["title"])
         axis.set_xlabel(r"scale $\alpha$", fontsize=STYLE["size"])
-        _tidy(axis, "both")
+        tidy(axis, "both")
     axes[0].set_ylabel("accuracy on validation examples, %", fontsize=STYLE["size"])
     handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(
@@ -136,7 +123,7 @@ def plot_scales(curves: Sequence[Curve], file: str | os.PathLike[str], titles: d
         frameon=False,
         fontsize=STYLE["small"],
     )
-    _save(figure, file)
+    save(figure, file)
 
 
 def plot_scale_curve(
@@ -178,77 +165,8 @@ def plot_scale_curve(
     axis.set_xlabel(r"scale $\alpha$", fontsize=STYLE["size"])
     axis.set_ylabel("accuracy, %", fontsize=STYLE["size"])
     axis.legend(frameon=False, fontsize=STYLE["small"])
-    _tidy(axis, "both")
-    _save(figure, file)
-
-
-def plot_coefficients(coefficients: Coefficients, file: str | os.PathLike[str]) -> None:
-    """A heat map of learned coefficients, a panel for each task vector: kind of leaf by depth.
-
-    A leaf of several random parts shows their mean; one that takes no part, or that the vector does not cover, is grey.
-
-    Args:
-      coefficients: of `tvjax.compose.learn`.
-      file: the PNG.
-    """
-    panels: dict[str, dict[str, float]] = {vector: {} for vector in coefficients.layout.vectors}
-    for entry in entries(coefficients):
-        panels[entry.vector][entry.path] = float(np.mean(entry.values)) if entry.values else math.nan
-    plot_leaves({name.replace("_", " "): values for name, values in panels.items()}, file, "coefficient")
-
-
-def plot_leaves(
-    panels: Mapping[str, Mapping[str, float]], file: str | os.PathLike[str], label: str, *, positive: bool = False
-) -> None:
-    """A heat map of a number for each leaf: kind of leaf by depth.
-
-    The depth of a leaf is the first whole number in its path; leaves that stand in no stack have a column of their own.
-    What is no number, or not there, is grey.
-
-    Args:
-      panels: numbers by path, a panel for each title.
-      file: the PNG.
-      label: of the colours.
-      positive: the numbers are of one sign and of many sizes: colours go by their logarithm, zero is grey; otherwise
-        one colour is for each sign.
-    """
-    places = {path: _kind_and_depth(path) for values in panels.values() for path in values}
-    kinds = in_order(kind for kind, _ in sorted(places.values(), key=lambda place: place[1] is None))
-    depths = sorted({depth for _, depth in places.values() if depth is not None})
-    columns = [*depths, *([None] if any(depth is None for _, depth in places.values()) else [])]
-    grid = np.full((len(panels), len(kinds), len(columns)), np.nan)
-    for panel, values in zip(grid, panels.values(), strict=True):
-        for path, value in values.items():
-            kind, depth = places[path]
-            panel[kinds.index(kind), columns.index(depth)] = value if value or not positive else np.nan
-    size = (2.2 + len(panels) * (0.24 * max(len(columns), 4) + 0.5), 0.17 * len(kinds) + 1.3)
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    found = np.abs(grid[~np.isnan(grid)])
-    largest = float(found.max(initial=0)) or 1.0
-    colours: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -largest, "vmax": largest}
-    if positive:
-        colours = {"cmap": "viridis", "norm": LogNorm(float(found.min(initial=largest)), largest)}
-    for axis, title, numbers in zip(axes, panels, grid, strict=True):
-        axis.set_facecolor("#E4E4E4")
-        image = axis.imshow(numbers, **colours, aspect="auto", interpolation="nearest")
-        axis.set_title(title, fontsize=STYLE["title"])
-        axis.set_xticks(range(len(columns)), ["rest" if depth is None else str(depth) for depth in columns])
-        axis.set_xlabel("depth", fontsize=STYLE["size"])
-        axis.tick_params(labelsize=STYLE["small"], length=2)
-    axes[0].set_yticks(range(len(kinds)), kinds)
-    bar = figure.colorbar(image, ax=list(axes), shrink=0.8)
-    bar.ax.tick_params(labelsize=STYLE["small"])
-    bar.set_label(label, fontsize=STYLE["size"])
-    _save(figure, file)
-
-
-def _kind_and_depth(path: str) -> tuple[str, int | None]:
-    """A leaf's path without its layer, and the layer."""
-    found = re.search(r"(?:^|/)(\d+)(?:/|$)", path)
-    if found is None:
-        return path, None
-    return "/".join(filter(None, (path[: found.start()], path[found.end() :]))), int(found[1])
+    tidy(axis, "both")
+    save(figure, file)
 
 
 def _method_colour(method: str) -> str:
@@ -277,15 +195,3 @@ def _name(method: str, names: dict[str, str]) -> str:
         if method.startswith(f"{kind}_"):
             return f"{names[kind]}, {method.removeprefix(f'{kind}_').replace('_', ' ')}"
     return names.get(method, method.replace("_", " "))
-
-
-def _tidy(axis: Axes, grid: Literal["both", "x"]) -> None:
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.tick_params(labelsize=STYLE["size"], length=3)
-    axis.grid(axis=grid, color="#E4E4E4", linewidth=0.8, zorder=0)
-    axis.set_axisbelow(True)
-
-
-def _save(figure: Figure, file: str | os.PathLike[str]) -> None:
-    with replacing(file) as temporary:
-        figure.savefig(temporary, format="png", dpi=160)

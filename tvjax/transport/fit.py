@@ -20,6 +20,7 @@ from tvjax.arithmetic import apply
 from tvjax.factors import float32
 from tvjax.finite import check_finite
 from tvjax.on_disk import trim
+from tvjax.progress import Progress
 from tvjax.renamed import renamed_arguments, warn
 from tvjax.spread import brought, lies_elsewhere, mesh_of, name_of
 from tvjax.stages import Batch, Model
@@ -41,7 +42,6 @@ from tvjax.walk import Walk
 PyTree = Any
 Overlaps = Mapping[str, Any]
 Batches = Iterable[Batch | tuple[Batch, Batch] | tuple[Batch, Batch, Overlaps]]
-Progress = Callable[[int, int, str], None]
 Write = Callable[[int, str, Any], None]
 
 
@@ -117,8 +117,8 @@ def fit(
         loss that are not finite, or a task vector that is not one of the source; one that is missing, or that no link
         is fitted with; the message names what and where.
     """
-    links = [link.name for link in transport.links]
-    processes.check_same("fit", {"transport": links, "source": source.params, "target": target.params})
+    models = {"source": source.params, "target": target.params, "task vectors": (tau, stream)}
+    processes.check_same("fit", {"transport": transport, **models, "depth": depth, "tokens": tokens})
     if stream is not None:
         _check_stream(source, stream)
         if transport.needs_task_vector and tau is None and len(stream) == 1:

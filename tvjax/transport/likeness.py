@@ -7,7 +7,7 @@ UpgradeBench, arXiv 2608.20918), needs no labels, and does not see rotations, so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from jax import Array
 from tvjax.align import moments
 from tvjax.align.moments import Moments
 from tvjax.finite import check_finite
+from tvjax.progress import Progress
 from tvjax.stages import Model
 from tvjax.transport.checks import check_batches, views_of
 from tvjax.transport.pairing import aligned, hidden, pair_stages
@@ -46,7 +47,7 @@ def likeness(
     *,
     depth: Any = "uniform",
     tokens: Any = "interpolate",
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Likeness, ...]:
     """Linear CKA of the residual streams of two models, by pair of blocks.
 

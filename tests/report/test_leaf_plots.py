@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from tvjax.compose import init
-from tvjax.report.plots import plot_coefficients
+from tvjax.report.leaf_plots import plot_coefficients
 
 
 def test_the_heat_map_shows_the_values(tmp_path):
