@@ -7,14 +7,18 @@ matrices in float32 at the precision that moments are formed with (`jax.lax.Prec
 - ``moments``: `tvjax.align.moments.update` on rows of a 4096-wide model, as a share of the product's rate.
 - ``polar``: the polar factor by ``"svd"`` and by ``"polar"`` (products alone) at several sizes, with the distance of
   either to a float64 reference on the host.
-- ``transport``: CLIP ViT-B/16's vision tower onto ViT-L/14's with random weights, by either method. Allow ten minutes:
-  XLA tries many kernels for each float32 product that it compiles for a GPU (one method on an H200, two blocks a tower:
-  153 programs in 134 seconds).
+- ``transport``: CLIP ViT-B/16's vision tower onto ViT-L/14's with random weights, by either method.
+- ``language``: one Llama of 1.1 B parameters onto another (`scripts/bench_language.py`'s, in bfloat16), Theseus.
 - ``gradfix``: votes on ViT-B/16, beside one plain forward and backward pass of the same images.
+- ``correction``: one pass of `tvjax.logit_correction` (three by default) on ViT-L/14 from the scores of ViT-B/16, 32
+  images in batches of 8, 100 classes, beside three epochs of distillation by Adam in the same batches.
+
+The last four compile with `UNTUNED`: else XLA tries many kernels for each of some hundred float32 products before it
+runs them once (one method on an H200, two blocks a tower: 153 programs in 134 seconds).
 
     python scripts/bench_accelerator.py                    # every case, on the first device
     python scripts/bench_accelerator.py --small            # tiny sizes: does it run (any machine)
-    python scripts/bench_accelerator.py polar transport    # some
+    python scripts/bench_accelerator.py polar transport    # some; the others stay in the results file as they are
 """
 
 from __future__ import annotations
@@ -32,7 +36,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-CASES = ("arithmetic", "moments", "polar", "transport", "gradfix")
+CASES = ("arithmetic", "moments", "polar", "gradfix", "language", "transport", "correction")
+UNTUNED = "--xla_gpu_autotune_level=0"  # a flag of XLA: take its first choice of a kernel
 NAMES = ("B/16", "L/14")
 REPEATS = 7
 
@@ -156,29 +161,60 @@ def polar(small: bool) -> dict[str, Any]:
 
 
 def transport(small: bool) -> dict[str, Any]:
-    """Fit and application onto all blocks of the target, compiled before on two blocks of either tower."""
+    """Fit and application onto all blocks of the target, after two blocks of either tower, which compile most of it."""
     import jax
 
     import tvjax as tv
 
-    result = {}
-    for name, make in (("theseus", tv.theseus), ("bico", tv.bico)):
-        for method in ("svd", "polar"):
+    result: dict[str, Any] = {}
+    for method in ("polar", "svd"):
+        for name, make in (("theseus", tv.theseus), ("bico", tv.bico)):
             link = make(method=method)
-            move = jax.jit(link.apply)
 
-            def once(depths: tuple[int | None, int | None], link: Any = link, move: Any = move) -> float:
+            def once(depths: tuple[int | None, int | None], link: Any = link) -> tuple[float, float]:
                 source, target = (tower(size, small, depth) for size, depth in zip(NAMES, depths, strict=True))
                 tau = jax.tree.map(lambda x: 1e-3 * jax.random.normal(jax.random.key(3), x.shape), source.params)
                 batches = [images(small, 32)]
                 jax.block_until_ready((source.params, target.params, tau, batches))
                 started = time.perf_counter()
-                state = tv.fit(link, source, target, batches)
-                jax.block_until_ready(move(state, tau))
-                return time.perf_counter() - started
+                state = jax.block_until_ready(tv.fit(link, source, target, batches))
+                fitted = time.perf_counter()
+                # Leaf by leaf: under one `jit` XLA would compile every leaf of every block apart.
+                jax.block_until_ready(link.apply(state, tau))
+                return fitted - started, time.perf_counter() - fitted
 
-            cold, warm, whole = once((2, 2)), once((2, 2)), once((None, None))
-            result[f"{name} {method}"] = {"compile_seconds": cold - warm, "run_seconds": whole}
+            runs = {"two blocks": once((2, 2)), "first": once((None, None)), "again": once((None, None))}
+            result[f"{name} {method}"] = {
+                run: {"fit_seconds": fit, "apply_seconds": applied} for run, (fit, applied) in runs.items()
+            }
+            print(name, method, result[f"{name} {method}"], file=sys.stderr, flush=True)
+    return result
+
+
+def language(small: bool) -> dict[str, Any]:
+    """Theseus with a quarter of the rank and whole, streamed; compiled before on two blocks of either model."""
+    import jax
+
+    import tvjax as tv
+    from bench_language import llama, texts
+
+    blocks, width = (2, 128) if small else (22, 2048)
+    result: dict[str, Any] = {"blocks": blocks, "width": width, "texts": [8, 128]}
+    source, target = (llama(seed, blocks, width, on_device=True) for seed in range(2))
+    result["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(target.params))
+    tau = jax.tree.map(lambda leaf: leaf * jax.numpy.asarray(0.01, leaf.dtype), source.params)
+    batch = texts(source.params["embeddings"]["tokens"].shape[0])
+    jax.block_until_ready((source.params, target.params, tau, batch))
+    for name, link in (("polar", tv.theseus(method="polar")), ("quarter", tv.theseus(method="randomised", rank=0.25))):
+        times = []
+        for _ in range(2):  # the first compiles
+            started = time.perf_counter()
+            moved = tv.fit(link, source, target, [batch], stream=[tau])
+            jax.block_until_ready(moved)
+            times.append(time.perf_counter() - started)
+            del moved
+        result[name] = {"first_seconds": times[0], "run_seconds": times[1]}
+        print(name, result[name], file=sys.stderr, flush=True)
     return result
 
 
@@ -204,8 +240,56 @@ def gradfix(small: bool) -> dict[str, Any]:
     return {"votes_seconds": votes, "plain_seconds": plain, "ratio": votes / plain}
 
 
-def tower(size: str, small: bool, depth: int | None = None) -> Any:
-    """A CLIP vision tower with random weights and a classification loss over ten random classes."""
+def correction(small: bool) -> dict[str, Any]:
+    """A pass of the closed form and three epochs of Adam, each compiled before; the peak of the first is its own."""
+    import jax
+    import optax
+
+    import tvjax as tv
+    from tvjax import tree
+    from tvjax.compose import class_scores, constant, distillation, distillation_losses, train
+    from tvjax.data.batches import split
+
+    count, size, classes, epochs = (8, 4, 70, 3) if small else (32, 8, 100, 3)
+    batch, optimiser = images(small, count), lambda rate: optax.adam(rate)
+    batches = split(tv.Batch(batch.inputs, None), size)
+    result: dict[str, Any] = {"images": count, "batch": size, "classes": classes, "epochs": epochs}
+    teacher = class_scores(tower("B/16", small, None, classes), batches)
+
+    def timed(run: Callable[[Any], Any], name: str, *depths: int | None) -> None:
+        """Compiled at the first depth; timed at the last."""
+        times = []
+        for depth in depths:
+            model = jax.block_until_ready(tower("L/14", small, depth, classes))
+            started = time.perf_counter()
+            params = jax.block_until_ready(run(model))
+            times.append(time.perf_counter() - started)
+        before, after = (
+            float(distillation_losses(class_scores(m, batches), teacher).mean())
+            for m in (model, model.replace(params=params))
+        )
+        peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        result[name] = {"compile_seconds": times[0] - times[1], "run_seconds": times[-1], "peak_device_bytes": peak}
+        result[name] |= {"loss_before": before, "loss_after": after}
+
+    def adam(model: Any) -> Any:
+        objective = distillation(model, batch.inputs, teacher)
+        return train(
+            tree.replace, model.params, tree.flatten(model.params), objective, key=jax.random.key(0), schedule=constant,
+            learning_rates=(1e-5,), optimiser=optimiser, epochs=epochs, batch_size=size,
+            batches_per_epoch=count // size,
+        ).trainable  # fmt: skip
+
+    def closed(model: Any) -> Any:
+        return tv.apply(model.params, tv.logit_correction(model, teacher, batches, passes=1))
+
+    timed(closed, "a pass of the closed form", 2, 2, None)  # whose programs are those of a stage
+    timed(lambda model: tree.replace(model.params, adam(model)), "distillation", None, None)
+    return result
+
+
+def tower(size: str, small: bool, depth: int | None = None, classes: int = 10) -> Any:
+    """A CLIP vision tower with random weights and a classification loss over some random classes."""
     import jax
 
     from tvjax.models.clip.config import CLIPConfig, CLIPVisionConfig
@@ -223,7 +307,7 @@ def tower(size: str, small: bool, depth: int | None = None) -> Any:
         text=None,
     )  # fmt: skip
     model = clip(config, init(config, jax.random.key(0 if size == "B/16" else 1)))
-    return with_head(model, jax.random.normal(jax.random.key(7), (joint, 10)), jax.numpy.float32(4.6))
+    return with_head(model, jax.random.normal(jax.random.key(7), (joint, classes)), jax.numpy.float32(4.6))
 
 
 def images(small: bool, count: int) -> Any:
@@ -260,18 +344,25 @@ def main() -> None:
     output = arguments.output or (None if arguments.small else Path("results/bench_accelerator.json"))
     versions = {package: importlib.metadata.version(package) for package in ("jax", "jaxlib", "flax", "numpy")}
     machine = {"cores": os.cpu_count(), "processor": platform.machine(), "python": platform.python_version()}
-    results = []
+    results: dict[str, Any] = {}
+    if output is not None and output.exists():
+        results = {result["case"]: result for result in json.loads(output.read_text())["results"]}
     for name in arguments.cases or CASES:
         command = [sys.executable, __file__, "--one", name, *(["--small"] if arguments.small else [])]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {UNTUNED if name in CASES[3:] else ''}"
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=False, env={**os.environ, "XLA_FLAGS": flags}
+        )
         if done.returncode:
-            raise SystemExit(f"{name} failed:\n{done.stderr}")
-        results.append(json.loads(done.stdout.splitlines()[-1]))
-        print(json.dumps(results[-1]), flush=True)
+            raise SystemExit(f"{name} failed")
+        results[name] = json.loads(done.stdout.splitlines()[-1]) | {"versions": versions, "machine": machine}
+        print(json.dumps(results[name]), flush=True)
         if output is not None:
             output.parent.mkdir(parents=True, exist_ok=True)
             temporary = output.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"versions": versions, "machine": machine, "results": results}, indent=1))
+            temporary.write_text(
+                json.dumps({"results": [results[case] for case in CASES if case in results]}, indent=1)
+            )
             temporary.replace(output)
 
 

@@ -31,8 +31,8 @@ CASES = ("theseus", "gradfix")
 GIB = 2.0**30
 
 
-def llama(seed: int, blocks: int, width: int) -> Any:
-    """A random Llama with the loss of the next token."""
+def llama(seed: int, blocks: int, width: int, on_device: bool = False) -> Any:
+    """A random Llama with the loss of the next token; weights are drawn on the host unless an accelerator shall."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -47,10 +47,14 @@ def llama(seed: int, blocks: int, width: int) -> Any:
         tie_word_embeddings=False,
     )  # fmt: skip
     random = np.random.default_rng(seed)
+    normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
 
     def leaf(like: Any) -> Any:
         if len(like.shape) < 2:
             return jnp.ones(like.shape, jnp.bfloat16)
+        if on_device:
+            made = normal(jax.random.key(int(random.integers(2**31))), like.shape, jnp.bfloat16)
+            return made / jnp.asarray(like.shape[0] ** 0.5, jnp.bfloat16)
         made = random.standard_normal(like.shape, np.float32) / np.sqrt(like.shape[0], dtype=np.float32)
         return jnp.asarray(made, jnp.bfloat16)
 

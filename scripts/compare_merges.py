@@ -10,6 +10,7 @@ One scale for the merged vector is chosen by the mean validation accuracy over t
 each class and task; the calibration examples are `labels_per_class` photographs of each task.
 
     python scripts/compare_merges.py --output results/compare_merges.json
+    python scripts/compare_merges.py --parts merges --merges ACE SVC   # the other records stay
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ MERGES: dict[str, Merge] = {
     "average": merge.average,
     "task arithmetic": merge.task_arithmetic,
     "SLERP": merge.slerp,
+    "NuSLERP": merge.nuslerp,
+    "multi-SLERP": merge.multi_slerp,
     "Karcher mean": merge.karcher_mean,
     "TIES": merge.ties,
     "DARE": partial(merge.dare, key=KEY),
@@ -61,8 +64,12 @@ MERGES: dict[str, Merge] = {
     "Iso-C": merge.iso_c,
     "Iso-CTS": merge.iso_cts,
     "WUDI": merge.wudi,
+    "ACE": merge.ace,
+    "LiNeS": merge.lines,
+    "SVC": merge.svc,
 }
-WITH_DATA = ("RegMean", "Fisher", "AdaMerging, by leaf", "AdaMerging, by task")
+OF_TWO = ("SLERP", "NuSLERP")
+WITH_DATA = ("RegMean", "RegMean++", "Fisher", "AdaMerging, by leaf", "AdaMerging, by task")
 BASELINE = "task arithmetic"
 BEFORE_TRANSPORT = ("task arithmetic", "TIES", "TSV-M", "Iso-C")
 
@@ -88,6 +95,11 @@ def with_data(source: Embedded, images: dict[str, Sets]) -> Callable[[str, Seque
     def get(name: str, tasks: Sequence[str]) -> Merge:
         chosen: dict[str, Merge] = {
             "RegMean": partial(merge.regmean, grams=[grams[task] for task in tasks]),
+            "RegMean++": partial(
+                merge.regmean_plus_plus,
+                model=source.model,
+                batches=[[take(images[task].pool, slice(0, EXAMPLES))] for task in tasks],
+            ),
             "Fisher": partial(merge.fisher, fishers=[fishers[task] for task in tasks]),
             "AdaMerging, by leaf": partial(adapted, tasks=tasks, blocks="leaf"),
             "AdaMerging, by task": partial(adapted, tasks=tasks, blocks="vector"),
@@ -97,16 +109,16 @@ def with_data(source: Embedded, images: dict[str, Sets]) -> Callable[[str, Seque
     return get
 
 
-def merges(source: Embedded, images: dict[str, Sets]) -> list[dict[str, Any]]:
-    """Every merge of all task vectors and of every two."""
+def merges(source: Embedded, images: dict[str, Sets], names: Sequence[str]) -> list[dict[str, Any]]:
+    """These merges of all task vectors and of every two."""
     from_data = with_data(source, images)
     records = []
     for tasks in (tuple(source.taus), *itertools.combinations(source.taus, 2)):
         measured = {task: as_task(source, images[task]) for task in tasks}
         own = {task: source.taus[task] for task in tasks}
-        for name in (*MERGES, *WITH_DATA):
-            if (name == "SLERP" and len(tasks) > 2) or (name.startswith("Ada") and len(tasks) == 2):
-                continue  # SLERP takes two; AdaMerging trains, and is measured on all tasks only
+        for name in names:
+            if (name in OF_TWO and len(tasks) > 2) or (name.startswith("Ada") and len(tasks) == 2):
+                continue  # AdaMerging trains, and is measured on all tasks only
             began = time.perf_counter()
             tau = (MERGES.get(name) or from_data(name, tasks))(list(own.values()))
             mean = addition(measured, own, SCALES, merge=lambda _, tau=tau: tau)[-1]
@@ -194,6 +206,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("results/compare_merges.json"))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--parts", nargs="+", default=["merges", "orders"], choices=("merges", "orders"))
+    everything = (*MERGES, *WITH_DATA)
+    parser.add_argument("--merges", nargs="+", default=list(everything), choices=everything)
     parser.add_argument("--labels", type=int, default=5, help="calibration examples of each class and task")
     arguments = parser.parse_args()
     names = tuple(arguments.tasks)
@@ -205,7 +219,8 @@ def main() -> None:
         content = json.loads(arguments.output.read_text())
         found, settings = content["records"], content["settings"]
     if "merges" in arguments.parts:
-        found["merges"] = merges(source, images)
+        kept = [record for record in found.get("merges", []) if record["merge"] not in arguments.merges]
+        found["merges"] = [*kept, *merges(source, images, arguments.merges)]
         settings["scales"] = SCALES
     if "orders" in arguments.parts:
         targets = {name: load(name, names) for name in TARGETS}

@@ -2,7 +2,8 @@
 
 A child is forked for each kill, writes (over what the round before left, or into a new folder), and gets SIGKILL after
 a random part of the time that the write takes. Then the target must be read without error and be one of the two
-contents that it may have; a new folder may also be absent.
+contents that it may have; a new folder may also be absent. What a killed write leaves beside its target, the next write
+to it must remove.
 
     python scripts/kill_writes.py                 # 200 kills
     python scripts/kill_writes.py --kills 8 --megabytes 1
@@ -120,20 +121,24 @@ def fork(write: Callable[[], object]) -> int:
         os._exit(code)
 
 
+def left_of(case: Case) -> list[Path]:
+    """What killed writes of a case left."""
+    beside = case.target.parent.glob(f".{case.target.name}.*.partial")
+    return [*beside, *(case.target.glob(".*.partial") if case.target.is_dir() else ())]
+
+
 def kill_once(case: Case, seconds: float) -> str:
     """Kills one write; says what stood at the target, or raises."""
     if case.fresh:
         shutil.rmtree(case.target, ignore_errors=True)
+    before = set(left_of(case))
     child = fork(case.write)
     time.sleep(random.uniform(0, 1.5 * seconds))
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     if os.waitstatus_to_exitcode(status) not in (0, -signal.SIGKILL):
         raise SystemExit("a child failed by itself")
-    places = [case.target.parent, *([case.target] if case.target.is_dir() else [])]
-    partial = [path for place in places for path in place.glob(".*.partial")]
-    for path in partial:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    partial = set(left_of(case)) - before
     if case.fresh and not case.target.exists():
         return "absent"
     if case.identity() not in case.allowed:
@@ -164,6 +169,12 @@ def main() -> None:
         for number in range(arguments.kills):
             title = list(cases)[number % len(cases)]
             found[title][kill_once(cases[title], times[title])] += 1
+        for title, case in cases.items():
+            if case.fresh:
+                shutil.rmtree(case.target, ignore_errors=True)
+            _, status = os.waitpid(fork(case.write), 0)
+            if status or left_of(case):
+                raise SystemExit(f"{title} left {', '.join(map(str, left_of(case)))}")
     for title, counts in found.items():
         print(f"{title:<16} {times[title]:.3f} s  " + ", ".join(f"{what}: {n}" for what, n in sorted(counts.items())))
     print(f"{arguments.kills} kills, no corrupt target")

@@ -1,14 +1,18 @@
 """Eight CPU devices and strict dtype promotion for every test; set before JAX starts."""
 
 import os
+from importlib.metadata import version
 
-# Thousands of small programs are compiled here, and most of them run once: machine code is not optimised.
-# A busy machine may keep one device waiting for the others far longer than XLA's forty seconds.
+# Thousands of small programs are compiled here, and most of them run once: machine code is not optimised, and nothing
+# is split over threads to be compiled. A busy machine may keep one device waiting for the others far longer than
+# XLA's forty seconds.
 FLAGS = (
-    "--xla_backend_optimization_level=0 "
+    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 "
     "--xla_force_host_platform_device_count=8 --xla_cpu_collective_timeout_seconds=600 "
     "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
+if version("jaxlib").startswith("0.10."):  # later ones know no other way, and an unknown flag ends the process
+    FLAGS += " --xla_cpu_use_fusion_emitters=false"  # two thirds of the time of compiling a small program
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("NPROC", "16")  # threads of XLA: a meeting of eight devices needs eight, whatever the cores

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from tvjax import placement
 from tvjax.align.decompositions import qr, svd
 from tvjax.align.products import product, wide
 
@@ -163,6 +164,10 @@ def core(leaf: LowRank) -> Array:
     """
     if not leaf.rank:
         return jnp.zeros((*leaf.left.shape[:-2], 0, 0), leaf.dtype)
+    return placement.like(placement.on_one_device(0, _core, leaf), leaf.left)
+
+
+def _core(leaf: LowRank) -> Array:
     left, right = (_triangle(wide(side)) for side in (leaf.left, jnp.swapaxes(leaf.right, -1, -2)))
     return product(left, jnp.swapaxes(right, -1, -2))
 

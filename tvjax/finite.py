@@ -15,6 +15,7 @@ import numpy as np
 
 from tvjax import processes, tree
 from tvjax.factors import is_low_rank
+from tvjax.on_disk import is_on_disk
 
 PyTree = Any
 
@@ -31,8 +32,9 @@ def check_finite(values: PyTree, what: str) -> None:
     """Raises where an array has values that are NaN or infinite.
 
     Each leaf is passed over once, where it lies: NumPy arrays and memory maps on the host, without new memory; JAX
-    arrays by one reduction on their own devices, all answers fetched together. Leaves without values, those that are
-    traced (inside `jit`) or are shapes, cannot be looked at, and are not.
+    arrays by one reduction on their own devices, all answers fetched together. Leaves on disk (`tvjax.on_disk`) are
+    read, but for those that were read and found finite before. Leaves without values, those that are traced (inside
+    `jit`) or are shapes, cannot be looked at, and are not.
 
     Args:
       values: any pytree; leaves that are no floating-point arrays are finite.
@@ -96,6 +98,8 @@ def _may_be_infinite(array: np.ndarray) -> bool:
 def _is_finite(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array):
         return _all_finite(leaf) if jnp.issubdtype(leaf.dtype, jnp.inexact) else True
+    if is_on_disk(leaf) and leaf.known_finite:
+        return True
     return not count_not_finite(np.asarray(leaf))
 
 

@@ -25,15 +25,32 @@ class DiskArray:
     Attributes:
       shape: of the values.
       dtype: of the values; those that are stored in another are converted when they are read.
+      known_finite: whether they were read already by what checks that, so that nobody reads them for it again.
 
     >>> array = DiskArray((2,), np.float16, lambda: np.ones(2, np.float16))
     >>> np.asarray(array).tolist(), np.asarray(array.astype(np.float32)).dtype.name
     ([1.0, 1.0], 'float32')
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: DTypeLike, read: Callable[[], np.ndarray]):
-        """Needs a function that reads the values; it raises a ValueError where they cannot be had any more."""
-        self.shape, self.dtype, self._read = shape, np.dtype(dtype), read
+    def __init__(
+        self, shape: tuple[int, ...], dtype: DTypeLike, read: Callable[[], np.ndarray], *, checks: bool = False
+    ):
+        """Needs a function that reads the values; it raises a ValueError where they cannot be had any more.
+
+        Args:
+          shape: of the values.
+          dtype: of the values.
+          read: gives them.
+          checks: whether `read` raises, too, where they are NaN or infinite.
+        """
+        self.shape, self.dtype = shape, np.dtype(dtype)
+        self._stored = read if isinstance(read, _Stored) else _Stored(read, checks)
+
+    @property
+    def known_finite(self) -> bool:
+        """Whether what was read and checked is finite in this dtype too."""
+        found = self._stored.found
+        return found is not None and np.can_cast(found, self.dtype)
 
     @property
     def ndim(self) -> int:
@@ -52,22 +69,36 @@ class DiskArray:
 
     def astype(self, dtype: DTypeLike) -> DiskArray:
         """The same values in another dtype; nothing is read."""
-        return DiskArray(self.shape, dtype, self._read)
+        return DiskArray(self.shape, dtype, self._stored)
 
     def to_device(self) -> jax.Array:
         """The values as an array of JAX, on the default device."""
-        return jax.device_put(self._read()).astype(self.dtype)
+        return jax.device_put(self._stored()).astype(self.dtype)
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
             raise ValueError("the values are on disk, and reading them makes a copy")
-        return self._read().astype(self.dtype if dtype is None else dtype, copy=False)
+        return self._stored().astype(self.dtype if dtype is None else dtype, copy=False)
 
     def __jax_array__(self) -> jax.Array:
         return self.to_device()
 
     def __repr__(self) -> str:
         return f"DiskArray({self.dtype.name}{list(self.shape)})"
+
+
+class _Stored:
+    """What reads values, and the dtype that they were found to have and to be finite in; None while they were not."""
+
+    def __init__(self, read: Callable[[], np.ndarray], checks: bool):
+        self._read, self._checks = read, checks
+        self.found: np.dtype[Any] | None = None
+
+    def __call__(self) -> np.ndarray:
+        values = self._read()
+        if self._checks:
+            self.found = values.dtype
+        return values
 
 
 def is_on_disk(leaf: Any) -> bool:

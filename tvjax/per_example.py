@@ -15,8 +15,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
-from tvjax import tree
+from tvjax import placement, tree
+from tvjax.spread import laid
 from tvjax.stages import owner_paths
 from tvjax.walk import Walk, cast_like, differentiable, is_floating
 
@@ -76,8 +78,9 @@ class ExampleGradients:
         walk = self.walk
         carry, count = walk.carries(index)[batch], _count(walk, batch)
         function, params = walk.model.stages[index].function, walk.params(index)
+        lie = _rows_lie(walk.batches[batch].inputs, params)
         found, examples, down = per_example_gradients(
-            function, tied, reduce, self.chunk, index > 0, count, params, carry, self._cotangent(index, batch)
+            function, tied, reduce, self.chunk, index > 0, count, lie, params, carry, self._cotangent(index, batch)
         )
         self._back.pop((index, batch), None)
         if down is not None:
@@ -118,6 +121,20 @@ def _count(walk: Walk, batch: int) -> int:
     return int(jax.tree.leaves(walk.batches[batch].inputs)[0].shape[0])
 
 
+def _rows_lie(inputs: PyTree, params: PyTree) -> NamedSharding | None:
+    """How examples are cut over the axes of a mesh that cut no parameter, which share the work already; None: not.
+
+    (Where one axis cut both, XLA's partitioner was seen to compute other gradients, and said nothing: JAX 0.10, 0.12.)
+    """
+    lie = placement.spread(jax.tree.leaves(inputs)[0])
+    if lie is None:
+        return None
+    cuts = filter(None, map(placement.spread, jax.tree.leaves(params)))
+    taken = {name for own in cuts for name in placement.axes_of(own.spec)}
+    free = tuple(name for name in placement.axes_of(PartitionSpec(lie.spec[0])) if name not in taken)
+    return NamedSharding(lie.mesh, PartitionSpec(free)) if free else None
+
+
 def _is_example(leaf: Any, count: int) -> bool:
     return tuple(jnp.shape(leaf)[:1]) == (count,)
 
@@ -142,7 +159,7 @@ def _reduced(reduce: Reduction, gradients: jax.Array) -> jax.Array:
     return jax.vmap(lambda g: reduce({"": g})[""])(gradients).sum(0)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
 def per_example_gradients(
     function: Any,
     tied: frozenset[str],
@@ -150,6 +167,7 @@ def per_example_gradients(
     chunk: int,
     downwards: bool,
     samples: int,
+    lie: NamedSharding | None,
     params: PyTree,
     carry: PyTree,
     cotangent: list[jax.Array],
@@ -157,14 +175,16 @@ def per_example_gradients(
     """``sum_n reduce(dL_n / dparams)`` over the samples of a batch, one batched backward pass.
 
     The vector-Jacobian products of `chunk` samples are taken at once (`vmap`), the chunks one after another (`scan`).
+    Where samples lie over a mesh, every device takes `chunk` of its own at once.
 
     Args:
       function: of the stage.
       tied: local paths of leaves whose per-sample gradients are returned instead, for other stages add to them.
       reduce: one sample's gradients by path -> what is summed, by path.
-      chunk: samples at once, at most; the largest such number that divides the batch.
+      chunk: samples at once, at most; the largest such number that divides the batch, or a device's share of it.
       downwards: whether the cotangent of the carry is wanted.
       samples: how many there are.
+      lie: how they are cut over a mesh, along their first axis; None where they are not.
       params: local parameters.
       carry: of the batch; a leaf whose first axis is not that of the examples is shared by all of them.
       cotangent: of the stage's floating outputs, of each example: rows, or ``[batch, *array]`` of shared ones.
@@ -175,7 +195,9 @@ def per_example_gradients(
     """
     params = jax.tree.map(_at_least_float32, params)  # a gradient in 16 bits is mostly rounding
     names = [path for path, leaf in tree.flatten(params).items() if is_floating(leaf)]
-    chunk = max(size for size in range(1, min(chunk, samples) + 1) if samples % size == 0)
+    share = samples if lie is None else lie.shard_shape((samples,))[0]
+    parts = samples // share
+    chunk = max(size for size in range(1, min(chunk, share) + 1) if share % size == 0)
 
     leaves, structure = jax.tree.flatten(carry)
     own_rows = [_is_example(leaf, samples) for leaf in leaves]
@@ -199,11 +221,20 @@ def per_example_gradients(
         own, kept, down = jax.vmap(one_sample)(*inputs)
         return jax.tree.map(lambda t, v: t + jnp.sum(v, 0, dtype=t.dtype), total, own), (kept, down)
 
-    chunks = jax.tree.map(lambda x: x.reshape(samples // chunk, chunk, *x.shape[1:]), (rows, cotangent))
+    def cut(x: jax.Array) -> jax.Array:
+        """``[chunks, parts * chunk, *sample]``: in every chunk samples of each part."""
+        x = x.reshape(parts, share // chunk, chunk, *x.shape[1:]).swapaxes(0, 1)
+        return laid(x.reshape(share // chunk, parts * chunk, *x.shape[3:]), chunks_lie)
+
+    def joined(x: jax.Array) -> jax.Array:
+        x = x.reshape(share // chunk, parts, chunk, *x.shape[2:]).swapaxes(0, 1)
+        return laid(x.reshape(samples, *x.shape[3:]), lie)
+
+    chunks_lie = None if lie is None else NamedSharding(lie.mesh, PartitionSpec(None, *lie.spec))
     shapes = jax.eval_shape(one_sample, *jax.tree.map(lambda x: x[0], (rows, cotangent)))[0]
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    total, stacked = jax.lax.scan(one_chunk, zero, chunks)
-    kept, down = jax.tree.map(lambda x: x.reshape(samples, *x.shape[2:]), stacked)
+    total, stacked = jax.lax.scan(one_chunk, zero, jax.tree.map(cut, (rows, cotangent)))
+    kept, down = jax.tree.map(joined, stacked)
     return total, kept, down
 
 

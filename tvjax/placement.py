@@ -171,6 +171,15 @@ def devices(leaf: Any) -> int:
     return len(leaf.sharding.device_set) if concrete else 1
 
 
+def axes_of(spec: PartitionSpec) -> list[str]:
+    """The axes of a mesh that a partition names.
+
+    >>> axes_of(PartitionSpec(("data", "fsdp"), None, "tensor"))
+    ['data', 'fsdp', 'tensor']
+    """
+    return [name for entry in spec for name in _names(entry) if isinstance(name, str)]
+
+
 def _inside(arguments: PyTree, mesh: AbstractMesh) -> AbstractContextManager[Any]:
     """`within` a mesh where the context, or what is traced, says something else; arrays say it themselves."""
     return within(mesh) if _is_traced(arguments) or not jax.sharding.get_abstract_mesh().empty else nullcontext()

@@ -8,6 +8,7 @@ sent, and arrays are fetched as they are.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ PyTree = Any
 
 _STOP = "every process stops here"
 _MOST = 32  # facts that are told apart
+_FEW = 256  # entries of an array whose values are compared, such as a random key
 
 
 def several() -> bool:
@@ -66,14 +68,14 @@ def check_same(what: str, facts: Mapping[str, Any]) -> None:
     Args:
       what: is done with the inputs, for the message.
       facts: what is to be the same in all processes, by name; only the hash of their texts is sent. Of arrays on the
-        host the values count, of JAX arrays what lies where.
+        host, and of small ones on devices of one process, the values count, of other JAX arrays what lies where.
 
     Raises:
-      ValueError: naming the facts that differ, and the processes.
+      ValueError: naming the facts that differ, and the processes; inside `jit` nothing is compared.
 
     >>> check_same("load a model", {"config.json": "{}"})
     """
-    if not several():
+    if not several() or any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(facts)):
         return
     digests = [_digest(f"{name}={_told(fact)}") for name, fact in facts.items()]
     overall = multihost_utils.process_allgather(np.frombuffer(hashlib.sha256(b"".join(digests)).digest(), np.uint8))
@@ -132,19 +134,24 @@ def _digest(text: str) -> bytes:
 
 def _told(fact: Any) -> str:
     """What a fact is, as a text that is the same in processes that agree."""
-    if isinstance(fact, str | int | float | bool | None):
-        return repr(fact)
-    leaves, structure = jax.tree.flatten(fact)
-    return "\n".join([str(structure), *map(_told_leaf, leaves)])
+    found = jax.tree_util.tree_leaves_with_path(fact, is_leaf=lambda node: node is None)
+    return "\n".join(f"{jax.tree_util.keystr(path)} {_told_leaf(leaf)}" for path, leaf in found)
 
 
 def _told_leaf(leaf: Any) -> str:
-    if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
-        return f"{leaf.dtype} {leaf.shape} {told_sharding(leaf.sharding, leaf.shape)}"
+    if isinstance(leaf, jax.Array):
+        told = f"{leaf.dtype} {leaf.shape} {told_sharding(leaf.sharding, leaf.shape)}"
+        if not leaf.is_fully_addressable or leaf.size > _FEW:
+            return told
+        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return f"{told} {_told_values(jax.random.key_data(leaf) if is_key else leaf)}"
     if isinstance(leaf, np.ndarray):
-        values = hashlib.sha256(np.ascontiguousarray(leaf).tobytes()).hexdigest()
-        return f"{leaf.dtype} {leaf.shape} {values}"
-    return repr(leaf)
+        return f"{leaf.dtype} {leaf.shape} {_told_values(leaf)}"
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(leaf))  # where a function lies in memory
+
+
+def _told_values(array: Any) -> str:
+    return hashlib.sha256(np.asarray(array, order="C").tobytes()).hexdigest()
 
 
 def told_sharding(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> str:

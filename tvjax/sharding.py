@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from tvjax import tree
 from tvjax.models.families import family_of_config
 from tvjax.models.layer_table import Heads, config_of, leaf_spaces, locate
+from tvjax.placement import axes_of
 
 
 class PlacedLeaf(NamedTuple):
@@ -86,7 +87,7 @@ def rules(mesh: Mesh, table: Sequence[Rule]) -> Rules:
             re.compile(pattern)
         except re.error as error:
             raise ValueError(f"the rule {pattern!r} is no regular expression: {error}") from error
-        for axis in _axes(spec) if isinstance(spec, PartitionSpec) else ():
+        for axis in axes_of(spec) if isinstance(spec, PartitionSpec) else ():
             _check_axis(mesh, axis, f"the rule {pattern!r}")
     return Rules(mesh, tuple((pattern, spec) for pattern, spec in table))
 
@@ -226,19 +227,13 @@ def _check_spec(pattern: str, spec: PartitionSpec, path: str, shape: tuple[int, 
     )
     if len(spec) > len(shape):
         raise ValueError(f"{about}: it has more dimensions than the leaf")
-    if len(set(_axes(spec))) < len(_axes(spec)):
+    if len(set(axes_of(spec))) < len(axes_of(spec)):
         raise ValueError(f"{about}: an axis cuts one dimension only")
     for axis, size in enumerate(shape[: len(spec)]):
         names = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
         parts = math.prod(sizes[name] for name in names if name is not None and name in sizes)
         if size % parts:
             raise ValueError(f"{about}: {parts} devices do not divide dimension {axis} of {size}")
-
-
-def _axes(spec: PartitionSpec) -> list[str]:
-    """The axes that a partition names."""
-    entries = [entry if isinstance(entry, tuple) else (entry,) for entry in spec]
-    return [name for entry in entries for name in entry if isinstance(name, str)]
 
 
 def _check_mesh(mesh: Any) -> None:

@@ -354,7 +354,7 @@ def test_a_command_opens_each_config_and_reads_each_weight_once(tmp_path, monkey
     base = write(tmp_path / "base", settings, values(shapes, 0) | others, 2)
     tuned = write(tmp_path / "tuned", settings, values(shapes, 1) | others)
     opened, weights = [], []
-    read_text, read_tensor = Path.read_text, safetensors_files.Tensors.read
+    read_text, read_tensor = Path.read_text, safetensors_files.Tensors.read_into
 
     def text_of(path, *arguments, **options):
         opened.append(str(path))
@@ -364,13 +364,13 @@ def test_a_command_opens_each_config_and_reads_each_weight_once(tmp_path, monkey
         opened.append(str(path))
         return open(path, *arguments, **options)
 
-    def tensor_of(self, key, out=None):
+    def tensor_of(self, key, out):
         weights.append((self.file_of[key], key))
         return read_tensor(self, key, out)
 
     monkeypatch.setattr(Path, "read_text", text_of)
     monkeypatch.setattr(safetensors_files, "open", open_file, raising=False)
-    monkeypatch.setattr(safetensors_files.Tensors, "read", tensor_of)
+    monkeypatch.setattr(safetensors_files.Tensors, "read_into", tensor_of)
     tau = f"{tmp_path}/a.safetensors"
     models = ["--pretrained", str(base), "--finetuned", str(tuned)]
     for words, sides in (

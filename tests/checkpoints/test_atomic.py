@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from tvjax.checkpoints.atomic import new_folder, replacing
+from tvjax.checkpoints.atomic import new_folder, replacing, write_text
 
 KILLED = """
 import os, sys
@@ -37,18 +38,47 @@ def test_a_killed_run_leaves_the_old_file(tmp_path):
     path.write_text("old")
     assert killed("replacing", "path", path) == -9
     assert path.read_text() == "old"
+    (left,) = set(tmp_path.iterdir()) - {path}
     with replacing(path) as temporary:
+        assert not left.exists()
         temporary.write_text("new")
-    assert path.read_text() == "new"
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_killed_run_leaves_no_folder(tmp_path):
     path = tmp_path / "deep" / "folder"
     assert killed("new_folder", "path / 'file'", path) == -9
-    assert not path.exists()
+    (left,) = path.parent.iterdir()
+    assert not path.exists() and (left / "file").is_file()
     with new_folder(path) as temporary:
+        assert not left.exists()
         (temporary / "file").write_text("new")
-    assert (path / "file").read_text() == "new"
+    assert (path / "file").read_text() == "new" and list(path.parent.iterdir()) == [path]
+
+
+def test_what_another_process_still_writes_stays(tmp_path):
+    path = tmp_path / "[a]"
+    script = KILLED.format(manager="new_folder", write="path / 'file'").replace("os.kill(os.getpid(), 9)", "input()")
+    with subprocess.Popen([sys.executable, "-c", script, str(path)], stdin=subprocess.PIPE, text=True) as other:
+        try:
+            while not list(tmp_path.glob(".*.partial/file")):
+                assert other.poll() is None
+                time.sleep(0.01)
+            with new_folder(path) as outer, pytest.raises(RuntimeError), new_folder(path) as inner:
+                assert len(list(tmp_path.iterdir())) == 3 and outer.is_dir() and inner.is_dir()
+                raise RuntimeError
+            path.rmdir()
+        finally:
+            other.communicate("\n")
+    assert other.returncode == 0 and (path / "file").read_text() == "half" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_only_looks_like_a_temporary_name_stays(tmp_path):
+    names = [".file.partial", ".file.12345678.partial~", ".other.12345678.partial", ".file.tar.12345678.partial"]
+    for name in names:
+        (tmp_path / name).touch()
+    write_text(tmp_path / "file", "new")
+    assert {file.name for file in tmp_path.iterdir()} == {"file", *names}
 
 
 def test_a_block_that_raises_leaves_no_folder(tmp_path):

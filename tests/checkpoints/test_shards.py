@@ -12,7 +12,6 @@ from jax.sharding import AxisType, PartitionSpec
 import tvjax as tv
 from tvjax import sharding, tree
 from tvjax.checkpoints import Pretrained, load_orbax, load_tree, save_orbax, save_tree, shards
-from tvjax.checkpoints.memory import Scratch
 from tvjax.checkpoints.safetensors import Tensors
 from tvjax.models.clip.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from tvjax.models.families import family_of_config, shapes_of
@@ -132,7 +131,7 @@ def test_every_layout_of_the_tables_is_a_view(leaf, kind, part, tmp_path):
     halves = [(slice(0, shape[0] // 2),), (slice(shape[0] // 2, None),)] if rank else [()]
     for half in halves:
         runs = shards.runs_of(source.to_ours, theirs.shape, half)
-        shards.write_piece(file, 8, runs, ours[half], Scratch())
+        shards.write_piece(file, 8, runs, ours[half])
     os.close(file)
     found = np.fromfile(tmp_path / "tensor", np.float32, offset=8).reshape(theirs.shape)
     mine = np.zeros_like(theirs)

@@ -1,5 +1,6 @@
 """`tvjax transport --stream` writes, from models on disk, what the transport of models in memory writes."""
 
+import collections
 import json
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 from tests.cli.conftest import write_clip
 from tvjax import jobs, tree
-from tvjax.checkpoints import TransportStore, from_pretrained, save_pretrained
+from tvjax.checkpoints import TransportStore, from_pretrained, safetensors, save_pretrained
 from tvjax.cli.main import run
 from tvjax.jobs.configs import PlanConfig, TransportConfig
 
@@ -63,6 +64,24 @@ def test_a_streamed_run_writes_what_one_in_memory_writes(folders, images, tmp_pa
     assert len(shards) > 2 and (tmp_path / "streamed" / "preprocessor_config.json").is_file()
     index = json.loads((tmp_path / "streamed" / "model.safetensors.index.json").read_text())
     assert sorted(set(index["weight_map"].values())) == shards
+
+
+def test_no_weight_is_read_only_to_be_checked_or_measured(folders, images, tmp_path, monkeypatch):
+    counts, read = collections.Counter(), safetensors._read_checked
+
+    def counted(key, file, path, *rest):
+        counts[str(path), key] += 1
+        read(key, file, path, *rest)
+
+    monkeypatch.setattr(safetensors, "_read_checked", counted)
+    jobs.transport(config(folders, images, tmp_path / "streamed", stream=True))
+    most = {
+        name: max(number for (file, _), number in counts.items() if file.startswith(f"{folder}/"))
+        for name, folder in folders.items()
+    }
+    # Of all the fingerprint; of the target the walk and the sum; of the source, a block of which is paired with two,
+    # the difference as it is checked, and twice the walk and the difference that is moved.
+    assert most == {"source": 1 + 1 + 2 * 2, "finetuned": 1 + 1 + 2, "target": 1 + 2}
 
 
 def test_a_killed_run_goes_on(folders, images, tmp_path, monkeypatch):

@@ -61,6 +61,7 @@ class Spread(NamedTuple):
         return jax.set_mesh(self.mesh) if self.in_context else nullcontext()
 
     def _put(self, leaf, spec):
+        leaf = leaf if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended) else np.asarray(leaf)  # cut on the host
         return jax.device_put(leaf, NamedSharding(self.mesh, PartitionSpec(*spec)))
 
 

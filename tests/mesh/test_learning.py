@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tvjax as tv
-from tvjax import Batch, merge, tree
+from tvjax import Batch, merge, per_example, tree
 from tvjax.compose import few_shot, learn, tune
 from tvjax.evaluate import accuracy
 from tvjax.models.vit import ViTConfig, init, vit
@@ -92,3 +92,31 @@ def test_what_merges_read_of_examples(three, params, batch, expected, alike):
     model, examples = model_at(placed), three.rows(batch)
     alike(merge.diagonal_fisher(model, [examples]), expected["fisher"], placed, 1e-4)
     alike(merge.input_grams(model, [examples]).matrices, expected["grams"], None, 1e-4)
+
+
+def _block(params, x):
+    return x + jnp.tanh(x @ params["up"]) @ params["down"]
+
+
+def _signs(gradients):
+    return {path: jnp.sign(gradient) for path, gradient in gradients.items()}
+
+
+def test_every_device_asks_its_own_examples(spread_of):
+    """In turn it takes as many as it has, not as many as there are, and only what they say in sum is sent."""
+    spread, random = spread_of("data", "automatic"), np.random.default_rng(0)
+    shapes = {"up": (8, 32), "down": (32, 8)}
+    params = {name: jnp.asarray(random.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    rows = jnp.asarray(random.normal(size=(32, 4, 8)), jnp.float32)
+    programs = []
+    for params_there, rows_there in ((params, rows), (spread.params(params), spread.rows(rows))):
+        lie = per_example._rows_lie({"rows": rows_there}, params_there)
+        options = (_block, frozenset(), _signs, 1, True, 32, lie)
+        programs.append(
+            per_example.per_example_gradients.lower(*options, params_there, rows_there, [rows_there]).compile()
+        )
+    one, over = (program.as_text() for program in programs)
+    assert '"known_trip_count":{"n":"32"}' in one and '"known_trip_count":{"n":"4"}' in over
+    assert not any(name in over for name in ("all-gather", "all-to-all", "permute("))
+    sizes = [program.memory_analysis().temp_size_in_bytes for program in programs]
+    assert sizes[1] < sizes[0]

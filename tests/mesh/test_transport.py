@@ -1,4 +1,10 @@
-"""Transports over meshes: the numbers of one device, lying like the target's leaves, nothing whole on every device."""
+"""Transports over meshes: the numbers of one device, lying like the target's leaves, nothing whole on every device.
+
+Every method of the registry, those that are made from Python alone, a chain, and maps of low rank meet both kinds of
+axes on the mesh of three axes and, in turn, on one of the other two, where nothing or everything is cut. (Explicit axes
+are automatic inside: what is compiled for a mesh serves both. Another context is another compilation, and is met by the
+chain, which has links of every kind.)
+"""
 
 import functools
 from typing import NamedTuple
@@ -9,15 +15,16 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from tests.mesh.conftest import Spread, mesh_of
-from tvjax import Batch, LowRank, bico, chain, fit, gradfix, identity, orthogonal_shift, theseus, transfusion, tree
+import tvjax.transport
+from tests.mesh.conftest import AXES, KINDS, Spread, mesh_of
+from tvjax import Batch, LowRank, bico, chain, factors, fit, gradfix, scale_by, theseus, transfusion, tree
 from tvjax.align import procrustes, solving
 from tvjax.align.permutations import Row, Symmetry
 from tvjax.align.solving import Problem, solve
 from tvjax.checkpoints import TransportStore, load_state, save_state
 from tvjax.spread import spread_out
 from tvjax.stages import Model, Stage
-from tvjax.transport import State, place, rotation
+from tvjax.transport import State, make_transport, methods, place
 from tvjax.transport.plan import plan
 
 TABLE = Symmetry(
@@ -30,15 +37,15 @@ TABLE = Symmetry(
     )
 )
 CUT = {"rank_tolerance": 1e-3}  # a direction at the default's edge moves with the order of a sum
+OPTIONS = {"theseus": CUT, "bico": CUT, "ariadne": {**CUT, "ridge": 0.1}}
 TRANSPORTS = {
-    "theseus": theseus(**CUT),
-    "whitened": theseus(method="polar", whiten=0.25, **CUT),
-    "bico+gradfix": chain(bico(**CUT), gradfix()),
-    "orthogonal_shift": orthogonal_shift(),
+    **{name: make_transport(name, OPTIONS.get(name, {})) for name in methods()},
     "transfusion": transfusion(TABLE, key=jax.random.key(0)),
-    "identity": identity(),
+    "whitened": theseus(method="polar", whiten=0.25, **CUT),
+    "low rank": theseus(rank=5, **CUT),
+    "chain": chain(bico(**CUT), gradfix(), scale_by(1.5)),
 }
-WIDTHS = {"theseus": 32, "whitened": 32, "bico+gradfix": 32}  # of the target, where the transport changes it
+WIDTHS = dict.fromkeys(("theseus", "bico", "ariadne", "whitened", "low rank", "chain"), 32)  # of wider targets
 WIDTH = 16
 
 
@@ -90,10 +97,15 @@ def make(name):
     return *models, [(make_batch(WIDTH), make_batch(width))], make_params(2, WIDTH, 1e-2)
 
 
+def fitted_with(name, tau):
+    """The task vector, where the transport is fitted with one."""
+    return tau if TRANSPORTS[name].needs_task_vector else None
+
+
 @functools.cache
 def on_one_device(name):
     source, target, batches, tau = make(name)
-    state = fit(TRANSPORTS[name], source, target, batches)
+    state = fit(TRANSPORTS[name], source, target, batches, tau=fitted_with(name, tau))
     return jax.tree.map(np.asarray, TRANSPORTS[name].apply(state, tau))
 
 
@@ -102,6 +114,7 @@ class Case(NamedTuple):
 
     Attributes:
       problems: the arrays of each decomposition of the fit.
+      whole: shapes of matrices that lay on every device, though the mesh cuts leaves, when a stage was fitted.
     """
 
     spread: Spread
@@ -111,37 +124,54 @@ class Case(NamedTuple):
     tau: dict
     state: State
     problems: list
+    whole: list
 
 
 @functools.cache
 def fitted(axes, kind, name):
     spread = Spread(mesh_of(axes, "explicit" if kind == "context" else kind), kind == "context")
-    problems = []
+    problems, whole = [], []
 
-    def watched(found, mesh):
-        problems.extend(problem.arrays for problem in found)
-        return solve(found, mesh)
+    def watched(mesh, found):
+        problems.extend(found)
+        return one_each(mesh, found)
 
+    def look(*_):
+        names = spread.mesh.axis_names  # arrays of other meshes are those of other cases
+        arrays = [x for x in jax.live_arrays() if x.ndim > 1 and len(x.sharding.device_set) == 8]
+        arrays = [x for x in arrays if getattr(x.sharding, "mesh", spread.mesh).axis_names == names != ("data",)]
+        whole.extend(x.shape for x in arrays if x.is_fully_replicated)
+
+    one_each = solving._one_each
     with spread.context(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rotation, "solve", watched)
+        patch.setattr(solving, "_one_each", watched)
         source, target, batches, tau = make(name)
         source, target = (m.replace(params=spread.params(m.params)) for m in (source, target))
         batches, tau = spread.rows(batches), spread.params(tau)
-        state = fit(TRANSPORTS[name], source, target, batches)
-    return Case(spread, source, target, batches, tau, state, problems)
+        state = fit(TRANSPORTS[name], source, target, batches, tau=fitted_with(name, tau), progress=look)
+    return Case(spread, source, target, batches, tau, state, problems, whole)
 
 
-CASES = [  # what is computed is the same for every kind of axes: each transport is compiled for one or two meshes
-    ("data", "automatic", "theseus"),
-    ("three", "automatic", "theseus"),
-    ("three", "automatic", "whitened"),
-    ("fsdp", "automatic", "bico+gradfix"),
-    ("three", "context", "bico+gradfix"),
-    ("three", "context", "transfusion"),
-    ("three", "automatic", "orthogonal_shift"),
-    ("three", "explicit", "orthogonal_shift"),
-    ("three", "explicit", "identity"),
-]
+CASES = [
+    (axes, kind, name)
+    for number, name in enumerate(TRANSPORTS)
+    for axes in ("three", ("data", "fsdp")[number % 2])
+    for kind in KINDS
+    if axes != {"whitened": "fsdp", "low rank": "data", "chain": "three"}.get(name)
+] + [("three", "context", "chain")]
+
+
+def test_every_transport_meets_every_kind_of_axes():
+    """What is public and makes a transport is here; a method that is registered is, by its name."""
+    makers = {
+        name
+        for name in tvjax.transport.__all__
+        if getattr(getattr(tvjax.transport, name), "__annotations__", {}).get("return") == "Transport"
+    }
+    links = {link.name for transport in TRANSPORTS.values() for link in transport.links}
+    assert makers - {"chain", "make_transport", "identity"} <= links and {"naive", *methods()} <= links
+    assert {(name, kind) for _, kind, name in CASES} >= {(name, kind) for name in TRANSPORTS for kind in KINDS}
+    assert {(axes, kind) for axes, kind, _ in CASES} >= {(axes, kind) for axes in AXES for kind in KINDS}
 
 
 @pytest.mark.parametrize(("axes", "kind", "name"), CASES)
@@ -150,6 +180,7 @@ def test_the_numbers_of_one_device_where_the_target_lies(axes, kind, name, alike
     with case.spread.context():
         moved = TRANSPORTS[name].apply(case.state, case.tau)
     alike(moved, on_one_device(name), like=case.target.params, tolerance=1e-3)
+    assert jax.tree.structure(moved) == jax.tree.structure(case.target.params)
 
 
 @pytest.mark.parametrize(("axes", "kind", "name"), CASES)
@@ -165,30 +196,51 @@ def test_nothing_fitted_is_whole_on_every_device(axes, kind, name, bytes_per_dev
         large = [x for x in jax.tree.leaves(arrays) if x.ndim > 1]
         if large:
             assert bytes_per_device(large) <= 1.3 * sum(x.nbytes for x in large) / 8
+    assert bool(case.problems) == (WIDTHS.get(name) is not None) and not case.whole
     types = {x.sharding.mesh.axis_types for x in jax.tree.leaves(maps)}
     assert types <= {case.spread.mesh.axis_types}
 
 
-def test_inside_jit_results_have_the_types_of_the_target(alike):
-    case = fitted("three", "context", "bico+gradfix")
+@pytest.mark.parametrize(
+    ("kind", "name"), [("automatic", "theseus"), ("explicit", "theseus"), ("explicit", "ariadne"), ("context", "chain")]
+)
+def test_a_stream_is_moved_as_by_its_state(kind, name, alike):
+    case = fitted("three", kind, name)
     with case.spread.context():
-        moved = jax.jit(TRANSPORTS["bico+gradfix"].apply)(case.state, case.tau)
-    alike(moved, on_one_device("bico+gradfix"), like=case.target.params, tolerance=1e-3)
+        moved = fit(TRANSPORTS[name], case.source, case.target, case.batches, stream=[case.tau])[0]
+    alike(moved, on_one_device(name), like=case.target.params, tolerance=1e-3)
+
+
+def test_inside_jit_results_have_the_types_of_the_target(alike):
+    case = fitted("three", "context", "chain")
+    with case.spread.context():
+        moved = jax.jit(TRANSPORTS["chain"].apply)(case.state, case.tau)
+    alike(moved, on_one_device("chain"), like=case.target.params, tolerance=1e-3)
     types, wanted = (jax.tree.map(lambda x: jax.typeof(x).sharding, t) for t in (moved, case.target.params))
     assert types == wanted
 
 
-def test_leaves_of_low_rank_stay_so(alike):
-    case = fitted("three", "automatic", "theseus")
-    random = np.random.default_rng(3)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rescale", (False, True))
+def test_leaves_of_low_rank_stay_so(rescale, kind, alike):
+    case, transport = fitted("three", kind, "theseus"), theseus(rescale=rescale, **CUT)
+    random, decomposed = np.random.default_rng(3), []
     sides = [jnp.asarray(random.normal(size=shape), jnp.float32) for shape in ((WIDTH, 2), (2, WIDTH))]
-    tau = {"block": {"up": {"kernel": LowRank(*sides)}}}
-    moved = TRANSPORTS["theseus"].apply(case.state, tau)["block"]["up"]["kernel"]
-    dense = TRANSPORTS["theseus"].apply(
-        case.state, {"block": {"up": {"kernel": case.spread.params(sides[0] @ sides[1])}}}
-    )
-    assert moved.rank == 2
-    alike({"kernel": jnp.asarray(moved)}, {"kernel": dense["block"]["up"]["kernel"]}, tolerance=1e-4)
+
+    def move(kernel):
+        return transport.apply(case.state, {"block": {"up": {"kernel": kernel}}})["block"]["up"]["kernel"]
+
+    def watched(columns):
+        decomposed.append(len(columns.sharding.device_set))
+        return triangle(columns)
+
+    triangle = factors._triangle
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(factors, "_triangle", watched)
+        moved = move(LowRank(*map(case.spread.params, sides)))
+    dense = move(case.spread.params(sides[0] @ sides[1]))
+    assert moved.rank == 2 and decomposed == [1] * 4 * rescale
+    alike({"kernel": jnp.asarray(moved)}, {"kernel": dense}, tolerance=1e-4)
     rows, columns = case.target.params["block"]["up"]["kernel"].sharding.spec
     assert moved.left.sharding.spec == PartitionSpec(rows) and moved.right.sharding.spec == PartitionSpec(None, columns)
 
@@ -238,8 +290,8 @@ def test_what_a_cache_held_is_spread(alike, tmp_path):
 
 
 def test_a_plan_says_what_a_device_holds(bytes_per_device):
-    for case in (fitted("three", "automatic", "theseus"), fitted("three", "context", "bico+gradfix")):
-        name = "theseus" if len(case.state.parts) == 1 else "bico+gradfix"
+    for case in (fitted("three", "automatic", "theseus"), fitted("three", "context", "chain")):
+        name = "theseus" if len(case.state.parts) == 1 else "chain"
         with case.spread.context():
             found = plan(TRANSPORTS[name], case.source, case.target, case.batches)
         held = found.on_device

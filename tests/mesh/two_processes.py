@@ -20,9 +20,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import tvjax as tv
 from tvjax import processes, sharding, tree
-from tvjax.checkpoints import Pretrained, fingerprint, load_orbax, save_orbax
+from tvjax.checkpoints import Pretrained, TrainingStore, TransportStore, fingerprint, load_orbax, save_orbax
 from tvjax.checkpoints.json_files import write_json
 from tvjax.checkpoints.safetensors import TensorWriter
+from tvjax.compose import learn, of_loss
 from tvjax.models import vit
 from tvjax.models.families import shapes_of
 from tvjax.models.vit import ViTConfig
@@ -54,6 +55,30 @@ def batches(mesh):
     return [tv.Batch({"pixels": spread(images)}, spread(labels))]
 
 
+def size_of_scores(params, pixels):
+    """Something of the leaves and of the examples to make small, which is compiled at once."""
+    hidden = pixels.reshape(len(pixels), -1)[:, : params["head"]["kernel"].shape[0]]
+    return jnp.mean((hidden @ params["head"]["kernel"] - 1) ** 2, axis=-1)
+
+
+def resumed(base, wide, taus, rows, output):
+    """A fit and a training, each made twice with one store: the second goes on from what the first has kept."""
+    transport, moved, trained = tv.theseus(rank_tolerance=1e-3), [], []
+    goal = of_loss(size_of_scores, rows[0].inputs["pixels"])
+    options = {"key": jax.random.key(0), "batch_size": 8, "epochs": 2, "batches_per_epoch": 1}
+    for _ in range(2):
+        epochs = []
+        maps, training = TransportStore(output / "maps", {"models": "two"}), TrainingStore(output / "training")
+        state = tv.fit(transport, base.model, wide.model, rows, cache=maps)
+        moved.append(transport.apply(state, taus[0]))
+        options |= {"store": training, "progress": lambda *at, to=epochs: to.append(at)}
+        values = processes.fetch(learn(base.params, taus, goal, **options).trainable.values)
+        trained.append((len(epochs), np.round(values, 4).tolist()))
+    lie = [[leaf.sharding.spec for leaf in jax.tree.leaves(tau)] for tau in moved]
+    apart = float(tv.tree.norm(tv.task_vector(*moved)) / tv.tree.norm(moved[0]))
+    return {"stages": list(maps.stages), "apart": apart, "lie alike": lie[0] == lie[1], "trained": trained}
+
+
 def work(models, output, mesh):
     """The pipeline of a task vector; what it finds is the same on one process and on several."""
     base, one, two, wide = (
@@ -77,6 +102,7 @@ def work(models, output, mesh):
         "norm": float(tv.tree.norm(taus[0])),
         "fingerprint": fingerprint(edited.params),
         "orbax": fingerprint(again.params),
+        "resumed": resumed(base, wide, taus, rows, output),
         "devices": sorted({len(leaf.sharding.device_set) for leaf in tree.flatten(edited.params).values()}),
     }
 
@@ -106,8 +132,16 @@ def misuse(models, output, mesh):
         ),
     )
     broken = tree.replace(base.params, {"head/kernel": last})
+    spread, tau = batches(mesh), tv.task_vector(base.params, tv.load(models / "one", sharding=where).params)
+    goal = of_loss(size_of_scores, spread[0].inputs["pixels"])
+    theseus = tv.theseus(center=bool(first))
     return {
         "load": refused(lambda: tv.load(models / ("base" if first else "wide"), sharding=where)),
+        "fit": refused(lambda: tv.fit(theseus, base.model, base.model, spread)),
+        "merge": refused(lambda: tv.merge.ties([tau] * (3 if first else 2))),
+        "compose": refused(lambda: learn(base.params, [tau] * (2 if first else 1), goal, key=jax.random.key(0))),
+        "key": refused(lambda: learn(base.params, [tau], goal, key=jax.random.key(int(first)))),
+        "store": refused(lambda: TransportStore(output / "other", {"models": "one" if first else "two"})),
         "accuracy": refused(lambda: tv.evaluate.accuracy(base.model, rows)),
         "save": refused(lambda: tv.save_task_vector(output / "moved.safetensors", broken)),
         "folder": refused(lambda: tv.save(base.with_params(broken), output / "broken")),
@@ -131,7 +165,7 @@ def killed(models, output, mesh):
 
 def main(number, port, models, output):
     """One of two processes."""
-    faulthandler.dump_traceback_later(150, exit=True)
+    faulthandler.dump_traceback_later(280, exit=True)
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, number)

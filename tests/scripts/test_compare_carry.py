@@ -1,10 +1,17 @@
-"""What carries: which candidate counts in a column, which methods stand in it, and how differences are paired."""
+"""What carries: which candidate counts in a column, which methods stand in it, how differences pair, and order."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import compare_carry
-from compare_carry import Candidate, Cell
+from carry import columns, methods
+from carry.columns import Cell
+from carry.methods import METHODS, Bench, Candidate
 
 TRUE = {"zero-shot": 0.4, "few-shot fine-tuning": 0.7, "distillation": 0.6, "BiCo, then distillation": 0.75}
 
@@ -12,71 +19,173 @@ TRUE = {"zero-shot": 0.4, "few-shot fine-tuning": 0.7, "distillation": 0.6, "BiC
 def record(accuracy):
     """Two candidates: the second has the less loss, the first the greater validation accuracy."""
     return {
-        "candidates": [Candidate([1.0], 2.0, 0.9, accuracy), Candidate(compare_carry.DEFAULT, 1.0, 0.8, accuracy - 0.1)]
+        "candidates": [Candidate([1.0], 2.0, 0.9, accuracy), Candidate(methods.DEFAULTS[0], 1.0, 0.8, accuracy - 0.1)]
     }
 
 
 @pytest.fixture
 def records():
     return {
-        Cell(target, task, 50, method): record(accuracy + 0.1 * (target == "W"))
+        Cell(target, task, draw, 5 * METHODS[method].labels, 50, method): record(accuracy + 0.1 * (target == "W"))
         for target in ("B", "W")
         for task in ("thick", "ruled", "framed")
+        for draw in (0, 1)
         for method, accuracy in TRUE.items()
         if (target, method) != ("W", "few-shot fine-tuning")
     }
 
 
-def test_without_labels_the_least_loss_counts_and_with_labels_validation(records):
+def row_of(records, scope, labels, method):
+    (row,) = [r for r in columns.summary(records) if (r["scope"], r["labels"], r["method"]) == (scope, labels, method)]
+    return row
+
+
+def test_without_labels_the_least_loss_counts_and_with_labels_validation():
     candidates = record(0.5)["candidates"]
-    assert compare_carry.chosen(candidates, 0).setting == compare_carry.DEFAULT
-    assert compare_carry.chosen(candidates, 5).setting == [1.0]
+    assert methods.chosen(candidates, 0).setting == methods.DEFAULTS[0]
+    assert methods.chosen(candidates, 5).setting == [1.0]
     tie = [Candidate([1.0], 1.0, 0.5, 0.1), Candidate([2.0], 1.0, 0.5, 0.2)]
-    assert {compare_carry.chosen(tie, labels).setting[0] for labels in (0, 5)} == {1.0}
+    assert {methods.chosen(tie, labels).setting[0] for labels in (0, 5)} == {1.0}
+
+
+def test_test_images_are_looked_at_for_what_a_column_chooses():
+    class Known(Bench):
+        def __init__(self):
+            self.sets, self.seen = type("Sets", (), {"test": "test images"}), []
+
+        def accuracy(self, params, batch):
+            assert batch == "test images"
+            self.seen.append(params)
+            return 0.5
+
+    settings = [[1.0], [2.0], methods.DEFAULTS[0], [3.0]]
+    losses, validation = [3.0, 1.0, 2.0, 2.0], [0.1, 0.2, 0.1, 0.3]
+    tried = [(i, Candidate(settings[i], losses[i], validation[i], None)) for i in range(4)]
+    bench = Known()
+    assert [one.test for one in bench.tested(tried)] == [None, 0.5, 0.5, 0.5]  # of least loss, default, best
+    assert bench.seen == [1, 2, 3]
 
 
 def test_what_reads_labels_stands_in_no_column_without(records):
-    rows = compare_carry.summary(records)
-    without = {row["method"] for row in rows if row["labels"] == 0}
-    assert without == {"zero-shot", "distillation"}
+    rows = columns.summary(records)
+    assert {row["method"] for row in rows if row["labels"] == 0} == {"zero-shot", "distillation"}
     assert {row["method"] for row in rows if row["labels"] == 5} == set(TRUE)
+    assert {row["method"] for row in rows if row["labels"] == 1} == {"zero-shot", "distillation"}  # by validation
     assert {row["images"] for row in rows} == {50}
 
 
 def test_what_was_tuned_on_is_left_out_of_the_other_tasks(records):
-    pairs = {(row["scope"], row["pairs"]) for row in compare_carry.summary(records) if row["method"] == "zero-shot"}
+    pairs = {(row["scope"], row["pairs"]) for row in columns.summary(records) if row["method"] == "zero-shot"}
     assert pairs == {("other tasks", 4), ("all tasks", 6)}
 
 
 def test_differences_pair_what_both_have(records):
-    (row,) = [
-        row
-        for row in compare_carry.summary(records)
-        if (row["scope"], row["labels"], row["method"]) == ("other tasks", 5, "BiCo, then distillation")
-    ]
+    row = row_of(records, "other tasks", 5, "BiCo, then distillation")
     gap = row["minus few-shot fine-tuning"]  # measured on B alone
-    assert (gap["over_pairs"]["pairs"], gap["over_tasks"]["pairs"]) == (2, 2)
+    assert (gap["over_pairs"]["pairs"], gap["over_tasks"]["pairs"], gap["draws"]) == (2, 2, 2)
     np.testing.assert_allclose(gap["over_pairs"]["mean"], 0.05, atol=1e-9)
     start = row["minus its start from zero"]
     assert (start["over_pairs"]["pairs"], start["over_tasks"]["pairs"]) == (4, 2)
     np.testing.assert_allclose(start["over_pairs"]["mean"], 0.15, atol=1e-9)
     default = row["at the default rate"]["minus its start from zero"]["over_pairs"]
     np.testing.assert_allclose(default["mean"], 0.15, atol=1e-9)
-    assert "BiCo, then distillation" in compare_carry.table([row], "other tasks")
+    assert "BiCo, then distillation" in columns.table([row], "other tasks")
 
 
-def test_every_cell_is_wanted_once_and_fewer_images_come_first():
-    cells = compare_carry.wanted(["B", "W"], ["thick"], [550, 50], list(compare_carry.METHODS))
-    assert len(set(cells)) == len(cells) and [c.images for c in cells] == sorted(c.images for c in cells)
+def test_a_column_of_other_labels_is_compared_with_fine_tuning_on_as_many(records):
+    method = "few-shot fine-tuning"
+    more = {Cell("B", "ruled", 0, 1, 50, name): record(value) for name, value in ((method, 0.5), ("BiCo", 0.45))}
+    gap = row_of(records | more, "other tasks", 1, "BiCo")[f"minus {method}"]
+    np.testing.assert_allclose(gap["over_pairs"]["mean"], -0.05, atol=1e-9)
+
+
+def test_the_draws_of_a_pair_are_averaged_before_anything_else():
+    one = {("ruled", "B", 0): 0.5, ("ruled", "B", 1): 0.7, ("framed", "B", 0): 0.9}
+    gap = columns.difference(one, dict.fromkeys(one, 0.5) | {("blurred", "B", 0): 0.1})
+    assert gap["over_pairs"]["pairs"] == 2  # not three
+    np.testing.assert_allclose(gap["over_pairs"]["mean"], (0.1 + 0.4) / 2)
+    np.testing.assert_allclose(gap["spread_over_draws"], np.std([0, 0.2], ddof=1))
+    np.testing.assert_allclose(columns.average(one), (0.6 + 0.9) / 2)
+    alone = columns.difference({("framed", "B", 0): 0.9}, {("framed", "B", 0): 0.5})
+    assert alone["spread_over_draws"] is None and alone["over_pairs"]["half_width"] is None
+
+
+@pytest.fixture
+def cells():
+    return compare_carry.wanted(["B", "W"], ["ruled", "thick"], [0, 1], [550, 50], list(METHODS))
+
+
+def test_every_cell_is_wanted_once(cells):
+    assert len(set(cells)) == len(cells)
     assert not [c for c in cells if c.target == "W" and c.method in ("copy", "GradFix")]
-    assert not [c for c in cells if c.images == 550 and c.method in ("BiCo", "few-shot fine-tuning", "zero-shot")]
+    assert not [c for c in cells if c.images == 550 and (c.method in ("BiCo", "zero-shot") or c.draw)]
+    assert {c.labels for c in cells if c.method == "BiCo"} == {1, 5, 10}
+    assert {c.labels for c in cells if c.method == "Ariadne"} == {0}
+    assert all((c.labels > 0) == METHODS[c.method].labels for c in cells)
+
+
+def test_what_is_read_most_comes_first_on_all_pairs(cells):
+    stages = list(dict.fromkeys(map(compare_carry.order, cells)))
+    assert stages == sorted(stages)
+    assert [(c.draw, c.images) for c in cells if c.method == "distillation"] == (
+        4 * [(0, 50)] + 4 * [(0, 550)] + 4 * [(1, 50)]
+    )
+    assert cells[-1].draw == 1 and METHODS[cells[-1].method].late
+
+
+def test_groups_are_of_one_pair_and_images_of_a_bench_stand_together(cells):
+    groups = compare_carry.groups_of(cells)
+    assert sorted(cell for group in groups for cell in group) == sorted(cells)
+    for group in groups:
+        assert len({(cell.task, cell.target, cell.draw, cell.images) for cell in group}) == 1
+        assert [cell.labels for cell in group] == sorted(cell.labels for cell in group)
+    first = compare_carry.taken(groups, "W")  # compiled for it already
+    assert first[0].target == "W" and compare_carry.order(first[0]) == compare_carry.order(groups[0][0])
+    assert compare_carry.taken(groups, "")[0].target == "B"
+
+
+WORKERS = """
+import os
+import time
+
+import compare_carry
+from carry.columns import Cell
+
+
+def echo(connection, cores):
+    while group := connection.recv():
+        for cell in group:
+            if cell.task == "framed":
+                os._exit(1)
+            time.sleep(600 if cell.task == "blurred" else 0)
+            connection.send((cell, {}))
+        connection.send(None)
+
+
+if __name__ == "__main__":
+    compare_carry.work = echo
+    groups = [[Cell("B", task, draw, 0, 50, "Ariadne") for draw in (0, 1)] for task in ("ruled", "framed", "thick")]
+    print(sorted({cell.task for cell, _ in compare_carry.measured(groups, 2, float("inf"))}))
+    groups = [[Cell("B", "blurred", 0, 0, 50, "Ariadne")]]
+    print(list(compare_carry.measured(groups, 1, time.monotonic() + 1)))
+"""
+
+
+def test_a_worker_that_dies_does_not_stop_the_others_and_the_clock_stops_all(tmp_path):
+    (tmp_path / "workers.py").write_text(WORKERS)
+    folder = Path(compare_carry.__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(folder.parent)])}
+    command = [sys.executable, str(tmp_path / "workers.py")]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    died, measured, stopped = found.stdout.splitlines()
+    assert died.startswith("a worker died on B") and (measured, stopped) == ("['ruled', 'thick']", "[]"), found.stderr
 
 
 def test_records_come_back_and_other_settings_are_refused(records, tmp_path, monkeypatch):
     path = tmp_path / "carry.json"
     compare_carry.write(path, records)
     found = compare_carry.read(path)
-    assert compare_carry.summary(found) == compare_carry.summary(records)
+    assert columns.summary(found) == columns.summary(records)
     monkeypatch.setitem(compare_carry.SETTINGS, "epochs", 1)
     with pytest.raises(SystemExit, match="other settings"):
         compare_carry.read(path)

@@ -2,15 +2,21 @@
 
 A file is written by the first process, or by all of them together (``shared``), a folder by all of them: they use one
 temporary name, and it becomes the last one when all are well.
+
+What a killed run leaves under its temporary name, the next one that writes to the same path removes. It knows it by a
+lock, which the system lets go when a process ends: what another process still writes is locked, and stays.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import functools
+import glob
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tvjax import processes
@@ -39,12 +45,11 @@ def replacing(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator
     ('new', 1)
     """
     path = Path(path)
-    token = secrets.token_hex(4)
-    temporary = path.with_name(f".{path.name}.{processes.from_first(token) if shared else token}.partial")
-    try:
+    with processes.together(f"write {path}") if shared else contextlib.nullcontext():
+        if path.exists() and not path.is_file():  # a rename would replace a device such as /dev/null
+            raise ValueError(f"{str(path)!r} is a folder or a device, not a file: give the name of a new file")
+    with _partial(path, functools.partial(Path.touch, exist_ok=False), shared=shared) as temporary:
         with processes.together(f"write {path}") if shared else contextlib.nullcontext():
-            if path.exists() and not path.is_file():  # a rename would replace a device such as /dev/null
-                raise ValueError(f"{str(path)!r} is a folder or a device, not a file: give the name of a new file")
             yield temporary
             _sync(temporary)
         with processes.together(f"rename {temporary}") if shared else contextlib.nullcontext():
@@ -53,8 +58,6 @@ def replacing(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator
                 _sync(temporary)
                 os.replace(temporary, path)
                 _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -70,12 +73,10 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     When the block raises, the folder and what is in it are removed.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{processes.from_first(secrets.token_hex(4))}.partial")
-    try:
-        with processes.together(f"make the folder {path.parent}"):
-            if processes.is_first():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                temporary.mkdir()
+    with processes.together(f"make the folder {path.parent}"):
+        if processes.is_first():
+            path.parent.mkdir(parents=True, exist_ok=True)
+    with _partial(path, Path.mkdir, shared=True) as temporary:
         with processes.together(f"write {path}"):
             if not temporary.is_dir():
                 raise ValueError(f"{str(path.parent)!r} is not the same folder in all processes: give one that is")
@@ -85,9 +86,72 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             if processes.is_first():
                 os.replace(temporary, path)
                 _sync(path.parent)
+
+
+@contextlib.contextmanager
+def folder_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a folder for what is needed only while `path` is made, on the same disk; it is removed with its content."""
+    with _partial(Path(path), Path.mkdir) as temporary:
+        yield temporary
+
+
+@contextlib.contextmanager
+def _partial(path: Path, make: Callable[[Path], None], *, shared: bool = False) -> Iterator[Path]:
+    """Makes something beside a path under a temporary name, and removes it again where it still has that name.
+
+    Args:
+      path: that it is made for; what killed runs left beside it is removed.
+      make: a file or a folder.
+      shared: one for all processes, which the first makes; else one for each.
+    """
+    token, lock = "", None
+    try:
+        with processes.together(f"make a file beside {path}") if shared else contextlib.nullcontext():
+            if not shared or processes.is_first():
+                _remove_left_behind(path)
+                token, lock = _made(path, make)
+        yield _named(path, processes.from_first(token) if shared else token)
     finally:
-        if processes.is_first():
-            shutil.rmtree(temporary, ignore_errors=True)
+        if lock is not None:
+            _remove(_named(path, token))
+            os.close(lock)
+
+
+def _named(path: Path, token: str) -> Path:
+    return path.with_name(f".{path.name}.{token}.partial")
+
+
+def _made(path: Path, make: Callable[[Path], None]) -> tuple[str, int]:
+    """The token of a new temporary name, and the descriptor that holds the lock on what is made there."""
+    while True:
+        token = secrets.token_hex(4)
+        make(_named(path, token))
+        with contextlib.suppress(FileNotFoundError):  # another run took it for left behind, before it was locked
+            descriptor = os.open(_named(path, token), os.O_RDONLY)
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if _named(path, token).exists():
+                return token, descriptor
+            os.close(descriptor)
+
+
+def _remove_left_behind(path: Path) -> None:
+    """Removes what processes that have ended left beside a path."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.????????.partial"):
+        with contextlib.suppress(OSError):  # it is gone by now, or another user's
+            descriptor = os.open(left, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where a process still writes it
+                _remove(left)
+            finally:
+                os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _umask() -> int:

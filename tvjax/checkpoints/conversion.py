@@ -26,10 +26,11 @@ from tvjax.checkpoints.huggingface import (
     save_pretrained,
     write_checkpoint,
 )
-from tvjax.checkpoints.memory import Scratch, contiguous, to_jax
+from tvjax.checkpoints.memory import contiguous, to_jax
 from tvjax.checkpoints.model_card import model_card
 from tvjax.checkpoints.orbax import METADATA, PARAMS, load_orbax, save_orbax
 from tvjax.checkpoints.safetensors import Fingerprint, cast, check_finite, fingerprint, tensor_header
+from tvjax.checkpoints.side_by_side import SideBySide
 from tvjax.checkpoints.torch_files import load_tensors
 from tvjax.models.clip.config import CLIPConfig
 from tvjax.models.families import shapes_of
@@ -190,10 +191,10 @@ def _rewrite(
     progress: Progress | None,
 ) -> Converted:
     """A Hugging Face folder as another one, tensor by tensor."""
-    written, scratch = Fingerprint(), Scratch()
+    written = Fingerprint()
     parameters = 0
     dtypes: set[str] = set()
-    with open_checkpoint(source, revision) as opened:
+    with open_checkpoint(source, revision) as opened, SideBySide(opened, hashed=()) as reader:
 
         def found() -> Converted:
             return Converted(parameters, tuple(sorted(dtypes)), written.hexdigest(), {})
@@ -202,14 +203,13 @@ def _rewrite(
             return _card(folder, opened.name, opened.revision, dtype, found())
 
         with write_checkpoint(opened, folder, dtype=dtype, max_shard_size=max_shard_size, card=card) as write:
-            for number, path in enumerate(sorted(opened.sources), 1):
-                leaf = cast(opened.read(path, scratch), dtype)
-                written.add(path, leaf)
+            for path, (read,) in reader.leaves(progress):
+                leaf = cast(read, dtype)
+                hashed = reader.submit(written.add, path, leaf)
                 write(path, leaf)
+                hashed.result()
                 parameters += leaf.size
                 dtypes.add(leaf.dtype.name)
-                if progress is not None:
-                    progress(number, len(opened.sources), path)
     return found()
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from tvjax import tree
+from tvjax.checkpoints import elementwise
 from tvjax.checkpoints.folder import Checkpoint, Name, open_checkpoint
 from tvjax.checkpoints.huggingface import write_checkpoint
 from tvjax.checkpoints.memory import Scratch
@@ -162,11 +163,11 @@ def apply_trees(
     Raises:
       ValueError: as `apply`.
     """
-    flat = [tree.flatten(tau) for tau in taus]
+    changes = _Changes(taus)
+    changed = [path for path in sorted(base.shapes) if path in changes.shapes]
     written, scratch = Fingerprint(), Scratch()
-    changed: list[str] = []
     count = sum(math.prod(shape) for shape in base.shapes.values())
-    with SideBySide(base) as reader:
+    with SideBySide(base, changes, hashed=[base]) as reader:
 
         def card() -> str:
             about = base.identity(reader.fingerprints()[0])
@@ -177,12 +178,9 @@ def apply_trees(
             return model_card(Path(folder).name, action, about, inputs=inputs, settings=chosen, results=results)
 
         with write_checkpoint(base, folder, dtype=dtype, max_shard_size=max_shard_size, card=card) as write:
-            for leaf, (theta,) in reader.leaves(progress):
-                parts = [tau[leaf] for tau in flat if leaf in tau]
-                if parts:
-                    changed.append(leaf)
-                whole = edit_leaf(theta, parts, leaf, scale, scratch) if parts else theta
-                edited = cast(whole, theta.dtype if dtype is None else dtype)
+            for leaf, (theta, change) in reader.leaves(progress):
+                stored = theta.dtype if dtype is None else np.dtype(dtype)
+                edited = cast(theta, stored) if change is None else edit_leaf(theta, change, scale, stored, scratch)
                 hashed = reader.submit(written.add, leaf, edited)
                 write(leaf, edited)
                 hashed.result()
@@ -192,23 +190,49 @@ def apply_trees(
     return Applied(tuple(changed), copied, count, written.hexdigest(), base.others)
 
 
-def edit_leaf(theta: np.ndarray, parts: Sequence[Any], leaf: str, scale: float, scratch: Scratch) -> np.ndarray:
-    """``theta + scale * sum(parts)`` in float32, in the memory of the scratch.
+def edit_leaf(theta: np.ndarray, change: np.ndarray, scale: float, dtype: DTypeLike, scratch: Scratch) -> np.ndarray:
+    """``theta + scale * change``, taken in float32 and rounded once to a dtype, in the memory of the scratch."""
+    stored = np.dtype(dtype)
+    out = scratch.take("edited", theta.size * stored.itemsize).view(stored).reshape(theta.shape)
+    elementwise.edited(theta, change, scale, out)
+    return out
 
-    Raises:
-      ValueError: a part that is not finite; the message names the leaf.
-    """
-    total = scratch.wide("total", theta.shape)
-    for number, part in enumerate(parts):
-        change = np.asarray(part)
-        check_finite(leaf, change)
-        if number:
-            np.add(total, change, out=total, casting="same_kind")
-        else:
-            np.copyto(total, change, casting="same_kind")
-    with np.errstate(over="ignore"):  # reported where it is written
-        np.multiply(total, np.float32(scale), out=total)
-        return np.add(theta, total, out=total, casting="same_kind")
+
+class _Changes:
+    """The sum of task vectors, a leaf of which is read, checked and summed when it is asked for."""
+
+    def __init__(self, taus: Sequence[PyTree]):
+        self._leaves: dict[str, list[Any]] = {}
+        for tau in taus:
+            for path, leaf in tree.flatten(tau).items():
+                self._leaves.setdefault(path, []).append(leaf)
+        self.shapes = {path: tuple(np.shape(parts[0])) for path, parts in self._leaves.items()}
+
+    def leaf_bytes(self, path: str) -> int:
+        """The size of a leaf, of one task vector or summed."""
+        parts = self._leaves[path]
+        return math.prod(self.shapes[path]) * (np.dtype(parts[0].dtype).itemsize if len(parts) == 1 else 4)
+
+    def read(self, path: str, scratch: Scratch) -> np.ndarray:
+        """The sum of a leaf: of several in float32, one of them in memory at a time.
+
+        Raises:
+          ValueError: values that are not finite; the message names the leaf.
+        """
+        first, *others = self._leaves[path]
+        if not others:
+            return _checked(path, first)
+        total = scratch.wide("total", self.shapes[path])
+        np.copyto(total, _checked(path, first), casting="same_kind")
+        for part in others:
+            np.add(total, _checked(path, part), out=total, casting="same_kind")
+        return total
+
+
+def _checked(path: str, part: Any) -> np.ndarray:
+    change = np.asarray(part)
+    check_finite(path, change)
+    return change
 
 
 def check_fit(base: Checkpoint, taus: Sequence[PyTree], names: Sequence[str]) -> None:

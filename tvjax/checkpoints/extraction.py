@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from tvjax import tree
 from tvjax.checkpoints.adapters import open_adapter, product
+from tvjax.checkpoints.elementwise import difference
 from tvjax.checkpoints.folder import Checkpoint, Name, open_checkpoint
 from tvjax.checkpoints.memory import Scratch
 from tvjax.checkpoints.provenance import check_configs
@@ -98,16 +99,15 @@ def extract(
         if notes:
             metadata["notes"] = "; ".join(notes)
         headers = {leaf: cast_header(leaf, Tensor("F32", base.shapes[leaf]), dtype) for leaf in covered}
-        squares, changed, scratch = 0.0, [], Scratch()
+        squares, changed, scratch, stored = 0.0, [], Scratch(), np.dtype(dtype)
         with write_tensors(path, headers, metadata) as writer, SideBySide(base, tuned) as reader:
             for leaf, (before, after) in reader.leaves(progress):
                 if leaf in headers:
                     if covered[leaf] != leaf:
                         after = tuned.read(covered[leaf], scratch)
-                    change = scratch.wide("change", before.shape)
-                    np.subtract(after, before, out=change, dtype=np.float32, casting="same_kind")
-                    squares += float(np.vdot(change, change))
-                    writer.write(leaf, cast(change, dtype))
+                    change = scratch.take("change", before.size * stored.itemsize).view(stored).reshape(before.shape)
+                    squares += difference(after, before, change)
+                    writer.write(leaf, change)
                 elif before is not None and after is not None and not np.array_equal(before, after):
                     changed.append(leaf)
             base_digest, tuned_digest = reader.fingerprints()

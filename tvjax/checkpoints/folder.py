@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import shutil
 import threading
@@ -21,8 +22,8 @@ from jax.typing import DTypeLike
 from tvjax import tree
 from tvjax.checkpoints.atomic import replacing
 from tvjax.checkpoints.json_files import read_json
-from tvjax.checkpoints.memory import Scratch, contiguous, to_jax
-from tvjax.checkpoints.safetensors import Tensors, cast, check_finite, open_tensors, tensor_bytes
+from tvjax.checkpoints.memory import Scratch, aligned_memory, contiguous, to_jax
+from tvjax.checkpoints.safetensors import Tensors, cast, check_finite, numpy_dtype, open_tensors, tensor_bytes
 from tvjax.checkpoints.sentence_files import MODULES, copy_sentence_files, sentence_settings
 from tvjax.checkpoints.shards import read_sharded
 from tvjax.models.differences import function_values, to_text
@@ -169,6 +170,11 @@ class Checkpoint:
             "base_fingerprint": fingerprint,
         }
 
+    def leaf_bytes(self, path: str) -> int:
+        """The size of a parameter in its file."""
+        key = self.sources[path].key
+        return math.prod(self.shapes[path]) * numpy_dtype(key, self.tensors.headers[key]).itemsize
+
     def read(self, path: str, scratch: Scratch, keep: bool = False) -> np.ndarray:
         """One parameter, in its own dtype and our layout, contiguous.
 
@@ -183,6 +189,11 @@ class Checkpoint:
         source = self.sources[path]
         header = self.tensors.headers[source.key]
         size = tensor_bytes(source.key, header)
+        if source.part is None:
+            memory = aligned_memory(size) if keep else scratch.take("ours", size)
+            ours = memory.view(numpy_dtype(source.key, header)).reshape(self.shapes[path])
+            self.tensors.read_into(source.key, source.leaf.to_theirs(ours))
+            return ours
         moves = not source.to_ours(np.empty(header.shape, np.bool_)).flags.c_contiguous
         raw = self.tensors.read(source.key, None if keep and not moves else scratch.take("raw", size))
         if not moves:

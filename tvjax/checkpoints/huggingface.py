@@ -337,10 +337,10 @@ def _new_model(
     """Opens a new folder; gives a function that writes a tensor under its key, and the folder as long as it is none."""
     check_new(folder)
     with new_folder(folder) as temporary, contextlib.ExitStack() as stack:
-        writers, scratch = {}, Scratch()
+        writers = {}
         for name in sorted(set(file_of.values())):
             part = {key: header for key, header in headers.items() if file_of[key] == name}
-            writers[name] = stack.enter_context(write_tensors(temporary / name, part, {"format": "pt"}, scratch))
+            writers[name] = stack.enter_context(write_tensors(temporary / name, part, {"format": "pt"}))
         yield lambda key, *tensor: writers[file_of[key]].write(key, *tensor), temporary
         if set(file_of.values()) != {WEIGHTS}:
             total = sum(tensor_bytes(key, header) for key, header in headers.items())

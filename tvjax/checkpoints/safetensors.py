@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO
@@ -25,7 +24,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from tvjax import processes, tree
 from tvjax.checkpoints.atomic import replacing
-from tvjax.checkpoints.memory import Scratch, aligned_memory, contiguous, to_jax
+from tvjax.checkpoints.memory import aligned_memory, contiguous, copy, to_jax
 from tvjax.checkpoints.shards import View, owned_pieces, read_sharded, runs_of, write_piece
 from tvjax.finite import count_not_finite
 from tvjax.models.key_table import Tensor
@@ -47,6 +46,7 @@ _DTYPES = {
 }
 _FLOATING = tuple(_DTYPES[name] for name in ("F64", "F32", "F16", "BF16"))
 _SYNC_EVERY = 2**26  # bytes
+_CHUNK, _ROWS = 2**20, 64  # bytes that are read at once, and rows that make whole tiles where they are transposed
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -63,7 +63,7 @@ class Tensors:
         self.headers: dict[str, Tensor] = {}
         self.metadata: dict[str, str] = {}
         self.file_of: dict[str, str] = {}
-        self._files = {path: (file, threading.Lock()) for path, file in files.items()}
+        self._files = dict(files)
         self._states = {path: _state(file) for path, file in files.items()}
         self._maps: dict[str, np.ndarray] = {}
         self._offsets: dict[str, int] = {}
@@ -80,26 +80,31 @@ class Tensors:
                 self.file_of[key] = path
                 self._offsets[key] = 8 + length + entry["data_offsets"][0]
 
-    def read(self, key: str, out: np.ndarray | None = None) -> np.ndarray:
+    def read(self, key: str, memory: np.ndarray | None = None) -> np.ndarray:
         """One tensor, in its own dtype.
 
         Args:
           key: of the tensor.
-          out: memory to read into, flat 8-bit values, as many bytes or more; None takes new memory.
+          memory: to read into, flat 8-bit values, as many bytes or more; None takes new memory.
 
         Raises:
           ValueError: where values are not finite, with the tensor's name and their number; or a dtype that NumPy lacks.
         """
-        dtype, shape = numpy_dtype(key, self.headers[key]), self.headers[key].shape
-        size = math.prod(shape) * dtype.itemsize
-        memory = aligned_memory(size) if out is None else out[:size]
-        path = self.file_of[key]
-        file, lock = self._files[path]
-        with lock:
-            _fill(memory, file, path, self._offsets[key])
-        array = memory.view(dtype).reshape(shape)
-        check_finite(key, array)
+        header = self.headers[key]
+        size = tensor_bytes(key, header)
+        memory = aligned_memory(size) if memory is None else memory[:size]
+        array = memory.view(numpy_dtype(key, header)).reshape(header.shape)
+        self.read_into(key, array)
         return array
+
+    def read_into(self, key: str, out: np.ndarray) -> None:
+        """Reads one tensor into an array of its shape and dtype, whose axes may lie in any order.
+
+        Raises:
+          ValueError: where values are not finite, with the tensor's name and their number.
+        """
+        path = self.file_of[key]
+        _read_checked(key, self._files[path], path, self._offsets[key], out)
 
     def on_disk(self, key: str, to_ours: Callable[[np.ndarray], np.ndarray] = lambda tensor: tensor) -> DiskArray:
         """One tensor that is read whenever its values are asked for, after these files were closed too.
@@ -116,14 +121,12 @@ class Tensors:
         state, offset = self._states[path], self._offsets[key]
 
         def read() -> np.ndarray:
-            memory = aligned_memory(math.prod(shape) * dtype.itemsize)
+            array = aligned_memory(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
             with _reopened(path, state) as file:
-                _fill(memory, file, path, offset)
-            array = memory.view(dtype).reshape(shape)
-            check_finite(key, array)
+                _read_checked(key, file, path, offset, array)
             return contiguous(to_ours(array))
 
-        return DiskArray(to_ours(np.broadcast_to(np.int8(0), shape)).shape, dtype, read)
+        return DiskArray(to_ours(np.broadcast_to(np.int8(0), shape)).shape, dtype, read, checks=True)
 
     def map(self, key: str) -> np.ndarray:
         """One tensor, read-only and unchecked, whose values are read from the disk as far as they are used.
@@ -142,12 +145,28 @@ class Tensors:
         return np.asarray(self._maps[path][start : start + size]).view(dtype).reshape(shape)
 
 
+def _read_checked(key: str, file: BinaryIO, path: str, offset: int, out: np.ndarray) -> None:
+    """Reads a tensor a few rows at a time: in the cache still, they are looked through and brought in order."""
+    rows = out if out.ndim else out.reshape(1)
+    row = rows[:1].nbytes
+    step = max(_ROWS, _CHUNK // max(1, row) // _ROWS * _ROWS)
+    wrong, chunk = 0, np.empty(0 if out.flags.c_contiguous else step * row, np.uint8)
+    for first in range(0, len(rows), step):
+        part = rows[first : first + step]
+        read = part if part.flags.c_contiguous else chunk[: part.nbytes].view(part.dtype).reshape(part.shape)
+        _fill(read.reshape(-1).view(np.uint8), file, path, offset + first * row)
+        wrong += count_not_finite(read)
+        if read is not part:
+            copy(read, part)
+    if wrong:
+        raise _not_finite(key, out, wrong)
+
+
 def _fill(memory: np.ndarray, file: BinaryIO, path: str, offset: int) -> None:
     """Reads as many bytes as the memory has."""
-    file.seek(offset)
     filled = 0
     while filled < memory.size:  # one call reads two gibibytes at most
-        count = file.readinto(memory[filled:].data)  # type: ignore[attr-defined]
+        count = os.preadv(file.fileno(), [memory[filled:].data], offset + filled)
         if not count:
             raise ValueError(f"{path!r} was cut short while it was read")
         filled += count
@@ -216,7 +235,6 @@ class TensorWriter:
         pool: ThreadPoolExecutor,
         headers: Mapping[str, Tensor],
         metadata: Mapping[str, str],
-        scratch: Scratch,
     ):
         # As the library orders them: by falling size of the entries, then by key, so that all are aligned.
         keys = sorted(headers, key=lambda key: (-numpy_dtype(key, headers[key]).itemsize, key))
@@ -229,13 +247,12 @@ class TensorWriter:
         self._file, self._pool = descriptor, pool
         self._metadata = dict(metadata)
         self._left = {key: math.prod(headers[key].shape) for key in keys}  # entries that are not written
-        self._scratch = scratch
         self._unsynced = 0
         self._syncing: Future[None] | None = None
         self._start = len(self._header())
         if processes.is_first():
             self._write_header()
-            os.ftruncate(descriptor, self._start + end)
+            _reserve(descriptor, self._start + end)
 
     def write(self, key: str, array: Any, view: View = lambda tensor: tensor) -> None:
         """Writes one tensor, or the part of it that a parameter is; of a sharded array one shard after another.
@@ -253,7 +270,7 @@ class TensorWriter:
             piece = cast(values, _DTYPES[dtype])
             assert _NAMES[piece.dtype] == dtype, key
             check_finite(key, piece)
-            write_piece(self._file, self._start + offset, runs_of(view, tuple(shape), index), piece, self._scratch)
+            write_piece(self._file, self._start + offset, runs_of(view, tuple(shape), index), piece)
             self._unsynced += piece.nbytes
         self._left[key] -= math.prod(np.shape(array))
         if self._unsynced > _SYNC_EVERY and (self._syncing is None or self._syncing.done()):
@@ -286,12 +303,19 @@ class TensorWriter:
         return len(text).to_bytes(8, "little") + text
 
 
+def _reserve(descriptor: int, size: int) -> None:
+    """Makes a file as large as it will be: a disk that is too full says so here, and what follows is written faster."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:  # macOS
+        os.ftruncate(descriptor, size)
+
+
 @contextlib.contextmanager
 def write_tensors(
     path: str | os.PathLike[str],
     headers: Mapping[str, Tensor],
     metadata: Mapping[str, str] | None = None,
-    scratch: Scratch | None = None,
 ) -> Iterator[TensorWriter]:
     """Opens a safetensors file to be written tensor by tensor; it replaces an older one when the block ends.
 
@@ -302,7 +326,6 @@ def write_tensors(
       path: where to.
       headers: dtype and shape of every tensor that will be written, by key.
       metadata: text to carry along.
-      scratch: memory to copy tensors in that are not contiguous; writers of one thread may share it.
 
     Raises:
       ValueError: a dtype that is not written.
@@ -319,7 +342,7 @@ def write_tensors(
     with replacing(path, shared=True) as temporary, ThreadPoolExecutor(1) as pool:
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            writer = TensorWriter(descriptor, pool, headers, metadata or {}, scratch or Scratch())
+            writer = TensorWriter(descriptor, pool, headers, metadata or {})
             yield writer
             writer.finish()
         finally:
@@ -528,7 +551,11 @@ def check_finite(key: str, array: np.ndarray) -> None:
     """Raises a ValueError where values are NaN or infinite, with the tensor's name and their number."""
     wrong = count_not_finite(array)
     if wrong:
-        raise ValueError(
-            f"the tensor {key!r} ({array.dtype.name}) has {wrong} of {array.size} values that are NaN or infinite: "
-            "take an earlier checkpoint of the run, or a dtype of wider range"
-        )
+        raise _not_finite(key, array, wrong)
+
+
+def _not_finite(key: str, array: np.ndarray, wrong: int) -> ValueError:
+    return ValueError(
+        f"the tensor {key!r} ({array.dtype.name}) has {wrong} of {array.size} values that are NaN or infinite: "
+        "take an earlier checkpoint of the run, or a dtype of wider range"
+    )

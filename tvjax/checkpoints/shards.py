@@ -18,9 +18,10 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from tvjax import processes
-from tvjax.checkpoints.memory import Scratch, aligned_memory, contiguous
+from tvjax.checkpoints.memory import aligned_memory, contiguous
 from tvjax.factors import is_low_rank
 
+_CHUNK = 2**21  # bytes of a piece that are brought in order and written at once
 Index = tuple[Any, ...]  # a slice for each axis
 View = Callable[[np.ndarray], np.ndarray]
 
@@ -86,26 +87,34 @@ def runs_of(view: View, shape: tuple[int, ...], index: Index) -> Runs:
     return Runs(order, length, starts)
 
 
-def write_piece(descriptor: int, offset: int, runs: Runs, piece: np.ndarray, scratch: Scratch) -> None:
-    """Writes a piece of a tensor to its places in an open file.
+def write_piece(descriptor: int, offset: int, runs: Runs, piece: np.ndarray) -> None:
+    """Writes a piece of a tensor to its places in an open file, brought in order a part at a time.
 
     Args:
       descriptor: of the file.
       offset: where the tensor begins in it.
       runs: where the piece lies in the tensor.
       piece: its values, of the dtype of the tensor.
-      scratch: memory to bring them in order.
     """
-    if not piece.size:
-        return
-    moved = piece.transpose(runs.order)
-    moved = contiguous(moved, None if moved.flags.c_contiguous else scratch.take("copy", piece.nbytes))
-    rows = moved.reshape(-1).view(np.uint8).reshape(len(runs.starts), -1)
-    for start, row in zip(runs.starts.tolist(), rows, strict=True):
-        at, data = offset + start * piece.itemsize, row.data
-        while data.nbytes:  # one call writes two gibibytes at most
-            count = os.pwrite(descriptor, data, at)
-            at, data = at + count, data[count:]
+    moved = piece.transpose(runs.order) if piece.ndim else piece.reshape(1)
+    row = max(1, moved[:1].size)
+    step = len(moved) if moved.flags.c_contiguous else max(1, _CHUNK // (row * piece.itemsize))
+    for first in range(0, len(moved), max(1, step)):
+        values = contiguous(moved[first : first + step]).reshape(-1)
+        written = 0
+        while written < values.size:
+            run, inside = divmod(first * row + written, runs.length)
+            count = min(runs.length - inside, values.size - written)
+            at = offset + (int(runs.starts[run]) + inside) * piece.itemsize
+            _write(descriptor, values[written : written + count], at)
+            written += count
+
+
+def _write(descriptor: int, values: np.ndarray, at: int) -> None:
+    data = values.view(np.uint8).data
+    while data.nbytes:  # one call writes two gibibytes at most
+        count = os.pwrite(descriptor, data, at)
+        at, data = at + count, data[count:]
 
 
 def read_sharded(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from tvjax import processes
 from tvjax.capture.views import Constant
 from tvjax.checkpoints.json_files import read_json, write_json
 from tvjax.checkpoints.safetensors import open_tensors, save_tensors
@@ -57,7 +58,8 @@ class TransportStore:
     """What `tvjax.fit` has fitted, a file for each stage, in a folder: ``fit(..., cache=...)`` goes on from there.
 
     The folder belongs to one fit: it keeps what that depends on, and refuses anything else. A fit that went on gives
-    the same maps; where it reads gradients, up to rounding.
+    the same maps; where it reads gradients, up to rounding. Several processes share it, and all make one store: each
+    writes the shards that it owns.
 
     >>> import tempfile
     >>> from tvjax.stages import Batch, single_stage
@@ -83,7 +85,16 @@ class TransportStore:
         """
         self.folder = Path(folder)
         file = self.folder / "depends_on.json"
-        if file.is_file():
+        processes.check_same(f"keep in {folder}", depends_on)
+        with processes.together(f"make the folder {folder}"):
+            if processes.is_first() and not file.is_file():
+                if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+                    raise ValueError(f"{str(folder)!r} is not empty, and holds no maps: give another folder for them")
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_json(file, dict(depends_on))
+        with processes.together(f"open {folder}"):
+            if not file.is_file():
+                raise ValueError(f"{str(folder)!r} is not the same folder in all processes: give one that is")
             found = read_json(file)
             differ = sorted(name for name in {**found, **depends_on} if found.get(name) != depends_on.get(name))
             if differ:
@@ -91,11 +102,6 @@ class TransportStore:
                     f"{str(folder)!r} holds the maps of another fit, of other {', '.join(differ)}: "
                     "give another folder, or remove it"
                 )
-            return
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise ValueError(f"{str(folder)!r} is not empty, and holds no maps: give another folder for them")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, dict(depends_on))
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -109,7 +115,10 @@ class TransportStore:
           ValueError: a file that is corrupt.
         """
         file = self._file(stage)
-        return _load_parts(file, STAGE_FORMAT)[0] if file.is_file() else None
+        if not processes.from_first("kept" if file.is_file() else ""):
+            return None
+        with processes.together(f"read {file}"):
+            return _load_parts(file, STAGE_FORMAT)[0]
 
     def save(self, stage: str, parts: tuple[LinkState, ...]) -> None:
         """Keeps the parts of a stage; a file is complete before it has its name."""

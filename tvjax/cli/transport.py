@@ -28,6 +28,14 @@ def transport(config: TransportConfig, quiet: Quiet = False, json: Json = False)
             else []
         ),
         *(
+            [
+                f"then taught by the fine-tuned source ({config.refine}): its loss on {found.refined['examples']} "
+                f"examples {found.refined['loss_of_start']:.4g} -> {found.refined['loss']:.4g}"
+            ]
+            if found.refined is not None
+            else []
+        ),
+        *(
             [f"copied as it is, at its best scale {found.copy['scale']:g}: {100 * found.copy['accuracy']:.1f} %"]
             if found.copy is not None
             else []

@@ -196,6 +196,9 @@ def train(
         choose by, a rule to stop without one, pieces that do not divide a batch, or a store of another training.
     """
     rates = sorted(float(rate) for rate in learning_rates)
+    settings = rates, epochs, batch_size, batches_per_epoch, micro_batches
+    facts = {"parameters": fixed, "what is trained": trainable, "objective": objective, "key": key}
+    processes.check_same("train", {**facts, "settings": settings})
     _check_counts(rates, epochs, batches_per_epoch, micro_batches, score, stop)
     sizes, steps = _sizes(objective, batch_size, batches_per_epoch, micro_batches)
     placements = tuple(_placements(term.examples) for term in objective)

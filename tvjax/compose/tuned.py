@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from tvjax import tree
+from tvjax import processes, tree
 from tvjax.arithmetic import apply
 from tvjax.compose.coefficients import Coefficients, combine, init
 from tvjax.compose.edited import Edited
@@ -96,6 +96,7 @@ def tune(
     >>> bool(tuned.coefficients.values[0, 0, 0] > 0.5), bool(jnp.any(tuned.leaves["w"] != 0))
     (True, True)
     """
+    processes.check_same("tune", {"parameters": params, "task vectors": taus, "leaves": leaves})
     if not share > 0:
         raise ValueError(f"share: found {share}, expected a positive number; `learn` trains coefficients alone")
     start = init(taus) if coefficients is None else coefficients
@@ -148,6 +149,8 @@ def best_start(
     >>> best_start({"w": jnp.float32(0)}, taus, objective, key=jax.random.key(0)).values.ravel().tolist()
     [0.0, 2.0]
     """
+    facts = {"parameters": params, "task vectors": taus, "objective": objective, "key": key}
+    processes.check_same("find the best start of", {**facts, "scales": scales})
     grid = sorted(float(scale) for scale in scales)
     if not grid:
         raise ValueError("scales: found none, expected one number at least")

@@ -63,7 +63,7 @@ class Composed(NamedTuple):
     notes: tuple[str, ...]
 
 
-class _Data(NamedTuple):
+class Data(NamedTuple):
     """The examples, the held-out ones, and how to ask."""
 
     found: Images | Texts
@@ -86,7 +86,7 @@ def compose(config: ComposeConfig, progress: Progress | None = None) -> Composed
     begin(progress, "reading the examples")
     with Models(progress=progress) as models:
         opened = models[config.model]
-        data = _read(config, opened, models)
+        data = read(config, opened, models)
         looked_at = {
             "examples": inputs.record(data.found),
             "validation": None if data.held_out is None else inputs.record(data.held_out),
@@ -138,7 +138,7 @@ def _tunes(config: ComposeConfig) -> bool:
     return config.is_told if config.tune is None else config.tune
 
 
-def _read(config: ComposeConfig, opened: Opened, models: Models) -> _Data:
+def read(config: ComposeConfig, opened: Opened, models: Models) -> Data:
     """The examples; but for a choice by embeddings, no weight is read.
 
     Raises:
@@ -172,14 +172,14 @@ def _read(config: ComposeConfig, opened: Opened, models: Models) -> _Data:
         found = teacher.asked(found, prompts, config.classes is not None)
     way.check(opened, found, prompts)
     if config.validation is None:
-        return _Data(found, None, prompts, teacher)
+        return Data(found, None, prompts, teacher)
     held_out = inputs.read_examples(config.validation, prompts, (opened,), "choosing a learning rate")
     check_labels(opened, held_out.class_names, config.classes is not None)
-    return _Data(found, held_out, prompts, teacher)
+    return Data(found, held_out, prompts, teacher)
 
 
 def _learn(
-    config: ComposeConfig, opened: Opened, data: _Data, taus: list[PyTree], progress: Progress | None
+    config: ComposeConfig, opened: Opened, data: Data, taus: list[PyTree], progress: Progress | None
 ) -> tuple[Trained, PyTree, learned.Coefficients]:
     """What was trained, the parameters that it gives, and the coefficients."""
     task = asking(opened).task(opened, data.found, data.prompts)
@@ -202,7 +202,7 @@ def _learn(
         epochs=config.epochs,
         batch_size=config.batch_size,
         micro_batches=config.micro_batches,
-        score=_score(config, task, head, data.held_out),
+        score=score_on(config, task, head, data.held_out),
         progress=progress,
         store=None if config.state is None else TrainingStore(config.state),
     )
@@ -212,12 +212,13 @@ def _learn(
     return trained, jax.jit(learned.combine)(base, taus, trained.trainable), trained.trainable
 
 
-def _goal(config: ComposeConfig, opened: Opened, head: Model, seen: Batch, data: _Data) -> Objective:
+def _goal(config: ComposeConfig, opened: Opened, head: Model, seen: Batch, data: Data) -> Objective:
     """What the coefficients are learned by."""
     if config.is_told:
         goals = [learned.few_shot(head, seen)] if config.learned_by == "few_shot" else []
         if data.teacher is not None:
             said = data.teacher.scores(data.found, data.prompts, config.batch_size)
+            data.teacher.release()
             told = learned.distillation(head, seen.inputs, said, temperature=config.temperature, match=config.match)
             goals.append(told)
         return learned.average(goals)
@@ -229,7 +230,7 @@ def _goal(config: ComposeConfig, opened: Opened, head: Model, seen: Batch, data:
     return learned.fix_match(head, pixels, weak=weak, strong=StrongView(mean, std, weak=weak))
 
 
-def _score(
+def score_on(
     config: ComposeConfig, task: Task, head: Model, held_out: Images | Texts | None
 ) -> Callable[[Any], float] | None:
     """The accuracy of parameters on the examples that were held out."""

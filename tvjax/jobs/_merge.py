@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from tvjax import arithmetic, tree
 from tvjax import merge as methods
 from tvjax.checkpoints import load_tree, map_tree, model_card, save_adapter, save_tree, streaming
 from tvjax.checkpoints.adapters import open_adapter
+from tvjax.checkpoints.atomic import folder_beside
 from tvjax.checkpoints.folder import Checkpoint, open_checkpoint
 from tvjax.checkpoints.huggingface import check_new
 from tvjax.checkpoints.json_files import write_json
@@ -225,9 +225,7 @@ def _differences(
     if Path(model).resolve() == base.folder.resolve():  # a single zero, seen as all entries
         return tree.nest({path: np.broadcast_to(np.float32(0), shape) for path, shape in base.shapes.items()}), {}, ()
     near = next(folder for folder in output.resolve().parents if folder.is_dir())
-    file = (
-        Path(stack.enter_context(tempfile.TemporaryDirectory(dir=near, prefix=".tvjax-"))) / "differences.safetensors"
-    )
+    file = stack.enter_context(folder_beside(near / output.name)) / "differences.safetensors"
     notes = streaming.extract(base, model, file, subtree="", progress=progress).notes
     return *map_tree(file), notes
 

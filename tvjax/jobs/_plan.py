@@ -17,6 +17,7 @@ from tvjax.jobs.matching import overlap_shapes
 from tvjax.jobs.opened import Models, Opened
 from tvjax.jobs.parts import copied
 from tvjax.jobs.recommended import with_method
+from tvjax.jobs.refined import prepare_refinement
 from tvjax.progress import Progress, begin
 from tvjax.renamed import warn
 from tvjax.stages import Batch, PyTree
@@ -81,6 +82,8 @@ def plan(config: PlanConfig, progress: Progress | None = None) -> Planned:
         config, why = with_method(config, models)
         ready = prepare(config, models)
         ready = ready._replace(notes=(*why, *ready.notes))
+        if config.refine and config.finetuned:
+            prepare_refinement(config, models)
         found = ready.found
         number = config.count if found is None else len(found)
         sizes = [min(config.batch_size, number - start) for start in range(0, number, config.batch_size)]

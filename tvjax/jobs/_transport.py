@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -33,7 +34,9 @@ from tvjax.jobs.opened import Models, Opened
 from tvjax.jobs.parts import changed_elsewhere, copied, part_task_vector
 from tvjax.jobs.recipes import recipe_of, write_recipe
 from tvjax.jobs.recommended import with_method
+from tvjax.jobs.refined import Refinement, prepare_refinement, refine
 from tvjax.jobs.task_vectors import is_adapter, read_given
+from tvjax.on_disk import DiskArray, is_on_disk
 from tvjax.progress import Progress, begin
 from tvjax.renamed import warn
 from tvjax.report.norm_plots import plot_norms
@@ -60,6 +63,7 @@ class Transported(NamedTuple):
       target: the model before.
       examples: of the calibration.
       validation: the examples that the scale was chosen on, with the accuracy at every scale.
+      refined: how the fine-tuned source taught the target from there on; None where it did not.
       copy: the task vector added as it is, at its own best scale on the same examples; None where the shapes do not
         agree, or there is no validation.
       norms: of the task vector in the source and in the target.
@@ -76,6 +80,7 @@ class Transported(NamedTuple):
     target: str
     examples: dict[str, Any] | None
     validation: dict[str, Any] | None
+    refined: dict[str, Any] | None
     copy: dict[str, Any] | None
     norms: dict[str, float]
     leaf_norms: dict[str, dict[str, float]]
@@ -111,7 +116,8 @@ def transport(config: TransportConfig, progress: Progress | None = None) -> Tran
         ready = prepare(config, models)
         ready = ready._replace(notes=(*why, *ready.notes))
         looked_at = None if ready.found is None else inputs.record(ready.found)
-        work = _Work(config, ready, models, looked_at, progress)
+        taught = prepare_refinement(config, models) if config.refine else None
+        work = _Work(config, ready, models, looked_at, taught, progress)
         tau, also = _task_vector(config, ready, models)
         result, state, forms = (_streamed if config.stream else _whole)(work, tau, also)
         _write_report(config, result, state, forms)
@@ -126,12 +132,13 @@ class _Work(NamedTuple):
     ready: Prepared
     models: Models
     looked_at: dict[str, Any] | None
+    taught: Refinement | None
     progress: Progress | None
 
     def result(self, state: State, form: str, norms: tuple[Norms, Norms], **chosen: Any) -> Transported:
         """What was done; `norms` are those of the leaves of the task vector, and of the moved one."""
         config, ready = self.config, self.ready
-        done: dict[str, Any] = {"scale": config.scale, "validation": None, "copy": None, **chosen}
+        done: dict[str, Any] = {"scale": config.scale, "validation": None, "refined": None, "copy": None}
         return Transported(
             output=config.output,
             form=form,
@@ -143,7 +150,7 @@ class _Work(NamedTuple):
             norms={side: math.hypot(*own.values()) for side, own in zip(_SIDES, norms, strict=True)},
             leaf_norms=dict(zip(_SIDES, norms, strict=True)),
             notes=(*inputs.notes_of(ready.found, ready.held_out), *state.notes),
-            **done,
+            **(done | chosen),
         )
 
 
@@ -153,10 +160,13 @@ def _whole(work: _Work, tau: PyTree, also: list[str]) -> tuple[Transported, Stat
     state = _fitted(work, tau)
     moved = ready.moving.apply(state, tau)
     forms = leaf_forms(ready.moving, state, tau) if any(map(is_low_rank, tree.flatten(tau).values())) else ()
-    form = _form(config, tau, moved)
+    form = "model" if work.taught is not None else _form(config, tau, moved)
     state = dataclasses.replace(state, notes=(*state.notes, *ready.notes, *also, *_lost(moved, forms, state)))
     chosen: dict[str, Any] = {}
-    if ready.held_out is not None:
+    params = None
+    if work.taught is not None:
+        params, chosen = refine(work.taught, target, moved, scales_of(ready.moving), work.progress)
+    elif ready.held_out is not None:
         task = ready.way.task(target, ready.held_out, ready.prompts)
         scored = with_task(target, task), task.batches(ready.held_out, config.batch_size)
         best, copy = _chosen(moved, tau, target, ready, *scored, work.progress)
@@ -166,7 +176,7 @@ def _whole(work: _Work, tau: PyTree, also: list[str]) -> tuple[Transported, Stat
             state = dataclasses.replace(state, notes=(*state.notes, nothing))
     result = work.result(state, form, (_norms(tau), _norms(moved)), **chosen)
     begin(work.progress, f"writing {config.output}")
-    _save(config, result, models, moved)
+    _save(config, result, models, moved, params)
     return result, state, forms
 
 
@@ -174,31 +184,50 @@ def _streamed(work: _Work, tau: PyTree, also: list[str]) -> tuple[Transported, S
     """The models on disk: a stage in memory at a time, each moved leaf added to the target's and written at once."""
     config, target = work.config, work.models[work.config.target]
     left = tree.flatten(target.pretrained.params)
-    norms: Norms = {}
+    after: Norms = {}
     scratch = Scratch()
 
+    # The card says the fingerprints, which are taken over the weights in the order of their paths: the walk, which goes
+    # by stages, reads them again. This first reading is also the one that finds values that are not finite.
     begin(work.progress, "checking the weights")
-    card = _card(config, "model", config.scale, work.looked_at, work.models)  # reads, and so checks, every weight
+    card = _card(config, "model", config.scale, work.looked_at, work.models)
+    tau, before = _measured(tau)
     with write_checkpoint(target.checkpoint, config.output, card=lambda: card) as write:
 
         def edit(number: int, path: str, leaf: Any) -> None:
-            change, before = np.asarray(leaf), np.asarray(left.pop(path))
-            norms[path] = math.sqrt(np.vdot(change, change))
-            write(path, edit_leaf(before, [change], path, config.scale, scratch).astype(before.dtype))
+            change, own = np.asarray(leaf), np.asarray(left.pop(path))
+            after[path] = math.sqrt(np.vdot(change, change))
+            write(path, edit_leaf(own, change, config.scale, own.dtype, scratch))
 
         state = _fitted(work, tau, stream=[tau], write=edit)
         for path, leaf in left.items():
             write(path, np.asarray(leaf))
     state = dataclasses.replace(state, notes=(*state.notes, *work.ready.notes, *also))
-    read = map(np.asarray, tree.flatten(tau).values())  # one in memory at a time
-    before = {path: math.sqrt(np.vdot(leaf, leaf)) for path, leaf in zip(tree.flatten(tau), read, strict=True)}
-    return work.result(state, "model", (before, norms)), state, ()
+    return work.result(state, "model", (before, after)), state, ()
 
 
 def _norms(tau: PyTree) -> Norms:
     """The norm of each leaf by path."""
     found = processes.fetch(tree.by_leaf(tree.norm, tau))
     return {path: float(norm) for path, norm in found.items()}
+
+
+def _measured(tau: PyTree) -> tuple[PyTree, Norms]:
+    """A task vector, and the norms of its leaves by path: those on disk are measured when the fit checks them."""
+    norms: Norms = {}
+
+    def read(path: str, leaf: Any) -> np.ndarray:
+        values = np.asarray(leaf)
+        norms[path] = math.sqrt(np.vdot(values, values))
+        return values
+
+    def measured(path: str, leaf: Any) -> Any:
+        if is_on_disk(leaf):
+            return DiskArray(leaf.shape, leaf.dtype, functools.partial(read, path, leaf))
+        read(path, leaf)
+        return leaf
+
+    return tree.map_with_path(measured, tau), norms
 
 
 def _task_vector(config: TransportConfig, ready: Prepared, models: Models) -> tuple[PyTree, list[str]]:
@@ -241,7 +270,7 @@ def _side(opened: Opened, ready: Prepared) -> Model:
 
 def _fitted(work: _Work, tau: PyTree, **stream: Any) -> State:
     """The fitted transport, from the maps that are kept where there are some; of a stream, what is left of it."""
-    config, ready, models, looked_at, progress = work
+    config, ready, models, looked_at, _, progress = work
     source, target = models[config.source], models[config.target]
     sides = _side(source, ready), _side(target, ready)
     store = None
@@ -302,15 +331,15 @@ def _curve(chosen: ChosenScale, held_out: Any) -> dict[str, Any]:
     return {**inputs.record(held_out), **curve}
 
 
-def _save(config: TransportConfig, result: Transported, models: Models, moved: PyTree) -> None:
-    """Writes the edited model or the adapter, and the moved task vector where it is asked for."""
+def _save(config: TransportConfig, result: Transported, models: Models, moved: PyTree, params: PyTree) -> None:
+    """Writes the edited model, of these parameters where there are some, or the adapter; and the moved task vector."""
     receiver = models[config.target].pretrained
     card = _card(config, result.form, result.scale, result.examples, models)
     if result.form == "adapter":
         adapter = scale(moved, result.scale)
         save_adapter(adapter, config.output, receiver, metadata=receiver.identity(), card=card)
     else:
-        edited = apply(receiver.params, moved, result.scale)
+        edited = apply(receiver.params, moved, result.scale) if params is None else params
         save_pretrained(receiver.with_params(edited), config.output, card=card)
     if config.save_task_vector is not None:
         save_tree(config.save_task_vector, moved, receiver.identity())
@@ -336,9 +365,11 @@ def _card(config: TransportConfig, form: str, scale: float, examples: dict[str, 
     }
     if config.task_vector is not None:
         inputs_of[config.task_vector] = {"kind": "adapter" if is_adapter(config.task_vector) else "task vector"}
+    after = f"; the fine-tuned source then taught it from there on ({config.refine})" if config.refine else ""
     return model_card(
         config.output.name,
-        f"What a fine-tuning taught the source was moved into the base model by {config.method}, without training.",
+        f"What a fine-tuning taught the source was moved into the base model by {config.method}"
+        f"{after or ', without training'}.",
         models[config.target].pretrained.identity(),
         inputs=inputs_of,
         settings={

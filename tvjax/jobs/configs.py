@@ -115,6 +115,10 @@ class Moving(Drawn):
     """Source layer of each target layer: uniform, cka (by likeness), or a list such as 0,0,1,1."""
     tokens: Literal["interpolate", "class_token", "mean"] = "interpolate"
     """How activations are compared where the patch grids differ."""
+    refine: Literal["correction", "distillation"] | None = None
+    """Let the fine-tuned source teach the target from there on, by its scores of the classes of the same examples,
+    which need no labels: by the closed form (tv.logit_correction), or by training as compose --teacher does. The scale
+    of the start is that of the least loss; --validation chooses the rate and the epoch of a training."""
     maps: Annotated[File | None, FOLDER] = None
     """Keep the fitted maps here, stage by stage: an interrupted run goes on, and a later one, with another scale or
     another fine-tuned model, starts from them; ariadne fits the task vector itself, which no other starts from."""
@@ -136,6 +140,20 @@ class Moving(Drawn):
     def _has_a_method(self) -> Moving:
         if self.options and self.method is None:
             raise ValueError(f"--options are those of a method, found {', '.join(self.options)}: give --method too")
+        return self
+
+    @model_validator(mode="after")
+    def _can_refine(self) -> Moving:
+        if self.refine is None:
+            return self
+        if self.task_vector is not None:
+            raise ValueError(
+                "--refine learns from the fine-tuned source: give --finetuned in the place of --task-vector"
+            )
+        if self.stream:
+            raise ValueError("--refine teaches the whole target, in memory: leave --stream or --refine out")
+        if self.scale != 1:
+            raise ValueError(f"--refine finds the scale of its start itself: leave --scale {self.scale:g} out")
         return self
 
     @model_validator(mode="after")

@@ -39,7 +39,7 @@ class Teacher(NamedTuple):
         return found
 
     def scores(self, found: Images | Texts, prompts: Prompts, size: int) -> np.ndarray:
-        """What it says of the examples, ``[examples, classes]``; its weights are dropped after."""
+        """What it says of the examples, ``[examples, classes]``."""
         task = asking(self.reader).task(self.reader, found, prompts)
         model = with_task(self.reader, task)
         if self.tuned is not self.reader:
@@ -48,10 +48,12 @@ class Teacher(NamedTuple):
             model = model.replace(
                 params=tree.replace(model.params, float32({path: tuned[path] for path in known if path in tuned}))
             )
-        said = compose.class_scores(model, task.batches(found, size))
+        return compose.class_scores(model, task.batches(found, size))
+
+    def release(self) -> None:
+        """Drops its weights."""
         for one in self:
             one.release()
-        return said
 
 
 def find_teacher(tuned: Opened, base: Opened | None) -> Teacher:

@@ -7,11 +7,12 @@ float32 by one compiled program per shape, and is let go, so that all vectors ar
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,20 +20,33 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
-from tvjax import placement, tree
+from tvjax import placement, processes, tree
 from tvjax.factors import dense
 from tvjax.finite import check_finite
 from tvjax.merge.entries import lying
 from tvjax.merge.leaf_report import Report, tell
 
 PyTree = Any
+F = TypeVar("F", bound=Callable[..., Any])
 Leaf = Any  # of a JAX or a NumPy array
 Scope = Literal["vector", "leaf"]  # what is measured: the whole task vector, or each leaf by itself
 
 _IN_FLIGHT = 2  # leaves whose programs run at once
 
-over_meshes = placement.automatic(lambda taus, *_, **__: taus[0])
-"""Decorator of a merge: task vectors may lie over any mesh, and the merged one lies like the first."""
+
+def over_meshes(merge: F) -> F:
+    """Decorator of a merge: task vectors may lie over any mesh, and the merged one lies like the first.
+
+    Where several processes merge, they are asked first whether their arguments are the same.
+    """
+    placed = placement.automatic(lambda taus, *_, **__: taus[0])(merge)
+
+    @functools.wraps(merge)
+    def merged(taus: Sequence[PyTree], *arguments: Any, **options: Any) -> PyTree:
+        processes.check_same("merge", {"task vectors": taus, "arguments": arguments, "options": options})
+        return placed(taus, *arguments, **options)
+
+    return cast(F, merged)
 
 
 class Vectors:

@@ -20,9 +20,11 @@ from tvjax.align import procrustes
 from tvjax.align.products import product
 from tvjax.align.ridge import Ridge, constant, ridge
 from tvjax.align.rows import RowAxes, arranged, padding_mask, row_axes, stream_of
+from tvjax.align.solving import Problem, solve
 from tvjax.capture.axes import of_argument
 from tvjax.capture.residual import Residual, Writer
 from tvjax.capture.views import apply_view, restore_view
+from tvjax.spread import spread_out
 from tvjax.stages import run_stage
 from tvjax.transport import statistics
 from tvjax.transport.base import Flat, LeafUse, Link, LinkState, MapInfo, Needs, Rule, Transport, make_options
@@ -133,7 +135,7 @@ def _fit(options: Options, pair: Pair) -> LinkState:
         return LinkState("ariadne", tau, {}, tuple(_zeroed(pair, "its stage writes no residual stream")))
     writers = _writers(options, pair, residual)
     sums, seen = _summed(options, pair, writers)
-    found, solved, measures = _solve(options, pair, writers, sums)
+    solved, measures, rank = _solve(options, pair, writers, sums)
     name = f"{pair.name}:stream"
     by_path = {leaf.local: leaf.target for leaf in pair.leaves}
     rules = []
@@ -143,10 +145,11 @@ def _fit(options: Options, pair: Pair) -> LinkState:
             rule = rule._replace(action="fitted", pieces=(LeafUse(kind, (), (), None, name),), why="")
         rules.append(rule)
     arrays = {by_path[local]: array for local, array in solved.items() if local in by_path}
-    rank = {"rank": found.rank, "rows": sums.stream.count}
+    of_stream = {"rank": rank, "rows": sums.stream.count}
     of_leaves = {by_path[w.kernel.path]: measures for w in writers if w.kernel.path in by_path}
-    info = _info(pair, name, (found.left.shape[0], found.right.shape[1]), seen)
-    return LinkState("ariadne", arrays | tau, {name: rank} | of_leaves, tuple(rules), (info,))
+    d_a, d_b = sums.stream.cross.shape
+    info = _info(pair, name, (d_a, d_b), seen)
+    return LinkState("ariadne", arrays | tau, {name: of_stream} | of_leaves, tuple(rules), (info,))
 
 
 def _zeroed(pair: Pair, why: str) -> list[Rule]:
@@ -194,14 +197,14 @@ def _summed(options: Options, pair: Pair, writers: tuple[Writer, ...]) -> tuple[
     for batch in range(pair.batches):
         (base, change, target, inputs), weights, tokens = _rows(options, pair, writers, batch)
         rows += weights.shape[0]
+        empty = spread_out(pair.mesh, mm.init(change.shape[1], inputs.shape[1], gram=True))
         if stream is None:
-            stream = mm.init(base.shape[1], target.shape[1])
-            effect = mm.init(change.shape[1], inputs.shape[1], gram=True)
-        empty = mm.init(change.shape[1], inputs.shape[1], gram=True)
+            stream, effect = spread_out(pair.mesh, mm.init(base.shape[1], target.shape[1])), empty
         before = effect
-        stream = mm.update(stream, base, target, weights)
-        effect = mm.update(effect, change, inputs, weights)
-        last = mm.update(empty, change, inputs, weights) if batch == pair.batches - 1 else empty
+        add = partial(statistics.add_rows, 0, pair.mesh)
+        stream = add(stream, base, target, weights)
+        effect = add(effect, change, inputs, weights)
+        last = add(empty, change, inputs, weights) if batch == pair.batches - 1 else empty
     assert stream is not None and effect is not None and last is not None
     return _Sums(stream, effect, before if pair.batches > 1 else None, last), (rows, tokens)
 
@@ -271,13 +274,32 @@ def _of_class_token(pair: Pair, axes_a: RowAxes, axes_b: RowAxes, weights: Array
 
 def _solve(
     options: Options, pair: Pair, writers: tuple[Writer, ...], sums: _Sums
-) -> tuple[procrustes.OrthogonalMap, dict[str, Array], dict[str, Array]]:
-    """The map between the streams, the change of each leaf by its local path, and what is known of the fit."""
+) -> tuple[dict[str, Array], dict[str, Array], Array]:
+    """The change of each leaf by its local path, what is known of the fit, and the rank of the map of the streams."""
     last = writers[-1]
     with_bias = options.bias != "never" and last.bias is not None
     scale = None
     if last.scale is not None:
         scale = apply_view(last.scale.view, pair.target_leaves[last.scale.path]).astype(jnp.float32)
+    problem = Problem(_fitted, (options, with_bias), (sums, scale))
+    [(kernel, bias, measures, rank)] = solve([problem], pair.mesh)
+    solved, start = {}, 0
+    for writer in writers:
+        site = writer.kernel
+        part = kernel[start : start + site.d_in]
+        solved[site.path] = restore_view(site.view, part, jnp.shape(pair.target_leaves[site.path]))
+        start += site.d_in
+    if with_bias and last.bias is not None:
+        path = last.bias.path
+        solved[path] = restore_view(last.bias.view, bias, jnp.shape(pair.target_leaves[path]))
+    return solved, measures, rank
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _fitted(
+    options: Options, with_bias: bool, sums: _Sums, scale: Array | None
+) -> tuple[Array, Array, dict[str, Array], Array]:
+    """The kernels, one under the other, the bias, what is known of the fit, and the rank of the map of the streams."""
     settings = statistics.settings(statistics.Options(rank_tolerance=options.rank_tolerance))
     found = procrustes.polar(mm.cross(sums.stream, center=True), **settings)
     turn = procrustes.matrix(found)
@@ -289,16 +311,7 @@ def _solve(
     if sums.before is not None:
         held = _regression(options, sums.before, turn, scale, with_bias)
         measures["realised_held_out"] = _realised(sums.last, turn, held[0].kernel, held[1], scale)
-    solved, start = {}, 0
-    for writer in writers:
-        site = writer.kernel
-        part = own.kernel[start : start + site.d_in]
-        solved[site.path] = restore_view(site.view, part, jnp.shape(pair.target_leaves[site.path]))
-        start += site.d_in
-    if with_bias and last.bias is not None:
-        path = last.bias.path
-        solved[path] = restore_view(last.bias.view, bias, jnp.shape(pair.target_leaves[path]))
-    return found, solved, measures
+    return own.kernel, bias, measures, found.rank
 
 
 def _regression(
@@ -317,7 +330,6 @@ def _regression(
     return own, constant(own.kernel, inputs, product(change, turn), scale, with_constant=with_bias)
 
 
-@jax.jit
 def _realised(effect: mm.Moments, turn: Array, kernel: Array, bias: Array, scale: Array | None) -> Array:
     """``1 - ||(H K + 1 b^T) L - D||^2 / ||D||^2``, from sums."""
     if scale is not None:

@@ -117,8 +117,8 @@ def fit(
         loss that are not finite, or a task vector that is not one of the source; one that is missing, or that no link
         is fitted with; the message names what and where.
     """
-    links = [link.name for link in transport.links]
-    processes.check_same("fit", {"transport": links, "source": source.params, "target": target.params})
+    models = {"source": source.params, "target": target.params, "task vectors": (tau, stream)}
+    processes.check_same("fit", {"transport": transport, **models, "depth": depth, "tokens": tokens})
     if stream is not None:
         _check_stream(source, stream)
         if transport.needs_task_vector and tau is None and len(stream) == 1:

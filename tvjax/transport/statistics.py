@@ -119,7 +119,7 @@ class MomentAccumulator:
                 empty = mm.init(a.shape[-1], b.shape[-1], gram=gram, dtype=a.dtype)
                 empty = jax.tree.map(lambda x, layers=layers: jnp.broadcast_to(x, (*layers, *x.shape)), empty)
                 self.moments = spread_out(self.mesh, empty)
-            self.moments = _add_rows(len(layers), self.mesh, self.moments, a, b, weights)
+            self.moments = add_rows(len(layers), self.mesh, self.moments, a, b, weights)
         self.rows = []
 
     def count(self) -> jax.Array:
@@ -192,7 +192,7 @@ class MomentAccumulator:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _add_rows(
+def add_rows(
     layers: int, mesh: Mesh | None, moments: Any, a: jax.Array, b: jax.Array, weights: jax.Array
 ) -> mm.Moments:
     """Every device sums its own rows, then the sums are shared out."""
