@@ -139,7 +139,10 @@ def convert(
     found_code = None if is_orbax or is_state_dict else find_code_tree(source)
     codes = {to, found_code.code if found_code else ""}
     if "maxtext" not in codes and not (scan_layers and interleaved is None):
-        raise ValueError("scan_layers and interleaved say how trees of MaxText are laid out: there is none here")
+        raise ValueError(
+            "--scan-layers and --interleaved (scan_layers, interleaved) say how trees of MaxText are laid out: there "
+            "is none here"
+        )
     if (is_orbax or is_state_dict or found_code) and revision is not None:
         raise ValueError(f"{os.fspath(source)!r} has no revision {revision!r}: leave the revision out")
     if not is_orbax and not is_state_dict and not found_code and to == "huggingface":
@@ -149,7 +152,7 @@ def convert(
         if like is None:
             raise ValueError(
                 f"{os.fspath(source)!r} does not say the heads and the activation of its model: name a Hugging Face "
-                "folder or hub id of the same shape (like), such as openai/clip-vit-base-patch32"
+                "folder or hub id of the same shape (--like, like=...), such as openai/clip-vit-base-patch32"
             )
         model = load_state_dict(source, like, allow_pickle=allow_pickle)
     elif found_code is not None:

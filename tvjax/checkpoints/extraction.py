@@ -205,7 +205,7 @@ def common_leaves(base: Checkpoint, tuned: Checkpoint, subtree: str) -> tuple[di
         raise ValueError(
             f"a task vector is the difference of two checkpoints of one model, {len(problems)} leaves differ:\n"
             f"{tree.list_some(listed)}\nwas {tuned.name!r} fine-tuned from {base.name!r}? Where only a part "
-            "fits, name it (subtree)"
+            "fits, name it (--part, subtree=...)"
         )
     left = {**tuned.others, **base.others, **problems}
     return dict(sorted(covered.items())), dict(sorted(left.items()))
