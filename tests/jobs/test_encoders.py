@@ -262,7 +262,7 @@ def test_composition_learns_by_class_names(encoders, texts, tmp_path):
 def test_what_cannot_be_is_one_line_before_any_weight_is_read(
     encoders, texts, tmp_path, capsys, monkeypatch, command, target, data, message
 ):
-    monkeypatch.setattr("tvjax.checkpoints.safetensors.Tensors.read", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("tvjax.checkpoints.reader.Tensors.read_into", lambda *_: pytest.fail("weights were read"))
     given = {"source": encoders["source"], "finetuned": encoders["finetuned"], "target": encoders[target]}
     given |= {"data": texts[data], "method": "bico", "output": tmp_path / "out"}
     options = [text for name, value in given.items() for text in (f"--{name}", str(value))]

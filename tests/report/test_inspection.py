@@ -12,7 +12,8 @@ import pytest
 from tvjax import capture, tree
 from tvjax.arithmetic import apply
 from tvjax.checkpoints import Pretrained, from_pretrained, load_tree, save_coefficients, save_pretrained, save_tree
-from tvjax.checkpoints.safetensors import Tensors, save_tensors
+from tvjax.checkpoints.reader import Tensors
+from tvjax.checkpoints.safetensors import save_tensors
 from tvjax.compose import init as init_coefficients
 from tvjax.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, clip, init
 from tvjax.report import inspection
@@ -46,7 +47,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    monkeypatch.setattr(Tensors, "read", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(Tensors, "read_into", lambda *_: pytest.fail("weights were read"))
 
 
 @pytest.fixture(params=[50, 2**20], ids=["in small pieces", "whole"])

@@ -249,7 +249,7 @@ def _stream(walk: Walk, index: int, batch: int) -> tuple[Array, RowAxes, Array |
     if residual is None:
         raise ValueError(
             f"stage {stage.name!r} of the source writes no residual stream, and its partner in the target does: pair "
-            "stages that both do (depth)"
+            "stages that both do (--depth, depth=[...])"
         )
     rows = run_stage(residual.stream, walk.params(index), carry)
     factors = [factor for axis in of_argument(residual.path, rows)[:-1] for factor in axis]
