@@ -77,6 +77,7 @@ ABOUT = {
     "over_pairs": "Student's t, 95 %, of the mean of paired differences over pairs of a task and a target, the draws "
     "of a pair averaged first",
     "over_tasks": "the same over tasks, the targets of a task averaged first",
+    "by_target": "the same over the tasks of one target",
     "spread_over_draws": "of the difference: root of the mean over pairs of its variance over draws",
     "own fine-tuning": "the target's own, on its labelled images of the whole pool: what no column has",
     "BiCo": "with centred rows, as tvjax transport takes it by itself",

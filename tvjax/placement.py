@@ -71,7 +71,7 @@ def explicit_mesh(tree: PyTree) -> AbstractMesh | None:
             continue
         if found is not None and mesh != found:
             raise ValueError(
-                f"arrays of one operation must lie over one mesh, found {_axes(found)} and {_axes(mesh)}: "
+                f"arrays of one operation must lie over one mesh, found {name_of(found)} and {name_of(mesh)}: "
                 "move one of them first (jax.device_put)"
             )
         found = mesh
@@ -180,6 +180,15 @@ def axes_of(spec: PartitionSpec) -> list[str]:
     return [name for entry in spec for name in _names(entry) if isinstance(name, str)]
 
 
+def name_of(mesh: Mesh | AbstractMesh) -> str:
+    """The axes of a mesh and their sizes, as messages have them.
+
+    >>> name_of(jax.make_mesh((1,), ("data",)))
+    '(data=1)'
+    """
+    return f"({', '.join(f'{name}={size}' for name, size in mesh.shape.items())})"
+
+
 def _inside(arguments: PyTree, mesh: AbstractMesh) -> AbstractContextManager[Any]:
     """`within` a mesh where the context, or what is traced, says something else; arrays say it themselves."""
     return within(mesh) if _is_traced(arguments) or not jax.sharding.get_abstract_mesh().empty else nullcontext()
@@ -213,10 +222,6 @@ def _mesh(leaf: Any) -> AbstractMesh | None:
         return None
     mesh = jax.typeof(leaf).sharding.mesh
     return None if mesh.empty else mesh
-
-
-def _axes(mesh: AbstractMesh) -> str:
-    return ", ".join(f"{name}: {size}" for name, size in mesh.shape.items())
 
 
 def _back(results: PyTree, patterns: PyTree, mesh: AbstractMesh) -> PyTree:

@@ -4,8 +4,7 @@ Models carry no sharding (big_vision's way): a rule is a pattern that a path mat
 ``PartitionSpec``, or a function that chooses one; the first that matches places the leaf. What takes a ``sharding``
 (`tvjax.load`, `tvjax.checkpoints.load_orbax`) takes rules, one sharding for all leaves, or a function of path and leaf.
 
-The ready tables leave tables of relative positions (T5, MPNet) whole on every device. Rules of one's own should too:
-where they are cut over automatic axes, XLA's partitioner may compute wrong biases of them, and says nothing.
+The ready tables leave tables of relative positions (T5, MPNet), which are tiny, whole on every device.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from tvjax import tree
 from tvjax.models.families import family_of_config
 from tvjax.models.layer_table import Heads, config_of, leaf_spaces, locate
-from tvjax.placement import axes_of
+from tvjax.placement import axes_of, name_of
 
 
 class PlacedLeaf(NamedTuple):
@@ -201,7 +200,7 @@ def _by_rules(placement: Rules, leaves: Mapping[str, Any], config: Any) -> dict[
         pattern, spec = placement.table[number]
         if not isinstance(spec, PartitionSpec):
             spec = spec(PlacedLeaf(path, tuple(leaf.shape), sizes, config))
-        _check_spec(pattern, spec, path, tuple(leaf.shape), sizes)
+        _check_spec(pattern, spec, path, tuple(leaf.shape), placement.mesh)
         found[path] = NamedSharding(placement.mesh, spec)
     for number, (pattern, _) in enumerate(placement.table):
         if number not in used:
@@ -219,19 +218,16 @@ def _by_rules(placement: Rules, leaves: Mapping[str, Any], config: Any) -> dict[
     return found
 
 
-def _check_spec(pattern: str, spec: PartitionSpec, path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> None:
+def _check_spec(pattern: str, spec: PartitionSpec, path: str, shape: tuple[int, ...], mesh: Mesh) -> None:
     """Raises a ValueError for a partition that does not fit a leaf."""
-    of_axes = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
-    about = (
-        f"the rule {pattern!r} gives {path} of shape {list(shape)} the partition {tuple(spec)} on a mesh of {of_axes}"
-    )
+    about = f"the rule {pattern!r} gives {path} of shape {list(shape)} the partition {tuple(spec)} on {name_of(mesh)}"
     if len(spec) > len(shape):
         raise ValueError(f"{about}: it has more dimensions than the leaf")
     if len(set(axes_of(spec))) < len(axes_of(spec)):
         raise ValueError(f"{about}: an axis cuts one dimension only")
     for axis, size in enumerate(shape[: len(spec)]):
         names = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
-        parts = math.prod(sizes[name] for name in names if name is not None and name in sizes)
+        parts = math.prod(mesh.shape[name] for name in names if name in mesh.shape)
         if size % parts:
             raise ValueError(f"{about}: {parts} devices do not divide dimension {axis} of {size}")
 
@@ -244,12 +240,10 @@ def _check_mesh(mesh: Any) -> None:
 def _check_axis(mesh: Mesh, axis: str, who: str) -> None:
     _check_mesh(mesh)
     if axis not in mesh.shape:
-        has = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
-        raise ValueError(f"{who} names the axis {axis!r}, and the mesh has {has}: name one of these, or another mesh")
+        raise ValueError(f"{who} names the axis {axis!r}, and the mesh has {name_of(mesh)}: name one, or another mesh")
 
 
-# Tables of relative positions are tiny, and the gather that makes a bias of them for every query, key and head is what
-# XLA's partitioner has been seen to get wrong over automatic axes, without a message, where the table is cut.
+# Tables of relative positions are tiny, and every query, key and head reads them: to cut one is to gather it again.
 _RELATIVE_POSITIONS = re.compile("(.*/)?(position_bias|relative_bias|relative_attention_bias)(/.*)?")
 
 

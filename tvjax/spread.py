@@ -126,12 +126,3 @@ def like_leaf(leaf: Any, sharding: NamedSharding | None) -> Any:
     left, right = PartitionSpec(*spec[: leaf.layers], first), PartitionSpec(*spec[: leaf.layers], None, last)
     first, last = (NamedSharding(sharding.mesh, side) for side in (left, right))
     return LowRank(laid(leaf.left, first), laid(leaf.right, last), leaf.shape)
-
-
-def name_of(mesh: Mesh) -> str:
-    """The axes of a mesh and their sizes, as messages have them.
-
-    >>> name_of(jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)))
-    '(data=1)'
-    """
-    return f"({', '.join(f'{name}={size}' for name, size in mesh.shape.items())})"

@@ -70,18 +70,24 @@ def average(values: Accuracies) -> float:
 
 
 def difference(one: Accuracies, other: Accuracies) -> dict[str, Any] | None:
-    """The mean of paired differences, over pairs and over tasks, and the spread over draws; None without a pair."""
+    """The mean of paired differences, over pairs, tasks and each target's tasks, and the spread over draws.
+
+    None without a pair.
+    """
     pairs = by_pair({key: one[key] - other[key] for key in one if key in other})
     if not pairs:
         return None
     means = {pair: float(np.mean(draws)) for pair, draws in pairs.items()}
     by_task: dict[str, list[float]] = {}
-    for (task, _), mean in means.items():
+    by_target: dict[str, list[float]] = {}
+    for (task, target), mean in means.items():
         by_task.setdefault(task, []).append(mean)
+        by_target.setdefault(target, []).append(mean)
     spreads = [np.var(draws, ddof=1) for draws in pairs.values() if len(draws) > 1]
     return {
         "over_pairs": paired_difference([*means.values()])._asdict(),
         "over_tasks": paired_difference([float(np.mean(gaps)) for gaps in by_task.values()])._asdict(),
+        "by_target": {target: paired_difference(gaps)._asdict() for target, gaps in by_target.items()},
         "spread_over_draws": float(np.sqrt(np.mean(spreads))) if spreads else None,
         "draws": max(map(len, pairs.values())),
     }
@@ -92,7 +98,8 @@ def summary(records: Records) -> list[dict[str, Any]]:
     rows = []
     for scope, tasks in (("other tasks", set(TASKS) - set(TUNED_ON)), ("all tasks", set(TASKS))):
         some = {cell: record for cell, record in records.items() if cell.task in tasks}
-        for (labels, images), method in product(product(LABELS, IMAGES), METHODS):
+        read = {0} | {cell.labels for cell in some}  # what no method read makes no column
+        for (labels, images), method in product(product(sorted(read), IMAGES), METHODS):
             found = accuracies(some, method, labels, images)
             if found:
                 row = {"scope": scope, "labels": labels, "images": images, "method": method}

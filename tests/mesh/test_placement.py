@@ -68,7 +68,7 @@ def test_two_meshes_are_refused(arguments):
         jax.device_put(arguments[1], jax.sharding.NamedSharding(mesh, PartitionSpec(mesh.axis_names[0])))
         for mesh in (one, other)
     ]
-    with pytest.raises(ValueError, match="over one mesh, found data: 8 and fsdp: 8"):
+    with pytest.raises(ValueError, match=r"over one mesh, found \(data=8\) and \(fsdp=8\)"):
         door({"w": arrays[0]}, arrays[1])
 
 

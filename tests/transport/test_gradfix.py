@@ -140,7 +140,7 @@ def squared(loss_params, outputs, labels):
 def tied_model(seed):
     random = np.random.default_rng(seed)
     params = {
-        name: jnp.asarray(random.normal(size=shape), jnp.float32)
+        name: jax.device_put(np.float32(random.normal(size=shape)))
         for name, shape in (("table", (4, 3)), ("shift", (3,)), ("aside", (3,)), ("lonely", (2,)))
     }
     params["steps"] = jnp.arange(3)  # an integer leaf is no parameter

@@ -281,7 +281,7 @@ def small_model(width, seed):
     random = np.random.default_rng(seed)
     shapes = {"in": {"kernel": (6, width), "bias": (width,)}, "out": {"kernel": (width, 3)}}
     params = jax.tree.map(
-        lambda s: jnp.asarray(random.normal(size=s), jnp.float32), shapes, is_leaf=lambda s: type(s) is tuple
+        lambda s: jax.device_put(np.float32(random.normal(size=s))), shapes, is_leaf=lambda s: type(s) is tuple
     )
     return single_stage(two_layers, params, loss=squared)
 

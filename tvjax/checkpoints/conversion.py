@@ -6,6 +6,7 @@ but tensors is made of it.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,9 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from tvjax import tree
+from tvjax.checkpoints.behind import Behind
 from tvjax.checkpoints.code_trees import CODES, check_code, find_code_tree, load_code_tree, save_code_tree
+from tvjax.checkpoints.fingerprints import Fingerprint, fingerprint
 from tvjax.checkpoints.folder import open_checkpoint
 from tvjax.checkpoints.huggingface import (
     MAX_SHARD_SIZE,
@@ -29,8 +32,9 @@ from tvjax.checkpoints.huggingface import (
 from tvjax.checkpoints.memory import contiguous, to_jax
 from tvjax.checkpoints.model_card import model_card
 from tvjax.checkpoints.orbax import METADATA, PARAMS, load_orbax, save_orbax
-from tvjax.checkpoints.safetensors import Fingerprint, cast, check_finite, fingerprint, tensor_header
+from tvjax.checkpoints.reader import check_finite
 from tvjax.checkpoints.side_by_side import SideBySide
+from tvjax.checkpoints.tensor_dtypes import cast, tensor_header
 from tvjax.checkpoints.torch_files import load_tensors
 from tvjax.models.clip.config import CLIPConfig
 from tvjax.models.families import shapes_of
@@ -199,12 +203,14 @@ def _rewrite(
         def card() -> str:
             return _card(folder, opened.name, opened.revision, dtype, found())
 
-        with write_checkpoint(opened, folder, dtype=dtype, max_shard_size=max_shard_size, card=card) as write:
+        with (
+            write_checkpoint(opened, folder, dtype=dtype, max_shard_size=max_shard_size, card=card) as write,
+            Behind() as behind,
+        ):
             for path, (read,) in reader.leaves(progress):
                 leaf = cast(read, dtype)
-                hashed = reader.submit(written.add, path, leaf)
-                write(path, leaf)
-                hashed.result()
+                behind.do(functools.partial(written.add, path, leaf), functools.partial(write, path, leaf))
+                behind.wait()  # what was read is valid until the next
                 parameters += leaf.size
                 dtypes.add(leaf.dtype.name)
     return found()

@@ -34,6 +34,8 @@ def recommended(*, examples: bool, labels: bool, apart: str) -> Recommended:
 
     BiCo's rows are centred: that gained 3 points on sentence encoders, whose activations have outlier dimensions, and
     neither gained nor lost on CLIPs (0.0 +- 1.5; ``results/real_models.json``, ``results/compare_options.json``).
+    Ariadne gained 3 to 5 points on Theseus there (``results/compare_carry.json``), which is one kind of model: it is
+    named, not taken, since it keeps no factors of an adapter and its state serves one task vector.
 
     Args:
       examples: whether there are any.
@@ -51,7 +53,11 @@ def recommended(*, examples: bool, labels: bool, apart: str) -> Recommended:
             "bico", {"center": True}, "the examples have labels, and it reads the gradients of their loss"
         )
     if examples:
-        return Recommended("theseus", {}, "it needs no labels: it reads the activations of the examples alone")
+        why = (
+            "it needs no labels: it reads the activations of the examples alone (where the task has classes, "
+            "--method ariadne --refine correction carried more)"
+        )
+        return Recommended("theseus", {}, why)
     if not apart:
         return Recommended("naive", {}, "there are no examples to fit on, and every leaf fits as it is")
     raise ValueError(

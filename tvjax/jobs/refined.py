@@ -18,7 +18,7 @@ from tvjax.jobs import _compose
 from tvjax.jobs.asking import asking, with_task
 from tvjax.jobs.configs import ComposeConfig, Drawn, PlanConfig, TransportConfig
 from tvjax.jobs.opened import Models, Opened
-from tvjax.progress import Progress
+from tvjax.progress import Progress, begin
 from tvjax.stages import Batch, Model, PyTree
 from tvjax.tasks.base import loss_of
 from tvjax.tasks.losses import ClassLoss, distilled
@@ -71,7 +71,7 @@ def refine(
       target: the target.
       moved: the moved task vector.
       scales: the grid.
-      progress: called after every epoch of a training.
+      progress: called when a part begins, and after every epoch of a training.
 
     Returns:
       The parameters of the target; and for a report the scale of the start, and what was done.
@@ -80,19 +80,21 @@ def refine(
     assert data.teacher is not None
     task = asking(target).task(target, data.found, data.prompts)
     head, batches = with_task(target, task), list(task.batches(data.found, config.batch_size))
+    begin(progress, "asking the teacher")
     said = data.teacher.scores(data.found, data.prompts, config.batch_size)
     start = scale_of_least_loss(_learning(head), moved, scales, _told(batches, said))
     about = {"by": ready.how, "teacher": config.teacher, "examples": len(data.found), "loss_of_start": start.loss}
     score = _compose.score_on(config, task, head, data.held_out)
+    begin(progress, ready.how)
     if ready.how == "correction":
         edit = partial(_added, compose.logit_correction(head, said, batches, start=scale(moved, start.scale)))
     else:
         seen = task.batches(data.found, config.batch_size).whole()
-        begin = compose.init([moved], names=[config.model])
-        begin = dataclasses.replace(begin, values=jnp.full_like(begin.values, start.scale))
+        first = compose.init([moved], names=[config.model])
+        at_start = dataclasses.replace(first, values=jnp.full_like(first.values, start.scale))
         goal = compose.distillation(head, seen.inputs, said)
         trained = compose.tune(
-            head.params, [moved], goal, key=jax.random.key(config.seed), coefficients=begin, score=score,
+            head.params, [moved], goal, key=jax.random.key(config.seed), coefficients=at_start, score=score,
             learning_rates=config.rates, epochs=config.epochs, batch_size=config.batch_size, progress=progress,
         )  # fmt: skip
         about |= {"learning_rate": trained.learning_rate, "epochs": trained.epochs}

@@ -34,7 +34,8 @@ from tvjax import placement, tree
 from tvjax.capture.views import View
 from tvjax.factors import float32, scaled
 from tvjax.finite import check_finite
-from tvjax.spread import brought, lies_elsewhere, like_leaf, mesh_of, name_of
+from tvjax.placement import name_of
+from tvjax.spread import brought, lies_elsewhere, like_leaf, mesh_of
 
 PyTree = Any
 Flat = dict[str, Any]  # of arrays, and leaves of low rank

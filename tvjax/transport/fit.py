@@ -20,9 +20,10 @@ from tvjax.arithmetic import apply
 from tvjax.factors import float32
 from tvjax.finite import check_finite
 from tvjax.on_disk import trim
+from tvjax.placement import name_of
 from tvjax.progress import Progress
 from tvjax.renamed import renamed_arguments, warn
-from tvjax.spread import brought, lies_elsewhere, mesh_of, name_of
+from tvjax.spread import brought, lies_elsewhere, mesh_of
 from tvjax.stages import Batch, Model
 from tvjax.transport.base import Flat, LinkState, State, Transport, check_leaves
 from tvjax.transport.checks import (

@@ -15,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from tvjax import tree
 from tvjax.align.solving import spread_map
-from tvjax.spread import brought, laid, mesh_of, name_of, sharding_of
+from tvjax.placement import name_of
+from tvjax.spread import brought, laid, mesh_of, sharding_of
 from tvjax.transport.base import LinkState, State
 
 PyTree = Any
