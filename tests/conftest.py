@@ -61,6 +61,12 @@ def nothing_of_silence(monkeypatch):
     monkeypatch.setattr("tvjax.cli.progress.SILENCE", 1e6)
 
 
+@pytest.fixture(autouse=True)
+def no_terminal(monkeypatch):
+    """Tables are as wide as where there is no terminal; pytest-xdist says that there is one of 80 columns."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture
 def programs():
     """The names of the programs that a call compiles: ``programs(function, *args)``."""

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tvjax import placement, tree
-from tvjax.spread import laid
 from tvjax.stages import owner_paths
 from tvjax.walk import Walk, cast_like, differentiable, is_floating
 
@@ -124,7 +123,7 @@ def _count(walk: Walk, batch: int) -> int:
 def _rows_lie(inputs: PyTree, params: PyTree) -> NamedSharding | None:
     """How examples are cut over the axes of a mesh that cut no parameter, which share the work already; None: not.
 
-    (Where one axis cut both, XLA's partitioner was seen to compute other gradients, and said nothing: JAX 0.10, 0.12.)
+    (Where one axis cuts both, every device would need the parameters whole; the examples are gathered there.)
     """
     lie = placement.spread(jax.tree.leaves(inputs)[0])
     if lie is None:
@@ -193,11 +192,39 @@ def per_example_gradients(
       Sums by local path; per-sample gradients ``[batch, *leaf]`` of tied leaves; the cotangent of the carry, made as
       that of the outputs.
     """
+    if lie is None:
+        return _of_one_device(function, tied, reduce, chunk, downwards, samples, params, carry, cotangent)
+    # Every device runs the program of one. Left to XLA's partitioner, the convolutions that gradients of examples become
+    # gave other numbers over several devices, and nothing was said (JAX 0.10, 0.12).
+    axes, share = placement.axes_of(lie.spec), lie.shard_shape((samples,))[0]
+
+    def own(params: PyTree, carry: PyTree, cotangent: list[jax.Array]) -> Any:
+        total, *others = _of_one_device(function, tied, reduce, chunk, downwards, share, params, carry, cotangent)
+        return jax.lax.psum(total, axes), *others
+
+    cuts = jax.tree.map(lambda leaf: lie.spec if _is_example(leaf, samples) else PartitionSpec(), carry)
+    in_specs, out_specs = (PartitionSpec(), cuts, lie.spec), (PartitionSpec(), lie.spec, lie.spec)
+    mapped = jax.shard_map(
+        own, mesh=lie.mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes), check_vma=False
+    )
+    return mapped(params, carry, cotangent)
+
+
+def _of_one_device(
+    function: Any,
+    tied: frozenset[str],
+    reduce: Reduction,
+    chunk: int,
+    downwards: bool,
+    samples: int,
+    params: PyTree,
+    carry: PyTree,
+    cotangent: list[jax.Array],
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array], list[jax.Array] | None]:
+    """`per_example_gradients` of the samples that a device has."""
     params = jax.tree.map(_at_least_float32, params)  # a gradient in 16 bits is mostly rounding
     names = [path for path, leaf in tree.flatten(params).items() if is_floating(leaf)]
-    share = samples if lie is None else lie.shard_shape((samples,))[0]
-    parts = samples // share
-    chunk = max(size for size in range(1, min(chunk, share) + 1) if share % size == 0)
+    chunk = max(size for size in range(1, min(chunk, samples) + 1) if samples % size == 0)
 
     leaves, structure = jax.tree.flatten(carry)
     own_rows = [_is_example(leaf, samples) for leaf in leaves]
@@ -221,20 +248,11 @@ def per_example_gradients(
         own, kept, down = jax.vmap(one_sample)(*inputs)
         return jax.tree.map(lambda t, v: t + jnp.sum(v, 0, dtype=t.dtype), total, own), (kept, down)
 
-    def cut(x: jax.Array) -> jax.Array:
-        """``[chunks, parts * chunk, *sample]``: in every chunk samples of each part."""
-        x = x.reshape(parts, share // chunk, chunk, *x.shape[1:]).swapaxes(0, 1)
-        return laid(x.reshape(share // chunk, parts * chunk, *x.shape[3:]), chunks_lie)
-
-    def joined(x: jax.Array) -> jax.Array:
-        x = x.reshape(share // chunk, parts, chunk, *x.shape[2:]).swapaxes(0, 1)
-        return laid(x.reshape(samples, *x.shape[3:]), lie)
-
-    chunks_lie = None if lie is None else NamedSharding(lie.mesh, PartitionSpec(None, *lie.spec))
+    chunks = jax.tree.map(lambda x: x.reshape(samples // chunk, chunk, *x.shape[1:]), (rows, cotangent))
     shapes = jax.eval_shape(one_sample, *jax.tree.map(lambda x: x[0], (rows, cotangent)))[0]
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    total, stacked = jax.lax.scan(one_chunk, zero, jax.tree.map(cut, (rows, cotangent)))
-    kept, down = jax.tree.map(joined, stacked)
+    total, stacked = jax.lax.scan(one_chunk, zero, chunks)
+    kept, down = jax.tree.map(lambda x: x.reshape(samples, *x.shape[2:]), stacked)
     return total, kept, down
 
 

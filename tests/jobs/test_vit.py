@@ -177,7 +177,7 @@ def test_a_plan_compares_the_models_where_it_is_asked_to(vits, images):
     seen = []
     found = jobs.plan(jobs.PlanConfig(**given, target=vits["source"], compare=True), lambda *step: seen.append(step))
     assert [round(block["cka"], 5) for block in found.likeness] == [1.0, 1.0] and found.copy == ""
-    assert [step[:2] for step in seen] == [(1, 2), (2, 2)]
+    assert [step[:2] for step in seen if step[1]] == [(1, 2), (2, 2)]  # beside what is begun
     found = jobs.plan(jobs.PlanConfig(**given, target=vits["wider"], compare=True))
     assert len(found.likeness) == 3 and "8, 8" in found.copy.replace("(8,)", "8, 8")
     assert jobs.plan(jobs.PlanConfig(**given, target=vits["wider"])).likeness is None
