@@ -5,7 +5,11 @@ the peak of the resident set, less what the runtime had after the same command o
 
 - ``stream``: ``tvjax transport --stream`` by Theseus at a quarter of the rank, with 8 texts of 128 tokens, at half the
   depth and at the whole one; beside it what ``tvjax plan --stream`` says beforehand.
-- ``arithmetic``: ``tvjax extract`` and ``tvjax apply``, beside a plain copy of the files that each of them reads.
+- ``arithmetic``: ``tvjax extract``, ``apply``, ``convert`` and ``merge`` (task arithmetic of two task vectors), beside
+  plain copies of the files that each of them reads, in turns. ``share_of_copy_rate`` compares bytes that are read and
+  written in a second; either way they are synced to the disk, and stay in the page cache. What is read lies in the page
+  cache, or (``from the disk``) was dropped from it before. ``fixed_seconds`` is a command on a model of two narrow
+  blocks, most of it imports.
 - ``plan``: ``tvjax plan --stream`` of two models of 7B parameters whose weights are holes in their files.
 
     python scripts/bench_streaming.py                             # all; minutes on two cores, 10 GB on the disk
@@ -20,6 +24,7 @@ import json
 import os
 import platform
 import resource
+import statistics
 import struct
 import subprocess
 import sys
@@ -33,6 +38,7 @@ CASES = ("stream", "arithmetic", "plan")
 SHARD = "500MB"
 BLOCK = 2**24
 TEXTS, TOKENS = 8, 128
+REPEATS = 3
 
 
 def config_of(blocks: int, width: int) -> Any:
@@ -196,44 +202,101 @@ def plan_7b(folder: Path, blocks: int, width: int) -> dict[str, Any]:
 
 
 def arithmetic(folder: Path, blocks: int, width: int) -> dict[str, Any]:
-    """Extract and apply."""
+    """The arithmetic of files and copies of what it reads, in turns, each of them a few times."""
+    from tvjax import jobs
+    from tvjax.jobs.configs import ApplyConfig, ConvertConfig, ExtractConfig, MergeConfig
+
+    models, small = names(folder, blocks, width), names(folder, 2, 128)
+    tau, merged, edited = (folder / name for name in ("tau.safetensors", "merged.safetensors", "edited"))
+
+    def extract(models: dict[str, str]) -> None:
+        about: dict[str, Any] = {"pretrained": models["source"], "finetuned": models["finetuned"]}
+        jobs.extract(ExtractConfig(**about, output=tau, dtype="bfloat16"))
+
+    def apply() -> None:
+        jobs.apply(ApplyConfig(task_vectors=(tau,), model=models["source"], output=edited))
+
+    def convert() -> None:
+        jobs.convert(ConvertConfig(source=models["source"], output=edited))
+
+    def merge() -> None:
+        given: dict[str, Any] = {"task_vectors": (tau, tau), "method": "task_arithmetic"}
+        jobs.merge(MergeConfig(**given, output=merged, dtype="bfloat16"))
+
+    extract(small)
+    own = peak()
+    extract(models)
+    base, tuned = (sorted(Path(models[name]).glob("*.safetensors")) for name in ("source", "finetuned"))
+    cases: tuple[tuple[str, Callable[[], None], list[Path], Path], ...] = (
+        ("extract", lambda: extract(models), [*base, *tuned], tau),
+        ("apply", apply, [*base, tau], edited),
+        ("convert", convert, base, edited),
+        ("merge", merge, [tau, tau], merged),
+    )
+    found: dict[str, Any] = {"fixed_seconds": fixed(small, tau.with_stem("small"))}
+    for title, run, read, written in cases:
+        for place in ("page cache", "disk") if title in ("extract", "apply") else ("page cache",):
+            measured = in_turns(run, read, written, place == "disk")
+            found[f"{title}, from the {place}"] = {**measured, "peak_bytes_so_far": peak() - own}
+    return found
+
+
+def in_turns(run: Callable[[], None], read: list[Path], written: Path, from_disk: bool) -> dict[str, Any]:
+    """A job and a copy of the files that it reads, in turns; the medians are compared."""
+    ours, plain, bytes_read = [], [], sum(file.stat().st_size for file in read)
+    for _ in range(REPEATS):
+        remove(written)
+        for seconds, work in ((ours, run), (plain, lambda: copy(read, written.with_name("copies")))):
+            for file in read:
+                settle(file, from_disk)
+            started = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - started)
+            remove(written.with_name("copies"))
+    files = written.glob("*.safetensors") if written.is_dir() else [written]
+    moved = bytes_read + sum(file.stat().st_size for file in files)
+    rates = moved / statistics.median(ours), 2 * bytes_read / statistics.median(plain)
+    sizes = {"moved_bytes": moved, "copy_moved_bytes": 2 * bytes_read}
+    return {"seconds": ours, "copy_seconds": plain, **sizes, "share_of_copy_rate": rates[0] / rates[1]}
+
+
+def copy(files: list[Path], folder: Path) -> None:
+    """Plain copies, synced one after another."""
+    folder.mkdir()
+    for number, file in enumerate(files):
+        with open(file, "rb", buffering=0) as source, open(folder / str(number), "wb", buffering=0) as target:
+            while block := source.read(BLOCK):
+                target.write(block)
+            os.fsync(target.fileno())
+
+
+def settle(file: Path, drop: bool) -> None:
+    """Waits until a file is on the disk, and drops it from the page cache or reads it into it."""
+    with open(file, "rb", buffering=0) as opened:
+        os.fsync(opened.fileno())
+        if drop:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while not drop and opened.read(BLOCK):
+            pass
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder that a run wrote, where there is one."""
     import shutil
 
-    from tvjax import jobs
-    from tvjax.jobs.configs import ApplyConfig, ExtractConfig
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif path.name != "tau.safetensors":  # which is read again
+        path.unlink(missing_ok=True)
 
-    models, tau, edited = names(folder, blocks, width), folder / "tau.safetensors", folder / "edited"
-    small = names(folder, 2, 128)
-    jobs.extract(ExtractConfig(pretrained=small["source"], finetuned=small["finetuned"], output=tau, dtype="bfloat16"))
-    own = peak()
+
+def fixed(models: dict[str, str], output: Path) -> float:
+    """Seconds of a command that has next to nothing to do."""
+    words = ["extract", "--pretrained", models["source"], "--finetuned", models["finetuned"], "--output", str(output)]
+    script = f"from tvjax.cli.main import run; raise SystemExit(run({words!r}))"
     started = time.perf_counter()
-    jobs.extract(
-        ExtractConfig(pretrained=models["source"], finetuned=models["finetuned"], output=tau, dtype="bfloat16")
-    )
-    extracted = time.perf_counter()
-    jobs.apply(ApplyConfig(task_vectors=(tau,), model=models["source"], output=edited))
-    applied = time.perf_counter()
-    shutil.rmtree(edited)
-    return {"extract_seconds": extracted - started, "apply_seconds": applied - extracted, "peak_bytes": peak() - own}
-
-
-def copied(folder: Path, blocks: int, width: int) -> dict[str, Any]:
-    """Plain copies of the files that extract and apply read, synced."""
-    models, tau = names(folder, blocks, width), folder / "tau.safetensors"
-    base, tuned = (sorted(Path(models[name]).glob("*.safetensors")) for name in ("source", "finetuned"))
-    seconds = []
-    for files in ([*base, *tuned], [*base, tau]):
-        started = time.perf_counter()
-        for file in files:
-            out = folder / "copy"
-            with open(file, "rb", buffering=0) as source, open(out, "wb", buffering=0) as target:
-                while block := source.read(BLOCK):
-                    target.write(block)
-                os.fsync(target.fileno())
-            out.unlink()
-        seconds.append(time.perf_counter() - started)
-    sizes = [sum(file.stat().st_size for file in files) for files in ([*base, *tuned], [*base, tau])]
-    return {"extract_seconds": seconds[0], "apply_seconds": seconds[1], "bytes": sizes}
+    subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    return time.perf_counter() - started
 
 
 def peak() -> int:
@@ -247,7 +310,6 @@ STEPS: dict[str, Callable[[Path, int, int], dict[str, Any]]] = {
     "plan": plan_of,
     "plan_7b": plan_7b,
     "arithmetic": arithmetic,
-    "copy": copied,
 }
 
 
@@ -268,9 +330,7 @@ def measure(case: str, folder: Path, blocks: int, width: int) -> dict[str, Any]:
         return {"7B": alone("plan_7b", folder, blocks, width)}
     alone("make", folder, blocks, width)
     if case == "arithmetic":
-        ours, plain = (alone(step, folder, blocks, width) for step in ("arithmetic", "copy"))
-        share = {name: plain[name] / ours[name] for name in ("extract_seconds", "apply_seconds")}
-        return {"ours": ours, "copy": plain, "share_of_copy_rate": share}
+        return alone("arithmetic", folder, blocks, width)
     found = {}
     for depth in (blocks // 2, blocks):
         alone("make", folder, depth, width)
@@ -297,7 +357,8 @@ def main() -> None:
     known = json.loads(arguments.output.read_text())["results"] if arguments.output.exists() else {}
     versions = {package: importlib.metadata.version(package) for package in ("jax", "jaxlib", "numpy")}
     processor = platform.processor() or platform.machine()
-    machine = {"cores": os.cpu_count(), "processor": processor, "python": platform.python_version()}
+    machine: dict[str, Any] = {"cores": os.cpu_count(), "processor": processor, "python": platform.python_version()}
+    machine["load_average_before"] = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(exist_ok=True)

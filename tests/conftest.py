@@ -2,6 +2,7 @@
 
 import os
 from importlib.metadata import version
+from pathlib import Path
 
 # Thousands of small programs are compiled here, and most of them run once: machine code is not optimised, and nothing
 # is split over threads to be compiled. A busy machine may keep one device waiting for the others far longer than
@@ -30,9 +31,11 @@ jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
-    """Thousands of compiled programs in one process run into the system's limit of memory maps."""
+    """Thousands of compiled programs in one process run into the system's limit of memory maps, 65,530."""
     yield
-    jax.clear_caches()
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
 
 
 @pytest.fixture
@@ -56,3 +59,24 @@ def images(tmp_path_factory):
 def nothing_of_silence(monkeypatch):
     """No line on what is going on: on a machine that is slow today it would stand between the lines of an error."""
     monkeypatch.setattr("tvjax.cli.progress.SILENCE", 1e6)
+
+
+@pytest.fixture
+def programs():
+    """The names of the programs that a call compiles: ``programs(function, *args)``."""
+
+    def names(function, *args, **kwargs):
+        found = []
+
+        def listen(event, _, fun_name="", **__):
+            if event.endswith("backend_compile_duration"):
+                found.append(fun_name.removeprefix("jit(").removesuffix(")"))
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            jax.block_until_ready(function(*args, **kwargs))
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+        return found
+
+    return names

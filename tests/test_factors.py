@@ -13,7 +13,7 @@ from tvjax.finite import check_finite
 
 def low(d_in=6, d_out=4, rank=2, seed=0, shape=()):
     random = np.random.default_rng(seed)
-    draw = lambda *sizes: jnp.asarray(random.normal(size=sizes), jnp.float32)  # noqa: E731
+    draw = lambda *sizes: jax.device_put(np.float32(random.normal(size=sizes)))  # noqa: E731
     return tv.LowRank(draw(d_in, rank), draw(rank, d_out), shape)
 
 

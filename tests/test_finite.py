@@ -80,3 +80,16 @@ def test_arrays_that_a_jitted_function_closes_over_are_looked_at():
     np.testing.assert_array_equal(scaled({"w": jnp.ones(3)}), np.full(3, 2.0))
     with pytest.raises(ValueError, match="w: 1 of 3"):
         scaled({"w": jnp.array([1.0, jnp.nan, 2.0])})
+
+
+def test_arrays_on_the_host_need_no_program(monkeypatch):
+    def reduce(leaf):
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr("tvjax.finite._all_finite", reduce)
+    one, other = jax.devices()[:2]
+    check_finite({"shape": jnp.ones((3, 17)), "moved": jax.device_put(jnp.ones(5, jnp.bfloat16), other)}, "it")
+    mesh = jax.make_mesh((2,), ("data",), devices=[one, other])
+    spread = jax.device_put(jnp.ones(4), jax.NamedSharding(mesh, jax.P("data")))
+    with pytest.raises(AssertionError, match="compiled"):
+        check_finite({"spread": spread}, "it")

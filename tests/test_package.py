@@ -1,6 +1,7 @@
 """What a user meets first: the public names, light imports, and the order of the floors."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,23 @@ def test_the_core_imports_neither_flax_nor_what_only_commands_need():
     code = f"import tvjax, sys; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_core_works_without_what_reads_checkpoints_draws_or_serves_commands():
+    """README's own model, then arithmetic and a merge, where importing any of these raises an ImportError."""
+    heavy = "flax orbax transformers torch huggingface_hub safetensors matplotlib PIL pydantic typer rich yaml".split()
+    readme = (ROOT.parent / "README.md").read_text(encoding="utf-8")
+    own_model = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[1]
+    block = f"import sys; sys.modules.update(dict.fromkeys({heavy}))\n"
+    further = """
+tau = tv.task_vector(source.params, tv.apply(source.params, tau, 2))
+assert jax.tree.structure(tv.merge.ties([tau, tv.negate(tau), tv.scale(tau, 0.5)])) == jax.tree.structure(tau)
+masked = tv.fit(tv.orthogonal_shift(), source, source, [])
+assert tv.orthogonal_shift().apply(masked, tau)["up"]["kernel"].shape == (8, 16)
+"""
+    done = subprocess.run([sys.executable, "-c", block + own_model + further], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "up/kernel" in done.stdout
 
 
 def test_importing_is_quick_and_shows_everything():

@@ -39,7 +39,7 @@ def make_model():
 def make_batches(sizes=(4, 3)):
     random = np.random.default_rng(1)
     return [
-        Batch(jnp.asarray(random.normal(size=(n, 5)), jnp.float32), jnp.asarray(random.normal(size=n), jnp.float32))
+        Batch(jnp.asarray(random.normal(size=(n, 5)), jnp.float32), jax.device_put(np.float32(random.normal(size=n))))
         for n in sizes
     ]
 
@@ -92,7 +92,7 @@ def shared_bias():
     random = np.random.default_rng(0)
     kernels = [jnp.asarray(random.normal(size=(5, 5)), jnp.float32) for _ in range(3)]
     params = {
-        "first": {"kernel": kernels[0], "table": jnp.asarray(random.normal(size=5), jnp.float32)},
+        "first": {"kernel": kernels[0], "table": jax.device_put(np.float32(random.normal(size=5)))},
         "blocks": {str(i): {"kernel": kernel} for i, kernel in enumerate(kernels[1:])},
     }
     stages = (

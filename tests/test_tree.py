@@ -124,3 +124,11 @@ def test_trees_that_differ_are_named():
         tree.dot(x, {"a": jnp.ones(2), "b": jnp.ones(4)})
     with pytest.raises(ValueError, match=r"b: \(3,\) and missing\n  c: missing and \(3,\)"):
         tree.by_leaf(tree.cosine, x, {"a": jnp.ones(2), "c": jnp.ones(3)})
+
+
+def test_a_norm_is_one_program_for_each_shape(programs):
+    def ones(*shape):
+        return jax.device_put(np.ones(shape, np.float32))
+
+    tree.norm([ones(2), ones(3)])  # what is done with scalars
+    assert programs(tree.norm, [ones(3, 1, 2), ones(2, 1, 3), ones(3, 1, 2)]) == ["_sum_of_squares"] * 2

@@ -34,7 +34,7 @@ def make_model(depth, seed=0, width=6):
     random = np.random.default_rng(seed)
 
     def normal(*shape):
-        return jnp.asarray(0.5 * random.normal(size=shape), jnp.float32)
+        return jax.device_put(np.float32(0.5 * random.normal(size=shape)))
 
     def layer():
         return {

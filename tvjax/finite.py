@@ -31,10 +31,10 @@ _INFINITY = {
 def check_finite(values: PyTree, what: str) -> None:
     """Raises where an array has values that are NaN or infinite.
 
-    Each leaf is passed over once, where it lies: NumPy arrays and memory maps on the host, without new memory; JAX
-    arrays by one reduction on their own devices, all answers fetched together. Leaves on disk (`tvjax.on_disk`) are
-    read, but for those that were read and found finite before. Leaves without values, those that are traced (inside
-    `jit`) or are shapes, cannot be looked at, and are not.
+    Each leaf is passed over once, where it lies: NumPy arrays, memory maps and JAX arrays of one CPU device on the
+    host, without new memory and with nothing to compile; other JAX arrays by one reduction on their own devices, all
+    answers fetched together. Leaves on disk (`tvjax.on_disk`) are read, but for those that were read and found finite
+    before. Leaves without values, those that are traced (inside `jit`) or are shapes, cannot be looked at, and are not.
 
     Args:
       values: any pytree; leaves that are no floating-point arrays are finite.
@@ -97,10 +97,18 @@ def _may_be_infinite(array: np.ndarray) -> bool:
 
 def _is_finite(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array):
-        return _all_finite(leaf) if jnp.issubdtype(leaf.dtype, jnp.inexact) else True
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return True
+        if not _is_on_host(leaf):
+            return _all_finite(leaf)
     if is_on_disk(leaf) and leaf.known_finite:
         return True
     return not count_not_finite(np.asarray(leaf))
+
+
+def _is_on_host(leaf: Any) -> bool:
+    """Whether NumPy can look at an array without a copy."""
+    return leaf.is_fully_addressable and [device.platform for device in leaf.sharding.device_set] == ["cpu"]
 
 
 def _count(leaf: Any) -> Any:

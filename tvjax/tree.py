@@ -10,7 +10,8 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -235,7 +236,9 @@ def norm(tree: PyTree) -> jax.Array:
     5.0
     """
     cores = jax.tree.map(lambda leaf: factors.core(leaf) if is_low_rank(leaf) else leaf, tree, is_leaf=is_low_rank)
-    return optax.tree.norm(_wide(cores))
+    leaves = jax.tree.leaves(cores)
+    wide = _common_dtype(leaves)
+    return jnp.sqrt(sum((_sum_of_squares(jnp.asarray(leaf), wide) for leaf in leaves), jnp.zeros((), wide)))
 
 
 @automatic(lambda *_: ())
@@ -383,9 +386,20 @@ def list_some(entries: Sequence[str], limit: int = 8) -> str:
 
 def _wide(tree: PyTree) -> PyTree:
     """Every leaf in its `wide_dtype`, one dtype for the whole tree."""
-    dtypes = [wide_dtype(leaf_type(leaf).dtype) for leaf in flatten(tree).values()]
-    dtype = jnp.float64 if jnp.float64 in dtypes else jnp.float32
+    dtype = _common_dtype(flatten(tree).values())
     return jax.tree.map(lambda x: jnp.asarray(x, dtype), tree, is_leaf=is_low_rank)
+
+
+def _common_dtype(leaves: Iterable[Any]) -> Any:
+    """The widest `wide_dtype` of some leaves."""
+    dtypes = [wide_dtype(leaf_type(leaf).dtype) for leaf in leaves]
+    return jnp.float64 if jnp.float64 in dtypes else jnp.float32
+
+
+@partial(jax.jit, static_argnums=1)
+def _sum_of_squares(leaf: jax.Array, dtype: Any) -> jax.Array:
+    """One program for each shape, one leaf in memory at a time."""
+    return jnp.sum(jnp.square(jnp.abs(leaf).astype(dtype)))
 
 
 def _check_alike(*trees: PyTree) -> None:

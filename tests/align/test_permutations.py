@@ -44,7 +44,7 @@ def make_params(seed, width=12, hidden=10, layers=2):
     random = np.random.default_rng(seed)
 
     def normal(*shape):
-        return jnp.asarray(random.normal(size=shape), jnp.float32)
+        return jax.device_put(np.float32(random.normal(size=shape)))
 
     def layer():
         return {
@@ -302,7 +302,7 @@ def test_heads_are_solved_to_their_optimum_in_both_levels():
     )
     random = np.random.default_rng(1)
     shapes = {"query": (4, 6), "value": (4, 6), "out": (6, 3)}
-    a, b = ({k: jnp.asarray(random.normal(size=s), jnp.float32) for k, s in shapes.items()} for _ in range(2))
+    a, b = ({k: jax.device_put(np.float32(random.normal(size=s))) for k, s in shapes.items()} for _ in range(2))
     inside = list(itertools.product(((0, 1), (1, 0)), repeat=3))
     best = max(
         (inner_product(permute(table, order, a), b), [v.tolist() for v in order.values()])
@@ -363,7 +363,7 @@ SIGNED = Symmetry(
 def test_a_signed_group_is_solved_to_its_optimum():
     random = np.random.default_rng(2)
     shapes = {"up": (2, 4), "down": (4, 3), "scale": (4,)}
-    a, b = ({name: jnp.asarray(random.normal(size=n), jnp.float32) for name, n in shapes.items()} for _ in "ab")
+    a, b = ({name: jax.device_put(np.float32(random.normal(size=n))) for name, n in shapes.items()} for _ in "ab")
     found = match_weights(SIGNED, a, b, key=jax.random.key(0))
 
     def value(order, signs):

@@ -3,6 +3,7 @@
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -10,13 +11,15 @@ from jax.ad_checkpoint import checkpoint_name
 from tvjax import tree
 from tvjax.capture import capture, check_gradient_identity, gradient_from_sites, sites
 
-X = jax.random.normal(jax.random.key(0), (2, 5, 6))
-IMAGE = jax.random.normal(jax.random.key(1), (2, 9, 8, 6))
-MASK = jnp.arange(36.0).reshape(6, 6) % 3
-
 
 def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
+    """Drawn by NumPy: the cases below are made while tests are collected, by every worker, and compile nothing."""
+    return jax.device_put(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+
+
+X = normal(10, 2, 5, 6)
+IMAGE = normal(11, 2, 9, 8, 6)
+MASK = jax.device_put(np.arange(36, dtype=np.float32).reshape(6, 6) % 3)
 
 
 def loss_of(function):

@@ -10,8 +10,7 @@ import pytest
 import safetensors.numpy
 
 from tvjax import arithmetic, merge, tree
-from tvjax.checkpoints import fingerprint, from_pretrained, load_orbax, load_tree, save_pretrained, streaming
-from tvjax.checkpoints import safetensors as safetensors_files
+from tvjax.checkpoints import fingerprint, from_pretrained, load_orbax, load_tree, reader, save_pretrained, streaming
 from tvjax.checkpoints.folder import open_checkpoint
 from tvjax.cli.main import run
 
@@ -354,7 +353,7 @@ def test_a_command_opens_each_config_and_reads_each_weight_once(tmp_path, monkey
     base = write(tmp_path / "base", settings, values(shapes, 0) | others, 2)
     tuned = write(tmp_path / "tuned", settings, values(shapes, 1) | others)
     opened, weights = [], []
-    read_text, read_tensor = Path.read_text, safetensors_files.Tensors.read_into
+    read_text, read_tensor = Path.read_text, reader.Tensors.read_into
 
     def text_of(path, *arguments, **options):
         opened.append(str(path))
@@ -369,8 +368,8 @@ def test_a_command_opens_each_config_and_reads_each_weight_once(tmp_path, monkey
         return read_tensor(self, key, out)
 
     monkeypatch.setattr(Path, "read_text", text_of)
-    monkeypatch.setattr(safetensors_files, "open", open_file, raising=False)
-    monkeypatch.setattr(safetensors_files.Tensors, "read_into", tensor_of)
+    monkeypatch.setattr(reader, "open", open_file, raising=False)
+    monkeypatch.setattr(reader.Tensors, "read_into", tensor_of)
     tau = f"{tmp_path}/a.safetensors"
     models = ["--pretrained", str(base), "--finetuned", str(tuned)]
     for words, sides in (

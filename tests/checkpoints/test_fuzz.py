@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from tvjax.checkpoints import Pretrained, from_pretrained, load_adapter, map_tree, save_pretrained
 from tvjax.checkpoints.folder import open_checkpoint
-from tvjax.checkpoints.safetensors import open_tensors, save_tensors
+from tvjax.checkpoints.reader import open_tensors
+from tvjax.checkpoints.safetensors import save_tensors
 from tvjax.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, clip, init
 
 CONFIG = CLIPConfig(

@@ -263,7 +263,7 @@ def test_truncated_weights(folder):
 
 def test_no_weights_are_read_before_everything_fits(folder, monkeypatch):
     rewrite(folder, logit_scale=None)
-    monkeypatch.setattr("tvjax.checkpoints.safetensors.Tensors.read", lambda *_: pytest.fail("read a tensor"))
+    monkeypatch.setattr("tvjax.checkpoints.reader.Tensors.read_into", lambda *_: pytest.fail("read a tensor"))
     with pytest.raises(ValueError, match="missing keys"):
         from_pretrained(folder)
 

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tvjax.checkpoints.safetensors import fingerprint, load_tree, open_tensors, save_tensors, save_tree
+from tvjax.checkpoints.fingerprints import fingerprint
+from tvjax.checkpoints.reader import open_tensors
+from tvjax.checkpoints.safetensors import load_tree, save_tensors, save_tree
 
 TREE = {
     "vision": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "scale": np.float16([1, 2])},

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 import tvjax as tv
 from tvjax import sharding, tree
 from tvjax.checkpoints import Pretrained, load_orbax, load_tree, save_orbax, save_tree, shards
-from tvjax.checkpoints.safetensors import Tensors
+from tvjax.checkpoints.reader import Tensors
 from tvjax.models.clip.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from tvjax.models.families import family_of_config, shapes_of
 from tvjax.models.gpt2.config import GPT2Config
@@ -54,7 +54,7 @@ def test_a_model_is_read_and_written_in_shards(folder, tmp_path, axes, monkeypat
     whole = tv.load(folder)
     taken, copied = [], shards._copied
     monkeypatch.setattr(shards, "_copied", lambda piece: taken.append(piece.nbytes) or copied(piece))
-    monkeypatch.setattr(Tensors, "read", lambda *_: pytest.fail("a tensor is read whole"))
+    monkeypatch.setattr(Tensors, "read_into", lambda *_: pytest.fail("a tensor is read whole"))
     loaded = tv.load(folder, sharding=sharding.fsdp(mesh, "tensor"))
     chex.assert_trees_all_equal(loaded.params, whole.params)
     leaves = jax.tree.leaves(loaded.params)
@@ -81,7 +81,7 @@ def test_shards_are_cast_one_by_one(folder, tmp_path):
 
 
 def test_a_sharding_that_does_not_fit_is_refused_before_anything_is_read(folder, monkeypatch):
-    for name in ("map", "read"):
+    for name in ("map", "read_into"):
         monkeypatch.setattr(Tensors, name, lambda *_: pytest.fail("a tensor is read"))
     with pytest.raises(ValueError, match="places no leaf"):
         tv.load(folder, sharding=sharding.rules(a_mesh("automatic"), [("nothing", PartitionSpec())]))

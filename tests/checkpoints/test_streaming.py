@@ -23,7 +23,7 @@ TOWER = CLIPConfig(CONFIG.vision, None)
 def random_params(config, seed, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32).astype(dtype), shapes)
+    return jax.tree.map(lambda leaf: jax.device_put(np.float32(rng.normal(size=leaf.shape))).astype(dtype), shapes)
 
 
 def write(folder, config, params, **options):
@@ -157,7 +157,7 @@ def test_what_was_made_for_other_weights_becomes_no_model(folders, tmp_path):
 
 
 def test_what_does_not_fit_is_named_before_anything_is_read(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr("tvjax.checkpoints.safetensors.Tensors.read", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("tvjax.checkpoints.reader.Tensors.read_into", lambda *_: pytest.fail("weights were read"))
     config = CLIPConfig(CLIPVisionConfig(8, 16, 1, 2, image_size=8, patch_size=4, projection_dim=5), None)
     wrong = write(tmp_path / "wrong", config, random_params(config, 0))
     with pytest.raises(ValueError, match=r"17 leaves differ:\n.*vision/blocks/1/.*: only in the pre-trained model"):

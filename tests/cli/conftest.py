@@ -3,7 +3,6 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -44,8 +43,10 @@ def write_clip(folder, width, depth, seed, change=0.0, vision_only=False):
     config = CLIPConfig(vision, text)
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    params = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), shapes)
-    moved = jax.tree.map(lambda x: x + jnp.asarray(change * rng.normal(size=x.shape), jnp.float32), params["vision"])
+    params = jax.tree.map(lambda leaf: jax.device_put(np.float32(0.3 * rng.normal(size=leaf.shape))), shapes)
+    moved = jax.tree.map(
+        lambda x: jax.device_put(np.asarray(x) + np.float32(change * rng.normal(size=x.shape))), params["vision"]
+    )
     if vision_only:
         config = CLIPConfig(vision, None)
         params = {"vision": moved}

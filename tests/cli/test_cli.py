@@ -68,7 +68,7 @@ def test_nonsense_is_one_line_and_exit_code_2(arguments, message, capsys):
 def test_what_cannot_be_is_said_before_any_weight_is_read(
     models, tmp_path, capsys, monkeypatch, target, method, message
 ):
-    monkeypatch.setattr("tvjax.checkpoints.safetensors.Tensors.read", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("tvjax.checkpoints.reader.Tensors.read_into", lambda *_: pytest.fail("weights were read"))
     assert move(models, target, method, tmp_path / "out") == 2
     line = one_line_of(capsys)
     assert re.search(message, line), line

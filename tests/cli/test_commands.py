@@ -294,7 +294,7 @@ def test_compose_chooses_by_validation_images_and_goes_on_from_its_state(
     rates = ("--learning-rate", 0.01, "--learning-rate", 1.0, "--validation", images, "--state", tmp_path / "state")
     assert compose(models, task_vectors, images, tmp_path / "first", *rates) == 0
     first = capsys.readouterr()
-    assert "% on" in first.out and "few_shot 2/2" in first.err
+    assert "% on" in first.out and "few_shot 2/2: learning rate 1, epoch 1: loss" in first.err
     assert compose(models, task_vectors, images, tmp_path / "second", *rates, "--json") == 0
     printed = capsys.readouterr()
     assert "epoch" not in printed.err  # nothing was left to train; how far the choice of the start is may be told

@@ -13,6 +13,7 @@ import pytest
 
 from tvjax.cli import output, progress
 from tvjax.cli.main import app, run
+from tvjax.jobs import InspectConfig
 
 
 @pytest.fixture
@@ -54,6 +55,21 @@ def test_what_an_error_lists_in_lines_stays_apart_in_one_line(failing, capsys):
     assert run(["demo"]) == 2
     expected = "tvjax: error: 2 leaves differ: up: 3 and 4; down: 4 and 3; of another model?\n"
     assert capsys.readouterr().err == expected
+
+
+def test_the_way_out_is_said_in_the_words_of_the_command(models, tmp_path, capsys):
+    given = ["--pretrained", models["source"], "--finetuned", models["wider"]]
+    for words, way_out in (
+        (["extract", *given, "--output", str(tmp_path / "tau.safetensors")], "(--part, subtree=...)"),
+        (["convert", "model.pt", "--output", str(tmp_path / "out")], "(--like, like=...)"),
+        (["convert", models["source"], "--no-scan-layers", "--output", str(tmp_path / "out")], "--scan-layers and"),
+        (["merge", "a", "b", "--method", "ties", "--rank", "2", "--dense", "--output", str(tmp_path / "o")], "--dense"),
+    ):
+        assert run(words) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert way_out in line and "Value error" not in line, line
+    with pytest.raises(ValueError, match=r"^--compare is for two things, found only 'a'"):
+        InspectConfig(things="a", compare=True)  # from Python as on the command line, without pydantic's words
 
 
 def test_an_interrupt_prints_nothing(failing, capsys, monkeypatch):

@@ -82,7 +82,7 @@ def test_a_tokenizer_that_does_not_fit_its_model(models, images, tmp_path, capsy
     settings = json.loads((tmp_path / "model" / "config.json").read_text())
     settings["text_config"] |= change
     (tmp_path / "model" / "config.json").write_text(json.dumps(settings))
-    monkeypatch.setattr("tvjax.checkpoints.safetensors.Tensors.read", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("tvjax.checkpoints.reader.Tensors.read_into", lambda *_: pytest.fail("weights were read"))
     assert run(["evaluate", models["source"], str(tmp_path / "model"), "--images", str(images)]) == 2
     assert re.search(message, capsys.readouterr().err)
 
@@ -184,7 +184,7 @@ def test_images_of_each_class_are_drawn(models, images, tmp_path, select):
     ],
 )
 def test_bad_input_is_one_line_before_any_weight_is_read(models, images, places, capsys, monkeypatch, words, message):
-    monkeypatch.setattr("tvjax.checkpoints.safetensors.Tensors.read", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("tvjax.checkpoints.reader.Tensors.read_into", lambda *_: pytest.fail("weights were read"))
     given = {"places": places, "images": images, "model": models["same"], "other": models["wider"]}
     assert run(["evaluate", models["same"], *(word.format(**given) for word in words)]) == 2
     printed = capsys.readouterr()

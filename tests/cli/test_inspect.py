@@ -9,7 +9,7 @@ from PIL import Image
 
 from tvjax import tree
 from tvjax.checkpoints import load_tree, save_coefficients
-from tvjax.checkpoints.safetensors import Tensors
+from tvjax.checkpoints.reader import Tensors
 from tvjax.cli.main import run
 from tvjax.compose import init
 
@@ -33,7 +33,7 @@ def as_json(capsys, *words):
 
 
 def test_a_model_in_a_table_and_as_json_without_reading_weights(models, capsys, monkeypatch):
-    monkeypatch.setattr(Tensors, "read", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(Tensors, "read_into", lambda *_: pytest.fail("weights were read"))
     assert run(["inspect", models["source"]]) == 0
     shown = capsys.readouterr()
     assert "vision/blocks/*/attention/query/kernel" in shown.out and "self_attn.q_proj.weight" in shown.out

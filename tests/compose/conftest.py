@@ -34,7 +34,7 @@ def make_model():
     random = np.random.default_rng(0)
 
     def normal(*shape):
-        return jnp.asarray(0.4 * random.normal(size=shape), jnp.float32)
+        return jax.device_put(np.float32(0.4 * random.normal(size=shape)))
 
     params = {
         "conv": {"kernel": normal(3, 3, 3, 4)},

@@ -48,7 +48,7 @@ def test_edited_stage_by_stage_is_edited_at_once(tiny, pair, which, options):
     objective = few_shot(model, batch)
     start = init(taus, **options)
     random = np.random.default_rng(0)
-    start = dataclasses.replace(start, values=jnp.asarray(0.2 * random.normal(size=start.values.shape), jnp.float32))
+    start = dataclasses.replace(start, values=jax.device_put(np.float32(0.2 * random.normal(size=start.values.shape))))
 
     def loss(edit):
         return jax.jit(

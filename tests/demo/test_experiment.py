@@ -59,6 +59,21 @@ def test_methods_are_compared_with_zero_shot_and_at_equal_shapes_with_naive_addi
     assert all(c.over_pairs.pairs == 4 and c.over_tasks.pairs == 2 for c in findings.comparisons)
 
 
+def test_one_draw_has_intervals_over_test_examples_and_several_have_them_over_draws(findings):
+    assert all(c.over_examples is None for c in findings.comparisons)
+    assert "standard deviation over draws" in experiment.footnotes(findings)[-1]
+    once = [m for m in findings.measurements if m.draw == 0]
+    right = {(m.target, m.method, m.task): np.arange(200) < round(200 * m.accuracy) for m in once}
+    compared = experiment.comparisons(once, right)
+    assert all(c.over_examples.half_width > 0 and c.over_examples.pairs == 400 for c in compared)
+    one = findings._replace(
+        settings=dataclasses.replace(findings.settings, draws=1), comparisons=compared, measurements=once, repeats=2
+    )
+    last = experiment.footnotes(one)[-1]
+    assert "over test photographs" in last and "± 4.4 (Wilson)" in last  # of 497 digits, photographed twice
+    assert experiment.results(one)["comparisons"][0]["over_examples"]["pairs"] == 400
+
+
 @pytest.mark.parametrize("change", [{"tasks": setup.QUICK.tasks[:1]}, {"draws": 0}])
 def test_too_little_to_measure(change):
     with pytest.raises(ValueError, match="expected two and one at least"):

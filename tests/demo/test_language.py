@@ -31,6 +31,11 @@ def test_every_method_is_measured_and_written(tmp_path):
     assert all(m.target == "llama-C" and 0 <= m.accuracy <= 1 for m in findings.measurements)
     assert findings.counts == {"reviews": {"calibration": 4, "validation": 6, "test": 10}}
     assert {(c.method, c.baseline) for c in findings.comparisons} >= {("bico", "naive"), ("naive", "zero_shot")}
+    assert all(c.over_examples.pairs == 10 for c in findings.comparisons)
+    gaps = {c.method: c.over_examples.mean for c in findings.comparisons if c.baseline == "zero_shot"}
+    reached = {m.method: m.accuracy for m in findings.measurements}
+    assert all(abs(gap - (reached[method] - reached["zero_shot"])) < 1e-9 for method, gap in gaps.items())
+    assert "over test texts" in experiment.footnotes(findings)[-1]
     assert steps == [(1, 1, f"{language.TITLES['llama-C']}, reviews")]
     content = experiment.results(findings)
     assert content["settings"]["texts"] == findings.counts and content["settings"]["targets"] == ("llama-C",)

@@ -3,7 +3,6 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,8 +17,10 @@ def write_vit(folder, width, depth, seed, labels=LABELS, change=0.0):
     config = ViTConfig(width, 2 * width, depth, 2, image_size=8, patch_size=4, num_labels=len(labels))
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    params = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), shapes)
-    moved = jax.tree.map(lambda x: x + jnp.asarray(change * rng.normal(size=x.shape), jnp.float32), params["vision"])
+    params = jax.tree.map(lambda leaf: jax.device_put(np.float32(0.3 * rng.normal(size=leaf.shape))), shapes)
+    moved = jax.tree.map(
+        lambda x: jax.device_put(np.asarray(x) + np.float32(change * rng.normal(size=x.shape))), params["vision"]
+    )
     save_pretrained(Pretrained(vit(config, {**params, "vision": moved}), config), folder)
     settings = json.loads((folder / "config.json").read_text())
     settings["id2label"] = {str(number): label for number, label in enumerate(labels)}

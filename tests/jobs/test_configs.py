@@ -42,8 +42,9 @@ def test_unknown_keys_name_the_nearest_and_values_are_not_converted():
         with pytest.raises(ValueError, match=message.replace("(", r"\(")) as found:
             jobs.TransportConfig.read({**GIVEN, **change})
         assert "\n" not in str(found.value)
-        with pytest.raises(ValidationError):
+        with pytest.raises(ValueError) as made:
             jobs.TransportConfig(**{**GIVEN, **change})
+        assert str(made.value) == str(found.value)
     with pytest.raises(ValueError, match="target is missing"):
         jobs.TransportConfig.read({key: value for key, value in GIVEN.items() if key != "target"})
 

@@ -53,9 +53,11 @@ def write_model(folder, kind="bert", width=8, depth=2, heads=2, seed=0, change=0
     )
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    params = jax.tree.map(lambda leaf: jnp.asarray(0.5 * rng.normal(size=leaf.shape), jnp.float32), shapes)
+    params = jax.tree.map(lambda leaf: jax.device_put(np.float32(0.5 * rng.normal(size=leaf.shape))), shapes)
     params = tree.map_with_path(lambda path, leaf: 1 + leaf if path.endswith("scale") else leaf, params)
-    params = jax.tree.map(lambda x: x + jnp.asarray(change * rng.normal(size=x.shape), jnp.float32), params)
+    params = jax.tree.map(
+        lambda x: jax.device_put(np.asarray(x) + np.float32(change * rng.normal(size=x.shape))), params
+    )
     save_pretrained(Pretrained(bert(config, params), config), folder)
     write_tokenizer(folder, tokenizer or ("bert" if kind == "bert" else "mpnet"))
     return str(folder)
@@ -260,7 +262,7 @@ def test_composition_learns_by_class_names(encoders, texts, tmp_path):
 def test_what_cannot_be_is_one_line_before_any_weight_is_read(
     encoders, texts, tmp_path, capsys, monkeypatch, command, target, data, message
 ):
-    monkeypatch.setattr("tvjax.checkpoints.safetensors.Tensors.read", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("tvjax.checkpoints.reader.Tensors.read_into", lambda *_: pytest.fail("weights were read"))
     given = {"source": encoders["source"], "finetuned": encoders["finetuned"], "target": encoders[target]}
     given |= {"data": texts[data], "method": "bico", "output": tmp_path / "out"}
     options = [text for name, value in given.items() for text in (f"--{name}", str(value))]

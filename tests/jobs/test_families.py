@@ -3,7 +3,6 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -24,8 +23,10 @@ def write_model(folder, config, seed, change=0.0):
     """A random model; `change` is added at random to all of it."""
     family, random = family_of_config(config), np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: family.init(config, jax.random.key(0)))
-    params = jax.tree.map(lambda leaf: jnp.asarray(0.3 * random.normal(size=leaf.shape), jnp.float32), shapes)
-    params = jax.tree.map(lambda x: x + jnp.asarray(change * random.normal(size=x.shape), jnp.float32), params)
+    params = jax.tree.map(lambda leaf: jax.device_put(np.float32(0.3 * random.normal(size=leaf.shape))), shapes)
+    params = jax.tree.map(
+        lambda x: jax.device_put(np.asarray(x) + np.float32(change * random.normal(size=x.shape))), params
+    )
     save_pretrained(Pretrained(family.build(config, params), config), folder)
     return folder
 

@@ -2,7 +2,7 @@
 
 import inspect
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 
@@ -17,7 +17,7 @@ WRONG = ("x", [None, 1], {}, {"by_depth": 3, "other": 1}, 10**30, True)
 def vectors():
     random = np.random.default_rng(0)
     shapes = {f"blocks/{layer}/{path}": size for layer in range(2) for path, size in (("kernel", (2, 3)), ("bias", 3))}
-    return [tree.nest({p: jnp.asarray(random.normal(size=s), jnp.float32) for p, s in shapes.items()}) for _ in "ab"]
+    return [tree.nest({p: jax.device_put(np.float32(random.normal(size=s))) for p, s in shapes.items()}) for _ in "ab"]
 
 
 @pytest.mark.parametrize("name", registry.merges())

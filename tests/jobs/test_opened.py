@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tvjax import jobs
-from tvjax.checkpoints.safetensors import Tensors
+from tvjax.checkpoints.reader import Tensors
 from tvjax.data import images as image_files
 from tvjax.data.embedded import model_folder
 from tvjax.jobs.opened import Models
@@ -30,14 +30,14 @@ def within(package):
 def seen(monkeypatch):
     """Counts the files that tvjax opens (transformers looks into config.json by itself), what is read and decoded."""
     counts = {"files": Counter(), "weights": Counter(), "examples": Counter()}
-    opens, read, decode = io.open, Tensors.read, image_files._decode
+    opens, read, decode = io.open, Tensors.read_into, image_files._decode
 
     def counted_open(file, *arguments, **keywords):
         if isinstance(file, str | os.PathLike) and not within("transformers"):
             counts["files"][os.fspath(file)] += 1
         return opens(file, *arguments, **keywords)
 
-    def counted_read(tensors, key, out=None):
+    def counted_read(tensors, key, out):
         counts["weights"][tensors.file_of[key], key] += 1
         return read(tensors, key, out)
 
@@ -47,7 +47,7 @@ def seen(monkeypatch):
 
     for module in (io, builtins):
         monkeypatch.setattr(module, "open", counted_open)
-    monkeypatch.setattr(Tensors, "read", counted_read)
+    monkeypatch.setattr(Tensors, "read_into", counted_read)
     monkeypatch.setattr(image_files, "_decode", counted_decode)
     return counts
 

@@ -52,8 +52,10 @@ def write_t5(folder, width, depths, heads, seed, change=0.0, letters=False, kind
     config = kind(16, width, 4, 2 * width, *depths, heads, 8, 12, **changes)
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    params = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), shapes)
-    params = jax.tree.map(lambda x: x + jnp.asarray(change * rng.normal(size=x.shape), jnp.float32), params)
+    params = jax.tree.map(lambda leaf: jax.device_put(np.float32(0.3 * rng.normal(size=leaf.shape))), shapes)
+    params = jax.tree.map(
+        lambda x: jax.device_put(np.asarray(x) + np.float32(change * rng.normal(size=x.shape))), params
+    )
     save_pretrained(Pretrained(t5(config, params), config), folder)
     write_tokenizer(folder, letters=letters)
     return str(folder)
@@ -186,7 +188,7 @@ def test_a_command_line_from_end_to_end(t5s, texts, tmp_path, capsys):
 def test_what_cannot_be_is_one_line_before_any_weight_is_read(
     t5s, texts, tmp_path, capsys, monkeypatch, command, target, data, message
 ):
-    monkeypatch.setattr("tvjax.checkpoints.safetensors.Tensors.read", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("tvjax.checkpoints.reader.Tensors.read_into", lambda *_: pytest.fail("weights were read"))
     given = {"source": t5s["source"], "finetuned": t5s["finetuned"], "target": t5s[target]}
     given |= {"data": texts[data], "method": "theseus", "output": tmp_path / "out"}
     options = [text for name, value in given.items() for text in (f"--{name}", str(value))]
@@ -214,7 +216,7 @@ def test_both_streams_of_other_tokens_are_matched_by_characters(t5s, texts, tmp_
 
 @pytest.mark.parametrize("command", ["transport", "plan"])
 def test_rotary_maps_of_a_t5_are_refused_before_any_weight_is_read(t5s, texts, tmp_path, capsys, monkeypatch, command):
-    monkeypatch.setattr("tvjax.checkpoints.safetensors.Tensors.read", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("tvjax.checkpoints.reader.Tensors.read_into", lambda *_: pytest.fail("weights were read"))
     given = {"source": t5s["source"], "finetuned": t5s["finetuned"], "target": t5s["foreign"], "method": "theseus"}
     given |= {"data": texts["answered"], "options": "heads=rotary", "output": str(tmp_path / "out")}
     assert run([command, *(text for name, value in given.items() for text in (f"--{name}", value))]) == 2
@@ -222,6 +224,6 @@ def test_rotary_maps_of_a_t5_are_refused_before_any_weight_is_read(t5s, texts, t
 
 
 def test_texts_without_answers_are_refused_before_any_weight_is_read(t5s, texts, capsys, monkeypatch):
-    monkeypatch.setattr("tvjax.checkpoints.safetensors.Tensors.read", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("tvjax.checkpoints.reader.Tensors.read_into", lambda *_: pytest.fail("weights were read"))
     assert run(["evaluate", t5s["source"], "--data", texts["plain"], "--quiet"]) == 2
     assert "has no answers, which the task 'sequence to sequence' needs" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import pytest
 
 from tests.cli.conftest import write_clip
 from tvjax import jobs, tree
-from tvjax.checkpoints import TransportStore, from_pretrained, safetensors, save_pretrained
+from tvjax.checkpoints import TransportStore, from_pretrained, reader, save_pretrained
 from tvjax.cli.main import run
 from tvjax.jobs.configs import PlanConfig, TransportConfig
 
@@ -67,13 +67,13 @@ def test_a_streamed_run_writes_what_one_in_memory_writes(folders, images, tmp_pa
 
 
 def test_no_weight_is_read_only_to_be_checked_or_measured(folders, images, tmp_path, monkeypatch):
-    counts, read = collections.Counter(), safetensors._read_checked
+    counts, read = collections.Counter(), reader._read_checked
 
     def counted(key, file, path, *rest):
         counts[str(path), key] += 1
         read(key, file, path, *rest)
 
-    monkeypatch.setattr(safetensors, "_read_checked", counted)
+    monkeypatch.setattr(reader, "_read_checked", counted)
     jobs.transport(config(folders, images, tmp_path / "streamed", stream=True))
     most = {
         name: max(number for (file, _), number in counts.items() if file.startswith(f"{folder}/"))

@@ -35,8 +35,10 @@ def write_llama(folder, width, depth, heads, seed, change=0.0, words=WORDS, voca
     config = LlamaConfig(vocabulary, width, 2 * width, depth, heads, 2, head_dim=4, max_position_embeddings=32)
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    params = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), shapes)
-    params = jax.tree.map(lambda x: x + jnp.asarray(change * rng.normal(size=x.shape), jnp.float32), params)
+    params = jax.tree.map(lambda leaf: jax.device_put(np.float32(0.3 * rng.normal(size=leaf.shape))), shapes)
+    params = jax.tree.map(
+        lambda x: jax.device_put(np.asarray(x) + np.float32(change * rng.normal(size=x.shape))), params
+    )
     save_pretrained(Pretrained(llama(config, params), config), folder)
     if words:
         write_tokenizer(folder, words, letters)
@@ -230,7 +232,7 @@ def test_texts_are_no_longer_than_the_rotary_positions_are_computed_for(llamas, 
 def test_what_cannot_be_is_one_line_before_any_weight_is_read(
     llamas, texts, tmp_path, capsys, monkeypatch, command, target, data, words, message
 ):
-    monkeypatch.setattr("tvjax.checkpoints.safetensors.Tensors.read", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("tvjax.checkpoints.reader.Tensors.read_into", lambda *_: pytest.fail("weights were read"))
     given = {"source": llamas["source"], "finetuned": llamas["finetuned"], "target": llamas[target]}
     given |= {"data": data.format(**texts), "method": "theseus", "output": tmp_path / "out"}
     options = [text for name, value in given.items() for text in (f"--{name}", str(value))]
@@ -278,7 +280,7 @@ def test_masks_of_the_target_alone_need_no_partners(llamas, texts, tmp_path):
 
 @pytest.mark.parametrize("command", ["transport", "plan"])
 def test_a_tokenizer_that_knows_no_characters_is_one_line(llamas, texts, tmp_path, capsys, monkeypatch, command):
-    monkeypatch.setattr("tvjax.checkpoints.safetensors.Tensors.read", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("tvjax.checkpoints.reader.Tensors.read_into", lambda *_: pytest.fail("weights were read"))
     monkeypatch.setattr(Encoder, "knows_spans", False)
     given = {"source": llamas["source"], "finetuned": llamas["finetuned"], "target": llamas["foreign"]}
     given |= {"data": texts["plain"], "method": "theseus", "output": tmp_path / "out"}
@@ -289,7 +291,7 @@ def test_a_tokenizer_that_knows_no_characters_is_one_line(llamas, texts, tmp_pat
 
 @pytest.mark.parametrize("words", [["--classes", "{classes}"], ["--task", "sst2"]])
 def test_classes_without_labels_are_refused_before_any_weight_is_read(llamas, texts, capsys, monkeypatch, words):
-    monkeypatch.setattr("tvjax.checkpoints.safetensors.Tensors.read", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("tvjax.checkpoints.reader.Tensors.read_into", lambda *_: pytest.fail("weights were read"))
     given = [word.format(**texts) for word in words]
     assert run(["evaluate", llamas["source"], "--data", texts["plain"], *given, "--quiet"]) == 2
     assert "has no labels, and an accuracy of classes needs them: say which column" in capsys.readouterr().err
@@ -306,7 +308,7 @@ def test_classes_without_labels_are_refused_before_any_weight_is_read(llamas, te
     ],
 )
 def test_evaluation_of_what_cannot_be_is_one_line(llamas, texts, capsys, monkeypatch, models, data, message):
-    monkeypatch.setattr("tvjax.checkpoints.safetensors.Tensors.read", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("tvjax.checkpoints.reader.Tensors.read_into", lambda *_: pytest.fail("weights were read"))
     assert run(["evaluate", *(llamas[name] for name in models), "--data", data.format(**texts), "--quiet"]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tvjax: error: ")]
     assert re.search(message, line), line

@@ -120,7 +120,7 @@ def test_the_loss_is_the_cross_entropy_of_the_head(vits):
 def test_what_cannot_be_is_one_line_before_any_weight_is_read(
     vits, images, tmp_path, capsys, monkeypatch, command, words, message
 ):
-    monkeypatch.setattr("tvjax.checkpoints.safetensors.Tensors.read", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("tvjax.checkpoints.reader.Tensors.read_into", lambda *_: pytest.fail("weights were read"))
     given = {"source": vits["source"], "finetuned": vits["finetuned"], "target": vits["wider"], "data": images}
     given["output"] = tmp_path / "out"
     options = [text for name, value in given.items() for text in (f"--{name}", str(value))]

@@ -10,8 +10,7 @@ from pathlib import Path
 DEVICES = 4
 
 if __name__ == "__main__":
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2"
-    os.environ |= {"JAX_PLATFORMS": "cpu", "NPROC": "16"}
+    os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=2"  # beside those of the tests
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ import tvjax as tv
 from tvjax import processes, sharding, tree
 from tvjax.checkpoints import Pretrained, TrainingStore, TransportStore, fingerprint, load_orbax, save_orbax
 from tvjax.checkpoints.json_files import write_json
-from tvjax.checkpoints.safetensors import TensorWriter
+from tvjax.checkpoints.writer import TensorWriter
 from tvjax.compose import learn, of_loss
 from tvjax.models import vit
 from tvjax.models.families import shapes_of

@@ -52,7 +52,7 @@ def make_model(name, seed=0):
     """No bias is zero and no scale one; a sentence encoder gets a head of three random classes."""
     config, random = CONFIGS[name], np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    params = jax.tree.map(lambda leaf: jnp.asarray(0.3 * random.normal(size=leaf.shape), jnp.float32), shapes)
+    params = jax.tree.map(lambda leaf: jax.device_put(np.float32(0.3 * random.normal(size=leaf.shape))), shapes)
     params = tree.map_with_path(lambda path, leaf: 1 + leaf if path.endswith("scale") else leaf, params)
     model = bert(config, params)
     if config.num_labels is None:
@@ -190,7 +190,7 @@ def test_a_permuted_copy_receives_the_permuted_task_vector(name):
     copy = model.replace(params=permute(symmetry, order, model.params))
     rebase, batches = theseus(), make_batches(6)
     random = np.random.default_rng(5)
-    tau = jax.tree.map(lambda leaf: jnp.asarray(random.normal(size=leaf.shape), jnp.float32), model.params)
+    tau = jax.tree.map(lambda leaf: jax.device_put(np.float32(random.normal(size=leaf.shape))), model.params)
     onto = {}
     for label, target in (("itself", model), ("copy", copy)):
         onto[label] = rebase.apply(fit(rebase, model, target, [(batch, batch) for batch in batches]), tau)

@@ -28,7 +28,8 @@ def make_model(config, seed=0):
     random = np.random.default_rng(seed)
     params = init(config, jax.random.key(seed))
     return dinov2(
-        config, jax.tree.map(lambda x: x + jnp.asarray(0.3 * random.normal(size=x.shape), jnp.float32), params)
+        config,
+        jax.tree.map(lambda x: jax.device_put(np.asarray(x) + np.float32(0.3 * random.normal(size=x.shape))), params),
     )
 
 

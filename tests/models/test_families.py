@@ -11,7 +11,7 @@ from flax import nnx
 
 from tvjax import tree
 from tvjax.checkpoints.huggingface import from_pretrained, save_pretrained
-from tvjax.checkpoints.safetensors import open_tensors
+from tvjax.checkpoints.reader import open_tensors
 from tvjax.models.bert import Bert, BertConfig, MPNetConfig, RobertaConfig
 from tvjax.models.clip import CLIP, CLIPConfig
 from tvjax.models.dinov2 import Dinov2, Dinov2Config, Dinov2WithRegistersConfig

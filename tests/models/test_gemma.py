@@ -32,7 +32,7 @@ CONFIG = GemmaConfig(
 def make_model(config, seed=0):
     random = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    return gemma(config, jax.tree.map(lambda x: jnp.asarray(0.3 * random.normal(size=x.shape), jnp.float32), shapes))
+    return gemma(config, jax.tree.map(lambda x: jax.device_put(np.float32(0.3 * random.normal(size=x.shape))), shapes))
 
 
 def make_inputs(seed=0, texts=6, length=7):

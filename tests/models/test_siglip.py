@@ -26,7 +26,7 @@ TOKENS = np.array([[3, 4, 5, 1, 1, 1], [6, 7, 1, 1, 1, 1]], np.int32)
 def noisy(params, seed=0):
     """No bias is zero, no scale one."""
     random = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: x + jnp.asarray(0.3 * random.normal(size=x.shape), jnp.float32), params)
+    return jax.tree.map(lambda x: jax.device_put(np.asarray(x) + np.float32(0.3 * random.normal(size=x.shape))), params)
 
 
 @pytest.fixture(scope="module")

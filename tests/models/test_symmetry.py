@@ -63,7 +63,7 @@ def make_params(config, seed):
     """No bias is zero and no scale one."""
     random = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: family_of_config(config).init(config, jax.random.key(0)))
-    params = jax.tree.map(lambda leaf: jnp.asarray(0.4 * random.normal(size=leaf.shape), jnp.float32), shapes)
+    params = jax.tree.map(lambda leaf: jax.device_put(np.float32(0.4 * random.normal(size=leaf.shape))), shapes)
     return tree.map_with_path(lambda path, leaf: 1 + leaf if path.endswith("scale") else leaf, params)
 
 

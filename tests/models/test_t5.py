@@ -40,7 +40,7 @@ def make_model(config, seed=0):
     """No scale is one; the queries are smaller, for the scores are not scaled."""
     random = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    params = jax.tree.map(lambda leaf: jnp.asarray(0.3 * random.normal(size=leaf.shape), jnp.float32), shapes)
+    params = jax.tree.map(lambda leaf: jax.device_put(np.float32(0.3 * random.normal(size=leaf.shape))), shapes)
     params = tree.map_with_path(lambda path, leaf: 1 + leaf if path.endswith("scale") else leaf, params)
     return t5(config, params).with_loss(SEQUENCE_TO_SEQUENCE)
 
@@ -65,7 +65,7 @@ def with_other_padding(batch):
 
 def noise_like(params, seed=5):
     random = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(0.1 * random.normal(size=leaf.shape), jnp.float32), params)
+    return jax.tree.map(lambda leaf: jax.device_put(np.float32(0.1 * random.normal(size=leaf.shape))), params)
 
 
 BATCHES = [make_batch(), make_batch(1)]

@@ -51,7 +51,7 @@ def make_model(config, seed):
     """No bias is zero, and no scale one."""
     family, random = family_of_config(config), np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: family.init(config, jax.random.key(0)))
-    params = jax.tree.map(lambda leaf: jnp.asarray(0.3 * random.normal(size=leaf.shape), jnp.float32), shapes)
+    params = jax.tree.map(lambda leaf: jax.device_put(np.float32(0.3 * random.normal(size=leaf.shape))), shapes)
     params = tree.map_with_path(lambda path, leaf: 1 + leaf if path.endswith("scale") else leaf, params)
     return family.build(config, params).with_loss(next_token_loss if hasattr(config, "vocab_size") else image_loss)
 
@@ -73,7 +73,7 @@ def make_batch(config, random, size):
 
 def noise(params, seed=7):
     random = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(random.normal(size=leaf.shape), jnp.float32), params)
+    return jax.tree.map(lambda leaf: jax.device_put(np.float32(random.normal(size=leaf.shape))), params)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -12,7 +12,8 @@ import pytest
 from tvjax import capture, tree
 from tvjax.arithmetic import apply
 from tvjax.checkpoints import Pretrained, from_pretrained, load_tree, save_coefficients, save_pretrained, save_tree
-from tvjax.checkpoints.safetensors import Tensors, save_tensors
+from tvjax.checkpoints.reader import Tensors
+from tvjax.checkpoints.safetensors import save_tensors
 from tvjax.compose import init as init_coefficients
 from tvjax.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, clip, init
 from tvjax.report import inspection
@@ -34,7 +35,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inspection")
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: init(CONFIG, jax.random.key(0)))
-    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), shapes)
+    params = jax.tree.map(lambda leaf: jax.device_put(np.float32(rng.normal(size=leaf.shape))), shapes)
     save_pretrained(Pretrained(clip(CONFIG, params), CONFIG), folder / "model")
     base = from_pretrained(folder / "model")
     for name, dtype, leave_out in (("a", None, ()), ("b", "bfloat16", ("pre_norm",))):
@@ -46,7 +47,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    monkeypatch.setattr(Tensors, "read", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(Tensors, "read_into", lambda *_: pytest.fail("weights were read"))
 
 
 @pytest.fixture(params=[50, 2**20], ids=["in small pieces", "whole"])

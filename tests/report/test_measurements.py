@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tvjax.report.measurements import Measurement, accuracies, compare, paired_difference
+from tvjax.report.measurements import Measurement, accuracies, compare, difference_over_examples, paired_difference
 
 
 def measured(method, values, target="B"):
@@ -59,3 +59,17 @@ def test_accuracies_by_task():
 
 def test_equal_differences_have_an_interval_of_no_width():
     assert paired_difference([0.25, 0.25, 0.25]).half_width == 0.0
+
+
+def test_the_interval_over_examples_is_that_of_a_paired_bootstrap_within_tasks():
+    rng = np.random.default_rng(0)
+    base = [rng.uniform(size=n) < 0.4 for n in (400, 900)]
+    better = [one | (rng.uniform(size=one.size) < 0.3) for one in base]
+    found = difference_over_examples(better, base)
+    gaps = [one.astype(float) - other for one, other in zip(better, base, strict=True)]
+    drawn = [np.mean([rng.choice(gap, gap.size).mean() for gap in gaps]) for _ in range(4000)]
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    np.testing.assert_allclose([found.mean - found.half_width, found.mean + found.half_width], [low, high], atol=2e-3)
+    assert found.pairs == 1300 and found.is_clear
+    with pytest.raises(ValueError, match="found tasks of .400. and .900. examples"):
+        difference_over_examples(better[:1], base[1:])

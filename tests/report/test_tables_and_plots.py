@@ -130,3 +130,10 @@ def test_no_number_of_a_narrow_table_is_cut_and_two_pairs_have_no_interval():
     )
     console.print(three)
     assert "71.5" in console.export_text()
+
+
+def test_one_draw_has_the_interval_over_test_examples():
+    rows = [Measurement("t", "B", method, 0, 0, 1.0, 0.5) for method in ("zero_shot", "bico")]
+    pairs, examples = Difference(0.16, None, 1), Difference(0.16, 0.031, 994)
+    shown = text(accuracy_table(rows, [Comparison("B", "bico", "zero_shot", pairs, pairs, examples)], "B", "B"))
+    assert "+16.0 ± 3.1" in shown

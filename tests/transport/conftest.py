@@ -22,7 +22,7 @@ def make_config(width=16, depth=2, image=8, embedding=6):
 def noise_like(params, seed, size):
     """Normal numbers in the structure of the parameters, float32."""
     random = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(size * random.normal(size=leaf.shape), jnp.float32), params)
+    return jax.tree.map(lambda leaf: jax.device_put(np.float32(size * random.normal(size=leaf.shape))), params)
 
 
 def cross_entropy(classifier, outputs, labels):

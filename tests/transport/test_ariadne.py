@@ -53,13 +53,13 @@ def batches_of(width_a, width_b, seed=5, count=2, tokens=4, mask=False):
         if mask:
             real = jnp.asarray(random.random((8, tokens)) < 0.7)
             sides = [{**side, "mask": real} for side in sides]
-        found.append(tuple(Batch(side, jnp.asarray(random.normal(size=8), jnp.float32)) for side in sides))
+        found.append(tuple(Batch(side, jax.device_put(np.float32(random.normal(size=8)))) for side in sides))
     return found
 
 
 def noise(model, seed, size=0.1):
     random = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(size * random.normal(size=leaf.shape), jnp.float32), model.params)
+    return jax.tree.map(lambda leaf: jax.device_put(np.float32(size * random.normal(size=leaf.shape))), model.params)
 
 
 def rows_of(model, batches, side):
@@ -307,7 +307,7 @@ def test_a_block_that_normalises_after_its_sum():
     random = np.random.default_rng(0)
     tokens = {"tokens": jnp.asarray(random.integers(0, 16, (6, 5))), "mask": jnp.asarray(random.random((6, 5)) < 0.8)}
     tau = jax.tree.map(jnp.zeros_like, model.params)
-    tau["blocks"]["0"]["mlp"]["down"]["bias"] = jnp.asarray(random.normal(size=8), jnp.float32)
+    tau["blocks"]["0"]["mlp"]["down"]["bias"] = jax.device_put(np.float32(random.normal(size=8)))
     transport = ariadne(**EXACT)
     moved = transport.apply(fit(transport, model, model, [Batch(tokens)], tau=tau), tau)
     edited, tuned = (apply(model.params, {"blocks": {"0": t["blocks"]["0"]}}) for t in (moved, tau))

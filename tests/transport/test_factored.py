@@ -102,7 +102,7 @@ def test_a_kernel_that_is_zeroed_is_of_rank_zero(tiny):
     transport = tv.theseus(rank_tolerance=1e-3)
     state = tv.fit(transport, tiny.a, tiny.b, tiny.batches)
     random = np.random.default_rng(0)
-    sides = (jnp.asarray(random.normal(size=size), jnp.float32) for size in ((48, 2), (2, 16)))
+    sides = (jax.device_put(np.float32(random.normal(size=size))) for size in ((48, 2), (2, 16)))
     tau = tree.nest({"vision/embeddings/patch/kernel": tv.LowRank(*sides, (4, 4, 3, 16))})
     moved = transport.apply(state, tau)["vision"]["embeddings"]["patch"]["kernel"]
     assert isinstance(moved, tv.LowRank) and moved.rank == 0 and moved.shape == (4, 4, 3, 16)
@@ -124,7 +124,7 @@ def test_the_streaming_call_is_the_same(tiny):
 def models(layer, shapes, widths=(6, 8)):
     """Two models of one layer, of other widths, and rows."""
     random = np.random.default_rng(0)
-    draw = lambda shape: jnp.asarray(random.normal(size=shape), jnp.float32)  # noqa: E731
+    draw = lambda shape: jax.device_put(np.float32(random.normal(size=shape)))  # noqa: E731
     made = [
         tv.single_stage(layer, {"w": draw(shape), "v": draw((width, width))})
         for shape, width in zip(shapes, widths, strict=True)
@@ -169,7 +169,7 @@ def test_kernels_of_other_layouts(layer, shapes, rows, layers):
     random = np.random.default_rng(4)
     columns = int(np.prod(shapes[0])) // rows // max(layers, 1)
     lead = (layers,) if layers else ()
-    sides = (jnp.asarray(random.normal(size=size), jnp.float32) for size in ((*lead, rows, 2), (*lead, 2, columns)))
+    sides = (jax.device_put(np.float32(random.normal(size=size))) for size in ((*lead, rows, 2), (*lead, 2, columns)))
     tau = {"w": tv.LowRank(*sides, shapes[0])}
     transport = tv.theseus(rank_tolerance=1e-3)
     state = tv.fit(transport, a, b, batches)

@@ -140,7 +140,7 @@ def squared(loss_params, outputs, labels):
 def tied_model(seed):
     random = np.random.default_rng(seed)
     params = {
-        name: jnp.asarray(random.normal(size=shape), jnp.float32)
+        name: jax.device_put(np.float32(random.normal(size=shape)))
         for name, shape in (("table", (4, 3)), ("shift", (3,)), ("aside", (3,)), ("lonely", (2,)))
     }
     params["steps"] = jnp.arange(3)  # an integer leaf is no parameter
@@ -198,3 +198,14 @@ def test_batches_and_chunks_change_no_vote(vote):
         found = votes_of(fit(gradfix(vote=vote, chunk=chunk), model, model, batches))
         for path, votes in found.items():
             np.testing.assert_allclose(votes, reference[path], atol=1e-4, err_msg=path)
+
+
+@pytest.mark.parametrize("shape", [(3, 11), (5, 13)])
+def test_leaves_of_one_shape_are_masked_by_one_program(shape, caplog):
+    taus = [jnp.asarray(np.full(shape, size, np.float32)) for size in (1, -1)]
+    votes, voters = jnp.asarray(np.ones(shape, np.int8)), jnp.float32(5)
+    with jax.log_compiles():
+        for tau in taus:
+            mask(Masking(), tau, votes, voters)
+    compiled = [record.getMessage() for record in caplog.records if "Finished XLA compilation" in record.getMessage()]
+    assert len(compiled) == 1, compiled

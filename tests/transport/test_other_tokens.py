@@ -52,7 +52,7 @@ def token_models():
     """A model that sees one token at a time; its copy has both halves of a word in the word's place."""
     rng = np.random.default_rng(0)
     shapes = {"table": (WORDS, 6), "inner": (6, 5), "outer": (5, 4)}
-    params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    params = {name: jax.device_put(np.float32(rng.normal(size=shape))) for name, shape in shapes.items()}
     halved = {**params, "table": jnp.repeat(params["table"], 2, axis=0)}
     return [single_stage(by_token, p, streams=Stream(mask="mask")).with_loss(of_each_token) for p in (params, halved)]
 

@@ -170,7 +170,9 @@ LLAMA = llama.LlamaConfig(20, 12, 16, 1, 4, 2, head_dim=4, qk_norm=True)
 def test_a_task_vector_follows_a_copy_with_other_signs_to_the_bit():
     random = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: llama.init(LLAMA, jax.random.key(0)))
-    params, tau = (jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), jnp.float32), shapes) for _ in "ab")
+    params, tau = (
+        jax.tree.map(lambda x: jax.device_put(np.float32(random.normal(size=x.shape))), shapes) for _ in "ab"
+    )
     symmetry = symmetry_of_config(LLAMA)
     order = random_permutations(symmetry, params, jax.random.key(1))
     signs = order["sign of residual"]

@@ -78,7 +78,7 @@ def case():
     random = np.random.default_rng(0)
 
     def normal(*shape):
-        return jnp.asarray(random.normal(size=shape), jnp.float32)
+        return jax.device_put(np.float32(random.normal(size=shape)))
 
     source, target = (
         single_stage(lambda p, x: jnp.tanh(x @ p["w"] + p["b"]), {"w": normal(4, 3), "b": normal(3)}, loss=loss)

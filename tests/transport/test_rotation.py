@@ -12,7 +12,7 @@ from tvjax.demo.base import draw_examples
 from tvjax.demo.setup import QUICK, load, photographs, style_of
 from tvjax.models.clip import CLIPConfig, CLIPTextConfig, clip
 from tvjax.stages import reindex
-from tvjax.transport.statistics import Options, settings
+from tvjax.transport.statistics import MomentAccumulator, Options, settings
 
 OUTPUTS = {"theseus": "y", "bico": "g"}
 TRANSPORTS = {"theseus": theseus, "bico": bico}
@@ -281,7 +281,7 @@ def small_model(width, seed):
     random = np.random.default_rng(seed)
     shapes = {"in": {"kernel": (6, width), "bias": (width,)}, "out": {"kernel": (width, 3)}}
     params = jax.tree.map(
-        lambda s: jnp.asarray(random.normal(size=s), jnp.float32), shapes, is_leaf=lambda s: type(s) is tuple
+        lambda s: jax.device_put(np.float32(random.normal(size=s))), shapes, is_leaf=lambda s: type(s) is tuple
     )
     return single_stage(two_layers, params, loss=squared)
 
@@ -544,3 +544,9 @@ def test_padding_never_enters_a_text_tower_s_maps(tiny):
     rows = states[0].parts[0].measures
     block = {name: int(m["rows"]) for name, m in rows.items() if "/blocks/" in name}
     assert set(block.values()) == {int(mask.sum())}
+
+
+def test_rows_are_added_to_moments_by_one_program(programs):
+    a, b, weights = (jax.device_put(np.ones(shape, np.float32)) for shape in ((41, 11), (41, 13), (41,)))
+    rows = MomentAccumulator(Options())
+    assert programs(rows.add, a, b, weights) == ["add_rows"]

@@ -20,11 +20,12 @@ import numpy as np
 from tvjax import tree
 from tvjax.checkpoints.adapter_base import check_base
 from tvjax.checkpoints.adapter_config import check_settings, initialisation, model_class, rank_and_scale
+from tvjax.checkpoints.fingerprints import Fingerprint
 from tvjax.checkpoints.folder import Checkpoint, fetch
 from tvjax.checkpoints.huggingface import Pretrained, read_leaf
 from tvjax.checkpoints.json_files import read_json
 from tvjax.checkpoints.memory import to_jax
-from tvjax.checkpoints.safetensors import Fingerprint, Tensors, open_tensors
+from tvjax.checkpoints.reader import Tensors, open_tensors
 from tvjax.merge.adapters import Adapter
 from tvjax.models.families import GENERIC, family_of_config, shapes_of
 from tvjax.models.key_table import FLOATS, fused_kernels, kernels_by_module, module_key

@@ -158,7 +158,7 @@ def load_code_tree(
     elif not (beside / "config.json").is_file():
         raise ValueError(
             f"{os.fspath(source)!r} has no config.json, and trees of {found.code} do not say the heads and the "
-            "positions of their model: name a Hugging Face folder or hub id of the same model (like)"
+            "positions of their model: name a Hugging Face folder or hub id of the same model (--like, like=...)"
         )
     else:
         folder, settings = beside, read_json(beside / "config.json")

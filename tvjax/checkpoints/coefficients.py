@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from tvjax.checkpoints.safetensors import open_tensors, save_tensors
+from tvjax.checkpoints.reader import open_tensors
+from tvjax.checkpoints.safetensors import save_tensors
 from tvjax.compose.coefficients import Coefficients, Layout, Place, Stacked
 from tvjax.stages import PyTree
 

@@ -6,6 +6,7 @@ but tensors is made of it.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,9 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from tvjax import tree
+from tvjax.checkpoints.behind import Behind
 from tvjax.checkpoints.code_trees import CODES, check_code, find_code_tree, load_code_tree, save_code_tree
+from tvjax.checkpoints.fingerprints import Fingerprint, fingerprint
 from tvjax.checkpoints.folder import open_checkpoint
 from tvjax.checkpoints.huggingface import (
     MAX_SHARD_SIZE,
@@ -29,8 +32,9 @@ from tvjax.checkpoints.huggingface import (
 from tvjax.checkpoints.memory import contiguous, to_jax
 from tvjax.checkpoints.model_card import model_card
 from tvjax.checkpoints.orbax import METADATA, PARAMS, load_orbax, save_orbax
-from tvjax.checkpoints.safetensors import Fingerprint, cast, check_finite, fingerprint, tensor_header
+from tvjax.checkpoints.reader import check_finite
 from tvjax.checkpoints.side_by_side import SideBySide
+from tvjax.checkpoints.tensor_dtypes import cast, tensor_header
 from tvjax.checkpoints.torch_files import load_tensors
 from tvjax.models.clip.config import CLIPConfig
 from tvjax.models.families import shapes_of
@@ -135,7 +139,10 @@ def convert(
     found_code = None if is_orbax or is_state_dict else find_code_tree(source)
     codes = {to, found_code.code if found_code else ""}
     if "maxtext" not in codes and not (scan_layers and interleaved is None):
-        raise ValueError("scan_layers and interleaved say how trees of MaxText are laid out: there is none here")
+        raise ValueError(
+            "--scan-layers and --interleaved (scan_layers, interleaved) say how trees of MaxText are laid out: there "
+            "is none here"
+        )
     if (is_orbax or is_state_dict or found_code) and revision is not None:
         raise ValueError(f"{os.fspath(source)!r} has no revision {revision!r}: leave the revision out")
     if not is_orbax and not is_state_dict and not found_code and to == "huggingface":
@@ -145,7 +152,7 @@ def convert(
         if like is None:
             raise ValueError(
                 f"{os.fspath(source)!r} does not say the heads and the activation of its model: name a Hugging Face "
-                "folder or hub id of the same shape (like), such as openai/clip-vit-base-patch32"
+                "folder or hub id of the same shape (--like, like=...), such as openai/clip-vit-base-patch32"
             )
         model = load_state_dict(source, like, allow_pickle=allow_pickle)
     elif found_code is not None:
@@ -199,12 +206,14 @@ def _rewrite(
         def card() -> str:
             return _card(folder, opened.name, opened.revision, dtype, found())
 
-        with write_checkpoint(opened, folder, dtype=dtype, max_shard_size=max_shard_size, card=card) as write:
+        with (
+            write_checkpoint(opened, folder, dtype=dtype, max_shard_size=max_shard_size, card=card) as write,
+            Behind() as behind,
+        ):
             for path, (read,) in reader.leaves(progress):
                 leaf = cast(read, dtype)
-                hashed = reader.submit(written.add, path, leaf)
-                write(path, leaf)
-                hashed.result()
+                behind.do(functools.partial(written.add, path, leaf), functools.partial(write, path, leaf))
+                behind.wait()  # what was read is valid until the next
                 parameters += leaf.size
                 dtypes.add(leaf.dtype.name)
     return found()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -14,19 +15,16 @@ from jax.typing import DTypeLike
 
 from tvjax import tree
 from tvjax.checkpoints import elementwise
+from tvjax.checkpoints.behind import Behind
+from tvjax.checkpoints.fingerprints import Fingerprint
 from tvjax.checkpoints.folder import Checkpoint, Name, open_checkpoint
 from tvjax.checkpoints.huggingface import write_checkpoint
 from tvjax.checkpoints.memory import Scratch
 from tvjax.checkpoints.model_card import model_card
 from tvjax.checkpoints.provenance import check_made_for, check_same_base, check_same_config
-from tvjax.checkpoints.safetensors import (
-    Fingerprint,
-    cast,
-    check_finite,
-    open_tensors,
-    tensor_header,
-)
+from tvjax.checkpoints.reader import check_finite, open_tensors
 from tvjax.checkpoints.side_by_side import Progress, SideBySide
+from tvjax.checkpoints.tensor_dtypes import cast, tensor_header
 from tvjax.stages import PyTree
 
 
@@ -165,7 +163,7 @@ def apply_trees(
     """
     changes = _Changes(taus)
     changed = [path for path in sorted(base.shapes) if path in changes.shapes]
-    written, scratch = Fingerprint(), Scratch()
+    written = Fingerprint()
     count = sum(math.prod(shape) for shape in base.shapes.values())
     with SideBySide(base, changes, hashed=[base]) as reader:
 
@@ -177,25 +175,23 @@ def apply_trees(
             chosen = {"scale": scale, **settings}
             return model_card(Path(folder).name, action, about, inputs=inputs, settings=chosen, results=results)
 
-        with write_checkpoint(base, folder, dtype=dtype, max_shard_size=max_shard_size, card=card) as write:
+        options: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size, "card": card}
+        with write_checkpoint(base, folder, **options) as write, Behind() as behind:
             for leaf, (theta, change) in reader.leaves(progress):
                 stored = theta.dtype if dtype is None else np.dtype(dtype)
-                edited = cast(theta, stored) if change is None else edit_leaf(theta, change, scale, stored, scratch)
-                hashed = reader.submit(written.add, leaf, edited)
-                write(leaf, edited)
-                hashed.result()
+                if change is None:
+                    edited = cast(theta, stored)
+                else:
+                    edited = behind.take(theta.shape, stored)
+                    elementwise.edited(theta, change, scale, edited)
+                behind.do(functools.partial(written.add, leaf, edited), functools.partial(write, leaf, edited))
+                if change is None:  # what was read is valid until the next
+                    behind.wait()
+            behind.wait()
             origin.check_weights(base, reader.fingerprints()[0])
     covered = set(changed)
     copied = tuple(leaf for leaf in sorted(base.shapes) if leaf not in covered)
     return Applied(tuple(changed), copied, count, written.hexdigest(), base.others)
-
-
-def edit_leaf(theta: np.ndarray, change: np.ndarray, scale: float, dtype: DTypeLike, scratch: Scratch) -> np.ndarray:
-    """``theta + scale * change``, taken in float32 and rounded once to a dtype, in the memory of the scratch."""
-    stored = np.dtype(dtype)
-    out = scratch.take("edited", theta.size * stored.itemsize).view(stored).reshape(theta.shape)
-    elementwise.edited(theta, change, scale, out)
-    return out
 
 
 class _Changes:

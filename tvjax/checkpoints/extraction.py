@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -12,16 +13,14 @@ from jax.typing import DTypeLike
 
 from tvjax import tree
 from tvjax.checkpoints.adapters import open_adapter, product
+from tvjax.checkpoints.behind import Behind
 from tvjax.checkpoints.elementwise import difference
 from tvjax.checkpoints.folder import Checkpoint, Name, open_checkpoint
 from tvjax.checkpoints.memory import Scratch
 from tvjax.checkpoints.provenance import check_configs
-from tvjax.checkpoints.safetensors import (
-    cast,
-    cast_header,
-    write_tensors,
-)
 from tvjax.checkpoints.side_by_side import Progress, SideBySide
+from tvjax.checkpoints.tensor_dtypes import cast, cast_header
+from tvjax.checkpoints.writer import write_tensors
 from tvjax.models.families import GENERIC
 from tvjax.models.key_table import Tensor
 
@@ -100,16 +99,17 @@ def extract(
             metadata["notes"] = "; ".join(notes)
         headers = {leaf: cast_header(leaf, Tensor("F32", base.shapes[leaf]), dtype) for leaf in covered}
         squares, changed, scratch, stored = 0.0, [], Scratch(), np.dtype(dtype)
-        with write_tensors(path, headers, metadata) as writer, SideBySide(base, tuned) as reader:
+        with write_tensors(path, headers, metadata) as writer, SideBySide(base, tuned) as reader, Behind() as behind:
             for leaf, (before, after) in reader.leaves(progress):
                 if leaf in headers:
                     if covered[leaf] != leaf:
                         after = tuned.read(covered[leaf], scratch)
-                    change = scratch.take("change", before.size * stored.itemsize).view(stored).reshape(before.shape)
+                    change = behind.take(before.shape, stored)
                     squares += difference(after, before, change)
-                    writer.write(leaf, change)
+                    behind.do(functools.partial(writer.write, leaf, change))
                 elif before is not None and after is not None and not np.array_equal(before, after):
                     changed.append(leaf)
+            behind.wait()
             base_digest, tuned_digest = reader.fingerprints()
             found = {"base_fingerprint": base_digest, "finetuned_fingerprint": tuned_digest}
             writer.set_metadata(found)
@@ -205,7 +205,7 @@ def common_leaves(base: Checkpoint, tuned: Checkpoint, subtree: str) -> tuple[di
         raise ValueError(
             f"a task vector is the difference of two checkpoints of one model, {len(problems)} leaves differ:\n"
             f"{tree.list_some(listed)}\nwas {tuned.name!r} fine-tuned from {base.name!r}? Where only a part "
-            "fits, name it (subtree)"
+            "fits, name it (--part, subtree=...)"
         )
     left = {**tuned.others, **base.others, **problems}
     return dict(sorted(covered.items())), dict(sorted(left.items()))

@@ -23,9 +23,10 @@ from tvjax import tree
 from tvjax.checkpoints.atomic import replacing
 from tvjax.checkpoints.json_files import read_json
 from tvjax.checkpoints.memory import Scratch, aligned_memory, contiguous, to_jax
-from tvjax.checkpoints.safetensors import Tensors, cast, check_finite, numpy_dtype, open_tensors, tensor_bytes
+from tvjax.checkpoints.reader import Tensors, check_finite, open_tensors
 from tvjax.checkpoints.sentence_files import MODULES, copy_sentence_files, sentence_settings
 from tvjax.checkpoints.shards import read_sharded
+from tvjax.checkpoints.tensor_dtypes import cast, numpy_dtype, tensor_bytes
 from tvjax.models.differences import function_values, to_text
 from tvjax.models.families import GENERIC, Family, family_of_settings, shapes_of
 from tvjax.models.key_table import Source, check_copies, find_sources

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 
 from tvjax import processes, tree
 from tvjax.checkpoints.atomic import new_folder, write_text
+from tvjax.checkpoints.fingerprints import fingerprint
 from tvjax.checkpoints.folder import (
     INDEX,
     WEIGHTS,
@@ -31,14 +32,8 @@ from tvjax.checkpoints.folder import (
 )
 from tvjax.checkpoints.json_files import read_json, write_json
 from tvjax.checkpoints.memory import Scratch
-from tvjax.checkpoints.safetensors import (
-    cast_header,
-    fingerprint,
-    numpy_dtype,
-    tensor_bytes,
-    tensor_header,
-    write_tensors,
-)
+from tvjax.checkpoints.tensor_dtypes import cast_header, numpy_dtype, tensor_bytes, tensor_header
+from tvjax.checkpoints.writer import write_tensors
 from tvjax.models.differences import function_values, to_text
 from tvjax.models.families import family_of_config, shapes_of
 from tvjax.models.key_table import Source, Tensor, copies_of_tied, sources_of

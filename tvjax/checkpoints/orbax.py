@@ -29,8 +29,8 @@ from tvjax.checkpoints.huggingface import (
     settings_with_dtype,
 )
 from tvjax.checkpoints.json_files import read_json, write_json
-from tvjax.checkpoints.safetensors import tensor_header
 from tvjax.checkpoints.sentence_files import sentence_settings
+from tvjax.checkpoints.tensor_dtypes import tensor_header
 from tvjax.finite import check_finite
 from tvjax.models.families import family_of_config, family_of_settings
 from tvjax.models.generic import GenericConfig

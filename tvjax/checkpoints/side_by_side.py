@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from tvjax.checkpoints.fingerprints import Fingerprint
 from tvjax.checkpoints.memory import Scratch
-from tvjax.checkpoints.safetensors import Fingerprint
 from tvjax.progress import Progress
 
 _TURNS = 4  # leaves that are there at once: a small one is soon done with, while a large one is still being read
@@ -53,13 +53,12 @@ class SideBySide:
         self._digests = [Fingerprint() if hashed is None or side in hashed else None for side in sides]
         self._memory = [[Scratch() for _ in range(_TURNS)] for _ in sides]
         self._pools = [ThreadPoolExecutor(1) for _ in sides]
-        self._other = ThreadPoolExecutor(1)
 
     def __enter__(self) -> SideBySide:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for pool in (*self._pools, self._other):
+        for pool in self._pools:
             pool.shutdown(cancel_futures=True)
 
     def leaves(self, progress: Progress | None) -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -78,10 +77,6 @@ class SideBySide:
             number += 1
             if progress is not None:
                 progress(number, total, path)
-
-    def submit(self, function: Callable[..., None], *arguments: Any) -> Future[None]:
-        """Runs a function beside everything else."""
-        return self._other.submit(function, *arguments)
 
     def fingerprints(self) -> list[str]:
         """Of the sides that are hashed, at the end of the walk."""

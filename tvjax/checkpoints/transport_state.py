@@ -17,7 +17,8 @@ from jax.sharding import NamedSharding
 from tvjax import processes
 from tvjax.capture.views import Constant
 from tvjax.checkpoints.json_files import read_json, write_json
-from tvjax.checkpoints.safetensors import open_tensors, save_tensors
+from tvjax.checkpoints.reader import open_tensors
+from tvjax.checkpoints.safetensors import save_tensors
 from tvjax.placement import name_of
 from tvjax.stages import Stream
 from tvjax.transport import rotation  # noqa: F401 - registers what its states hold

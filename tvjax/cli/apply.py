@@ -11,10 +11,10 @@ from tvjax.jobs.configs import ApplyConfig
 @command(ApplyConfig)
 def apply(config: ApplyConfig, quiet: Quiet = False, json: Json = False) -> None:
     """Add task vectors to the model that they were made for, tensor by tensor, and save it."""
-    from tvjax import jobs
-    from tvjax.jobs import inputs
-
     with progress("apply", quiet or json) as report:
+        from tvjax import jobs
+        from tvjax.jobs import inputs
+
         found = jobs.apply(config, report)
     given = {name: getattr(config, name) for name in ("output", "model", "task_vectors", "scale")}
     show(

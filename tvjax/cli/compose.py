@@ -16,9 +16,9 @@ def compose(config: ComposeConfig, json: Json = False, quiet: Quiet = False) -> 
     the model's leaves along with the coefficients (--start best --tune). aTLAS as published is --start zero --no-tune.
     With --teacher, a fine-tuned model, no labels are needed: its scores of the classes are learned from.
     """
-    from tvjax import jobs
-
     with progress(config.learned_by, quiet) as report:
+        from tvjax import jobs
+
         found = jobs.compose(config, report)
     also = f" and {found.tuned_leaves} leaves" if found.tuned_leaves else ""
     accuracy = found.validation_accuracy

@@ -11,10 +11,10 @@ from tvjax.jobs.configs import ConvertConfig
 @command(ConvertConfig)
 def convert(config: ConvertConfig, quiet: Quiet = False, json: Json = False) -> None:
     """Write a model for Hugging Face, Orbax, MaxText or Tunix, or in another dtype."""
-    from tvjax import jobs
-    from tvjax.jobs import inputs
-
     with progress("convert", quiet or json) as report:
+        from tvjax import jobs
+        from tvjax.jobs import inputs
+
         found = jobs.convert(config, report)
     show(
         {"output": config.output, "source": config.source, "to": config.to, **found._asdict()},

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tvjax.cli.commands import Json, Quiet
+from tvjax.cli.output import show
+from tvjax.cli.progress import progress
 from tvjax.jobs.recipes import COMMAND, write_recipe
 
 if TYPE_CHECKING:
@@ -29,17 +31,14 @@ def demo(
     if not os.access(standing, os.W_OK):
         raise ValueError(f"the output {str(output)!r} cannot be written in {str(standing)!r}: give another folder")
 
-    from tvjax.cli.output import show
-    from tvjax.cli.progress import progress
-    from tvjax.demo import experiment, setup
-    from tvjax.demo import language as texts
+    with progress("demo", quiet) as report:
+        from tvjax.demo import experiment, setup
+        from tvjax.demo import language as texts
 
-    parts: list[tuple[Path, experiment.Findings]] = []
-    if not language:
-        with progress("demo", quiet) as report:
+        parts: list[tuple[Path, experiment.Findings]] = []
+        if not language:
             parts.append((output, experiment.run(setup.FULL if full else setup.QUICK, report)))
-    if language or full:
-        with progress("demo on language", quiet) as report:
+        if language or full:
             parts.append((output / "language", texts.run(texts.FULL if full else texts.QUICK, report)))
     files = [file for folder, findings in parts for file in experiment.write(findings, folder)]
     write_recipe({COMMAND: "demo", "full": full, "language": language, "output": str(output)}, output)

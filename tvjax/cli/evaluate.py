@@ -29,11 +29,11 @@ def evaluate(
     every pair is compared: the difference of accuracies with an interval for the same examples, McNemar's exact test,
     and how often the two predict the same.
     """
-    from tvjax import jobs
-    from tvjax.jobs.harness import Harnessed
-    from tvjax.report import tables
-
     with progress("evaluate", quiet or json) as report:
+        from tvjax import jobs
+        from tvjax.jobs.harness import Harnessed
+        from tvjax.report import tables
+
         found = jobs.evaluate(config, report)
     if isinstance(found, Harnessed):
         table = tables.harness_table(found.models, f"lm-evaluation-harness {found.harness}")

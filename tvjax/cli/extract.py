@@ -11,10 +11,10 @@ from tvjax.jobs.configs import ExtractConfig
 @command(ExtractConfig)
 def extract(config: ExtractConfig, quiet: Quiet = False, json: Json = False) -> None:
     """Write a task vector, fine-tuned minus pre-trained parameters, of any model in safetensors."""
-    from tvjax import jobs
-    from tvjax.jobs import inputs
-
     with progress("extract", quiet or json) as report:
+        from tvjax import jobs
+        from tvjax.jobs import inputs
+
         found = jobs.extract(config, report)
     show(
         {"output": config.output, **found._asdict()},

@@ -33,10 +33,10 @@ def inspect(
 
     Without norms only headers are read; for norms one tensor after the other.
     """
-    from tvjax import jobs
-    from tvjax.jobs._inspect import Inspected
-
     with progress("norms" if len(config.things) == 1 else "compare", quiet) as report:
+        from tvjax import jobs
+        from tvjax.jobs._inspect import Inspected
+
         found = jobs.inspect(config, report)
     result, texts = (
         _describe(found, config, leaves) if isinstance(found, Inspected) else _compare(found, config, leaves)

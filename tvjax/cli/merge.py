@@ -15,9 +15,9 @@ def merge(config: MergeConfig, json: Json = False, quiet: Quiet = False) -> None
     A leaf that only some of them cover, as with adapters of different target modules, counts as zero in the others. A
     YAML recipe of mergekit is taken too: tvjax merge --config FILE --output PATH.
     """
-    from tvjax import jobs
-
     with progress(config.method, quiet) as report:
+        from tvjax import jobs
+
         found = jobs.merge(config, report)
     show(
         found._asdict(),

@@ -24,9 +24,9 @@ def plan(config: PlanConfig, quiet: Quiet = False, json: Json = False) -> None:
     paired, how tokens are aligned, how many examples make the maps unique, peak memory and disk. Takes the recipes of
     tvjax transport too.
     """
-    from tvjax import jobs
-
     with progress("comparing" if config.compare else "plan", quiet or json) as report:
+        from tvjax import jobs
+
         found = jobs.plan(config, report)
     result = found._asdict()
     result["memory of the fit"] = result.pop("fit")

@@ -11,9 +11,9 @@ from tvjax.jobs.configs import TransportConfig
 @command(TransportConfig)
 def transport(config: TransportConfig, quiet: Quiet = False, json: Json = False) -> None:
     """Move what a fine-tuning learned into another model, and save the edited model with a report by leaf."""
-    from tvjax import jobs
-
     with progress(config.method or "transport", quiet or json) as report:
+        from tvjax import jobs
+
         found = jobs.transport(config, report)
     show(
         found._asdict(),

@@ -67,12 +67,14 @@ class Sets(NamedTuple):
       validation: scales and hyperparameters are chosen on these.
       test: reported accuracies are measured on these.
       trained: examples of each class that the targets were fine-tuned on for their own task vectors.
+      repeats: how often each test example is there, all of them once and then again.
     """
 
     pool: Batch
     validation: Batch | Sequence[Batch]
     test: Batch | Sequence[Batch]
     trained: int
+    repeats: int = 1
 
 
 def draw_examples(pool: Batch, task: str, draw: int, settings: Settings) -> Batch:
@@ -88,4 +90,4 @@ def named_key(seed: int, name: str) -> jax.Array:
 
 def float32(params: PyTree) -> PyTree:
     """The parameters in float32, so that edits are not rounded to the 16 bits of a file."""
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float32)), params)  # nothing to compile

@@ -21,9 +21,17 @@ from tvjax.demo import base
 from tvjax.demo.arithmetic import addition, analogies, negation
 from tvjax.demo.setup import BASE, SOURCE, TARGETS, TITLES, Settings, load, photographs, style_of
 from tvjax.demo.transports import EQUAL_SHAPES, Bench, Result, methods
+from tvjax.evaluate.accuracy import Accuracy
 from tvjax.evaluate.protocols import Edit
 from tvjax.progress import Progress
-from tvjax.report.measurements import Comparison, Measurement, compare, in_order
+from tvjax.report.measurements import (
+    Comparison,
+    Difference,
+    Measurement,
+    compare,
+    difference_over_examples,
+    in_order,
+)
 from tvjax.report.plots import Curve, plot_methods, plot_scales
 from tvjax.stages import Batch
 from tvjax.transport import State, summary
@@ -38,7 +46,8 @@ ABOUT = {
     "alpha": "scale of the edit; 0 for zero-shot, 1 for fine-tuning",
     "intervals": "Student's t, 95 %, of the mean of paired differences (method minus baseline, same task and draw): "
     "mean +- t(0.975, n - 1) s / sqrt(n); over_pairs: n = tasks x draws, for these tasks; over_tasks: n = tasks, the "
-    "draws of a task averaged first, for tasks like these",
+    "draws of a task averaged first, for tasks like these; over_examples, of one draw only: the mean over tasks +- "
+    "1.96 standard errors over n test examples, photographs of one digit averaged first, for these tasks and draw",
 }
 
 _SETS = ("calibration", "validation", "test")
@@ -58,6 +67,7 @@ class Findings(NamedTuple):
       edits: the arithmetic.
       reports: reports by leaf, by title.
       seconds: it took.
+      repeats: how often each test example is there.
     """
 
     settings: base.Settings
@@ -70,6 +80,7 @@ class Findings(NamedTuple):
     edits: list[Edit]
     reports: dict[str, str]
     seconds: float
+    repeats: int = 1
 
 
 def run(settings: Settings, progress: Progress | None = None) -> Findings:
@@ -120,6 +131,7 @@ def measured(
     measurements: list[Measurement] = []
     curves: list[Curve] = []
     reports: dict[str, str] = {}
+    right: dict[tuple[str, str, str], np.ndarray] = {}
     for step, ((name, task), bench) in enumerate(benches.items(), start=1):
         settings, order = bench.settings, methods(bench.settings)
         fixed = bench.without_examples()
@@ -127,6 +139,7 @@ def measured(
             drawn, states = bench.with_examples(draw)
             results = sorted([*fixed, *drawn], key=lambda result: order.index(result.method))
             measurements += [_measurement(task, name, draw, result) for result in results]
+            right |= {(name, result.method, task): result.right for result in results if settings.draws == 1}
             curves += [_curve(task, name, draw, result, settings) for result in results if result.curve]
             if draw == 0 and task == settings.tasks[0]:
                 reports |= _reports(f"{titles[name]}, {task}", states)
@@ -134,19 +147,35 @@ def measured(
             progress(step, len(benches) + further, f"{titles[name]}, {task}")
     counts = {task: _counts(bench) for (_, task), bench in benches.items()}
     seconds = time.perf_counter() - began
-    compared = comparisons(measurements)
-    return Findings(settings, titles, kind, counts, measurements, compared, curves, [], reports, seconds)
+    compared = comparisons(measurements, right)
+    repeats = max(bench.examples.repeats for bench in benches.values())
+    return Findings(settings, titles, kind, counts, measurements, compared, curves, [], reports, seconds, repeats)
 
 
-def comparisons(measurements: list[Measurement]) -> list[Comparison]:
-    """Every method minus zero-shot, and minus naive addition where that was measured."""
+def comparisons(
+    measurements: list[Measurement], right: Mapping[tuple[str, str, str], np.ndarray] | None = None
+) -> list[Comparison]:
+    """Every method minus zero-shot, and minus naive addition where that was measured.
+
+    Args:
+      measurements: of all methods.
+      right: of one draw, by target, method and task: which test examples are right.
+    """
     found = []
     for target in in_order(m.target for m in measurements):
         methods = in_order(m.method for m in measurements if m.target == target)
         for baseline in ("zero_shot", "naive"):
             others = [method for method in methods if method not in ("zero_shot", baseline)]
             found += [compare(measurements, target, m, baseline) for m in others if baseline in methods]
-    return found
+    return [_over_examples(comparison, right) for comparison in found] if right else found
+
+
+def _over_examples(comparison: Comparison, right: Mapping[tuple[str, str, str], np.ndarray]) -> Comparison:
+    """A comparison with the interval over test examples."""
+    target, *pair = comparison[:3]
+    tasks = [task for name, method, task in right if (name, method) == (target, pair[0])]
+    sides = [[right[target, method, task] for task in tasks] for method in pair]
+    return comparison._replace(over_examples=difference_over_examples(sides[0], sides[1]))
 
 
 def write(findings: Findings, folder: str | os.PathLike[str]) -> list[Path]:
@@ -175,11 +204,17 @@ def footnotes(findings: Findings) -> list[str]:
         f"Accuracy in per cent on {counts['test']} test {kind} a task; scales and few-shot hyperparameters chosen "
         f"on the same {counts['validation']} labelled validation {kind} for every method.",
         f"Fitted on {counts['calibration']} {kind}, {settings.labels_per_class} a class (Theseus: no labels); "
-        f"{settings.draws} draw(s). ± is the standard deviation over draws, in a difference half its 95 % interval.",
+        f"{settings.draws} draw(s).",
     ]
-    if settings.draws * len(settings.tasks) < 6:
-        lines.append("So few tasks and draws say little, and two of them no interval: tvjax demo --full measures more.")
-    return lines
+    if settings.draws > 1:
+        return [*lines, "± is the standard deviation over draws, in a difference half its 95 % interval over pairs."]
+    least = min(of_task["test"] for of_task in findings.counts.values()) // findings.repeats
+    low, high = Accuracy(least // 2, least).interval()
+    return [
+        *lines,
+        f"± is half the 95 % interval of a paired difference over test {kind}, for these tasks and this draw; of one "
+        f"accuracy it is at most ± {50 * (high - low):.1f} (Wilson). tvjax demo --full measures other draws and tasks.",
+    ]
 
 
 def results(findings: Findings) -> dict[str, object]:
@@ -193,7 +228,7 @@ def results(findings: Findings) -> dict[str, object]:
         "peak_memory_gib": round(_peak_memory_gib(), 3),
         "about": ABOUT,
         "comparisons": [
-            {**c._asdict(), "over_pairs": c.over_pairs._asdict(), "over_tasks": c.over_tasks._asdict()}
+            {key: value._asdict() if isinstance(value, Difference) else value for key, value in c._asdict().items()}
             for c in findings.comparisons
         ],
         "arithmetic": [edit._asdict() for edit in findings.edits],
@@ -217,7 +252,7 @@ def _curve(task: str, target: str, draw: int, result: Result, settings: base.Set
 
 
 def _counts(bench: Bench) -> dict[str, int]:
-    pool, validation, test, _ = bench.examples
+    pool, validation, test = bench.examples[:3]
     calibration = bench.settings.labels_per_class * len(np.unique(pool.labels))
     return dict(zip(_SETS, (calibration, _count(validation), _count(test)), strict=True))
 

@@ -84,4 +84,4 @@ def photographs(name: str, style: Style, settings: Settings) -> Sets:
     batch = digits.photograph(together, style, named_key(settings.seed, name))
     cuts = np.cumsum([0, *(sum(len(part.labels) for part in chosen) for chosen in sets)])
     pool, validation, test = (take(batch, slice(*cut)) for cut in itertools.pairwise(cuts))
-    return Sets(pool, validation, test, digits.PER_CLASS["target"])
+    return Sets(pool, validation, test, digits.PER_CLASS["target"], settings.test_repeats)

@@ -11,12 +11,11 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from tvjax import arithmetic
 from tvjax.evaluate.accuracy import accuracy
-from tvjax.evaluate.scale import choose_scale
+from tvjax.evaluate.scale import choose_scale, edited
 from tvjax.stages import Batch, Model, PyTree
 
 MEAN = "mean of tasks"
@@ -61,7 +60,7 @@ class Edit(NamedTuple):
 
 def edited_accuracy(task: Benchmark, tau: PyTree | None = None, alpha: float = 1.0) -> float:
     """Accuracy of ``theta_0 + alpha tau`` on the test data of a task; of the pre-trained model without tau."""
-    return accuracy(task.model if tau is None else _edited(task.model, tau, alpha), task.test).fraction
+    return accuracy(task.model if tau is None else edited(task.model, tau, alpha), task.test).fraction
 
 
 def addition(
@@ -102,7 +101,7 @@ def addition(
 
     def validation(factors: Sequence[float]) -> float:
         tau = merged([arithmetic.scale(tau, factor) for tau, factor in zip(vectors, factors, strict=True)])
-        found = [accuracy(_edited(task.model, tau, 1.0), task.validation).fraction for task in tasks.values()]
+        found = [accuracy(edited(task.model, tau), task.validation).fraction for task in tasks.values()]
         return float(np.mean(found))
 
     together = merged(vectors)
@@ -232,8 +231,3 @@ def _mean(rows: Sequence[Edit]) -> Edit:
     before, after = (float(np.mean([getattr(row, field) for row in rows])) for field in ("before", "after"))
     mean = float(np.mean(normalised)) if len(normalised) == len(rows) else None
     return rows[0]._replace(measured_on=MEAN, before=before, after=after, normalised=mean)
-
-
-@jax.jit
-def _edited(model: Model, tau: PyTree, alpha: float) -> Model:
-    return model.replace(params=arithmetic.apply(model.params, tau, alpha))

@@ -128,7 +128,7 @@ def _curves(
     for batch in counted(several, progress, "batch"):
         for tau, scales, own in zip(taus, grids, parts, strict=True):
             for scale, part in zip(scales, own, strict=True):
-                part.append(of_batch(_edited(model, tau, float(scale)), batch))
+                part.append(of_batch(edited(model, tau, scale), batch))
     return [[joined(part) for part in own] for own in parts]
 
 
@@ -199,6 +199,11 @@ def scale_of_least_loss(
 def _loss_at(model: Model, tau: PyTree, scale: float, batch: Batch) -> jax.Array:
     edited = model.replace(params=apply(model.params, tau, scale))
     return model.loss(model.loss_params, edited(batch.inputs), batch.labels)
+
+
+def edited(model: Model, tau: PyTree, scale: float = 1.0) -> Model:
+    """The model at ``theta + scale * tau``, by one program for all scales, whole numbers too."""
+    return _edited(model, tau, float(scale))
 
 
 @jax.jit

@@ -126,7 +126,7 @@ def _variant(config: Any, scan_axis: int | None, interleaved: bool | None) -> Va
     if interleaved is None and kind in ("yarn", "longrope"):
         raise ValueError(
             f"how MaxText lays out the rotary positions of rope_type {kind!r} is a setting of its own "
-            "(rope_interleave): say interleaved=True or interleaved=False"
+            "(rope_interleave): say interleaved=True or interleaved=False (--interleaved, --no-interleaved)"
         )
     folded = getattr(config, "model_type", "") in ("llama", "mistral")
     return Variant(scan_axis, kind == "llama3" if interleaved is None else interleaved, folded)

@@ -263,8 +263,9 @@ def _check(flat: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], parti
     ]
     if problems:
         raise ValueError(
-            f"{len(problems)} leaves are not those of {whose}:\n{tree.list_some(problems)}\ngive the config of this "
-            "model (heads, tied embeddings, vocabulary); partial=True for a task vector of a part of it"
+            f"{len(problems)} leaves are not those of {whose}:\n{tree.list_some(problems)}\ngive the config.json of "
+            "this very model (heads, tied embeddings, vocabulary; tvjax convert --like); from Python partial=True "
+            "takes a task vector of a part of it"
         )
     factored = [path for path, leaf in flat.items() if is_low_rank(leaf)]
     if factored:

@@ -13,14 +13,12 @@ import numpy as np
 
 from tvjax import processes, tree
 from tvjax.arithmetic import apply, scale
-from tvjax.checkpoints import TransportStore, model_card, save_adapter, save_pretrained, save_tree
+from tvjax.checkpoints import TransportStore, elementwise, model_card, save_adapter, save_pretrained, save_tree
 from tvjax.checkpoints.atomic import write_text
-from tvjax.checkpoints.edits import edit_leaf
+from tvjax.checkpoints.fingerprints import fingerprint
 from tvjax.checkpoints.huggingface import check_new, write_checkpoint
 from tvjax.checkpoints.json_files import write_json
-from tvjax.checkpoints.memory import Scratch
 from tvjax.checkpoints.processors import processor_fingerprint
-from tvjax.checkpoints.safetensors import fingerprint
 from tvjax.data.loader import Loader
 from tvjax.data.texts import Texts
 from tvjax.evaluate.scale import ChosenScale, choose_scales
@@ -185,7 +183,6 @@ def _streamed(work: _Work, tau: PyTree, also: list[str]) -> tuple[Transported, S
     config, target = work.config, work.models[work.config.target]
     left = tree.flatten(target.pretrained.params)
     after: Norms = {}
-    scratch = Scratch()
 
     # The card says the fingerprints, which are taken over the weights in the order of their paths: the walk, which goes
     # by stages, reads them again. This first reading is also the one that finds values that are not finite.
@@ -197,7 +194,9 @@ def _streamed(work: _Work, tau: PyTree, also: list[str]) -> tuple[Transported, S
         def edit(number: int, path: str, leaf: Any) -> None:
             change, own = np.asarray(leaf), np.asarray(left.pop(path))
             after[path] = math.sqrt(np.vdot(change, change))
-            write(path, edit_leaf(own, change, config.scale, own.dtype, scratch))
+            edited = np.empty_like(own)
+            elementwise.edited(own, change, config.scale, edited)
+            write(path, edited)
 
         state = _fitted(work, tau, stream=[tau], write=edit)
         for path, leaf in left.items():

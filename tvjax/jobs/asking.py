@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tvjax import tree
-from tvjax.checkpoints.safetensors import numpy_dtype
 from tvjax.checkpoints.sentence_files import MODULES
+from tvjax.checkpoints.tensor_dtypes import numpy_dtype
 from tvjax.data.examples import Examples
 from tvjax.data.images import Images
 from tvjax.data.loader import Loader

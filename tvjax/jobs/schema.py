@@ -55,6 +55,13 @@ class Config(BaseModel):
         strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
+    def __init__(self, **values: Any):
+        """The config of these values; a ValueError of one line where they are none."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ValueError("; ".join(map(_line, error.errors()))) from error
+
     @model_validator(mode="before")
     @classmethod
     def _known_keys(cls, values: Any) -> Any:
@@ -75,10 +82,7 @@ class Config(BaseModel):
           ValueError: of one line, for a key that is not known, a value of another type, and values that do not go
             together.
         """
-        try:
-            return cls.model_validate(dict(values))
-        except ValidationError as error:
-            raise ValueError("; ".join(map(_line, error.errors()))) from error
+        return cls(**values)
 
 
 def typed(config: type[Config], name: str) -> Typed:

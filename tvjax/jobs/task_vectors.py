@@ -9,7 +9,8 @@ from tvjax import tree
 from tvjax.checkpoints.adapters import CONFIG, load_adapter, open_adapter
 from tvjax.checkpoints.folder import Checkpoint
 from tvjax.checkpoints.provenance import check_same_config
-from tvjax.checkpoints.safetensors import load_tree, open_tensors
+from tvjax.checkpoints.reader import open_tensors
+from tvjax.checkpoints.safetensors import load_tree
 from tvjax.jobs import inputs
 from tvjax.jobs.opened import Opened
 from tvjax.jobs.parts import Part

@@ -18,7 +18,7 @@ import numpy as np
 from tvjax.checkpoints import coefficients as coefficient_files
 from tvjax.checkpoints import transport_state as map_files
 from tvjax.checkpoints.folder import open_checkpoint
-from tvjax.checkpoints.safetensors import open_tensors
+from tvjax.checkpoints.reader import open_tensors
 from tvjax.models.generic import GenericConfig
 from tvjax.models.layer_table import Layout
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from tvjax import tree
 from tvjax.capture import SiteTable, sites
-from tvjax.checkpoints.safetensors import Fingerprint
+from tvjax.checkpoints.fingerprints import Fingerprint
 from tvjax.models.families import family_of_config
 from tvjax.models.generic import GenericConfig, no_code
 from tvjax.progress import Progress, counted

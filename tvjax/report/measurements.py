@@ -59,6 +59,7 @@ class Comparison(NamedTuple):
       baseline: the other.
       over_pairs: method minus baseline over pairs of one task and one draw.
       over_tasks: the same over tasks, the draws of a task averaged first.
+      over_examples: the same over the test examples of these tasks, which one draw can support; None of several draws.
     """
 
     target: str
@@ -66,6 +67,7 @@ class Comparison(NamedTuple):
     baseline: str
     over_pairs: Difference
     over_tasks: Difference
+    over_examples: Difference | None = None
 
 
 def paired_difference(differences: Sequence[float] | np.ndarray, confidence: float = 0.95) -> Difference:
@@ -91,6 +93,39 @@ def paired_difference(differences: Sequence[float] | np.ndarray, confidence: flo
         return Difference(float(values[0]), None, 1)
     half_width = stats.t.interval(confidence, values.size - 1)[1] * stats.sem(values)  # which may be 0
     return Difference(float(values.mean()), float(half_width), values.size)
+
+
+def difference_over_examples(
+    right: Sequence[np.ndarray], baseline: Sequence[np.ndarray], confidence: float = 0.95
+) -> Difference:
+    """The mean over tasks of the paired difference of two accuracies, and its interval over test examples.
+
+    The tasks are given, their examples are drawn: ``mean_t mean(d_t) +- z sqrt(sum_t var(d_t) / n_t) / T``, d the
+    difference of one example. It says nothing of other tasks or other draws of the calibration examples.
+
+    Args:
+      right: for each task ``[n_t]``, whether the method has each example right, or in what share of its repeats.
+      baseline: the same of the baseline, on the same examples.
+      confidence: of the interval.
+
+    Raises:
+      ValueError: for no task, or other examples of the two.
+
+    >>> right = np.array([True] * 80 + [False] * 20)
+    >>> found = difference_over_examples([right], [~right])
+    >>> round(found.mean, 2), round(found.half_width, 3), found.pairs
+    (0.6, 0.158, 100)
+    """
+    if not right or [len(one) for one in right] != [len(one) for one in baseline]:
+        raise ValueError(
+            f"found tasks of {[len(one) for one in right]} and {[len(one) for one in baseline]} examples, expected the "
+            "same examples of one task at least"
+        )
+    gaps = [np.asarray(one, np.float64) - other for one, other in zip(right, baseline, strict=True)]
+    error = np.sqrt(sum(gap.var(ddof=1) / gap.size for gap in gaps)) / len(gaps)
+    mean = np.mean([gap.mean() for gap in gaps])
+    half_width = stats.norm.ppf((1 + confidence) / 2) * error
+    return Difference(float(mean), float(half_width), sum(gap.size for gap in gaps))
 
 
 def compare(measurements: Iterable[Measurement], target: str, method: str, baseline: str) -> Comparison:

@@ -22,9 +22,10 @@ _ROW = 1.45  # inches of a row of panels
 _LINE = 0.21  # inches of a leaf that stands in no stack
 _MOST = 40  # leaves of no stack that are drawn, the largest
 _LOOKS: tuple[dict[str, Any], ...] = (
-    {"color": COLOURS[0], "marker": "o", "linestyle": "--"},
+    {"color": COLOURS[0], "marker": "o", "linestyle": "--", "markerfacecolor": "white"},
     {"color": COLOURS[5], "marker": "s", "linestyle": "-"},
 )
+_SIZES = (7.0, 3.5)  # of the markers: where both are equal, one is seen around the other
 
 
 class Place(NamedTuple):
@@ -94,7 +95,7 @@ def plot_norms(
         left = len(rest) - len(shown)
         further = f"; the {_MOST} largest, {left} more are not shown" if left else ""
         axis.set_title(f"leaves of no layer{further}" if kinds else f"leaves{further}", fontsize=STYLE["size"])
-    handles = [Line2D([], [], **look, markersize=4) for look in _LOOKS]
+    handles = [Line2D([], [], **look, markersize=size) for look, size in zip(_LOOKS, _SIZES, strict=True)]
     figure.legend(handles, names, loc="outside upper center", ncols=2, frameon=False, fontsize=STYLE["size"])
     save(figure, file)
 
@@ -122,9 +123,11 @@ def _title(key: tuple[str, str], kinds: Sequence[tuple[str, str]]) -> str:
 
 def _panel(axis: Axes, sides: Sequence[Mapping[int, float]], layers: Sequence[int]) -> None:
     """The lines of one kind; a layer of the source stands where the same share of the target's depth is."""
-    for own, count, look in zip(sides, layers, _LOOKS, strict=True):
+    for own, count, look, size in zip(sides, layers, _LOOKS, _SIZES, strict=True):
         x = [(layer + 0.5) / count * layers[1] - 0.5 for layer in own]
-        axis.plot(x, list(own.values()), **look, markersize=4 if count <= 16 else 2, linewidth=1.2, clip_on=False)
+        axis.plot(
+            x, list(own.values()), **look, markersize=size if count <= 16 else size / 2, linewidth=1.2, clip_on=False
+        )
     axis.set_xlim(-0.5, max(layers[1] - 0.5, 0.5))
     axis.set_ylim(0, 1.08 * max((norm for own in sides for norm in own.values()), default=0.0) or 1.0)
     axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))

@@ -25,13 +25,14 @@ def accuracy_table(
       **style: of rich's table (``box``).
 
     Returns:
-      The table; where there are several draws, accuracies come with their standard deviation over draws, and where
-      there are three pairs of a task and a draw, differences with their interval.
+      The table; where there are several draws, accuracies come with their standard deviation over draws. Differences
+      come with their interval over test examples where the comparison has it, else over pairs of a task and a draw
+      where there are three at least.
     """
     own = [m for m in measurements if m.target == target]
     tasks = in_order(m.task for m in own)
     baselines = in_order(c.baseline for c in comparisons if c.target == target)
-    differences = {(c.method, c.baseline): c.over_pairs for c in comparisons if c.target == target}
+    differences = {(c.method, c.baseline): c.over_examples or c.over_pairs for c in comparisons if c.target == target}
     table = Table(title=title, title_justify="left", title_style="bold", **{"box": box.SIMPLE_HEAD, **style})
     table.add_column("method", overflow="fold")
     for column in ("labels", *tasks, "mean", *(f"- {name.replace('_', ' ')}" for name in baselines)):

@@ -198,13 +198,11 @@ def _summed(options: Options, pair: Pair, writers: tuple[Writer, ...]) -> tuple[
         (base, change, target, inputs), weights, tokens = _rows(options, pair, writers, batch)
         rows += weights.shape[0]
         empty = spread_out(pair.mesh, mm.init(change.shape[1], inputs.shape[1], gram=True))
-        if stream is None:
-            stream, effect = spread_out(pair.mesh, mm.init(base.shape[1], target.shape[1])), empty
-        before = effect
+        before = empty if effect is None else effect
         add = partial(statistics.add_rows, 0, pair.mesh)
-        stream = add(stream, base, target, weights)
-        effect = add(effect, change, inputs, weights)
-        last = add(empty, change, inputs, weights) if batch == pair.batches - 1 else empty
+        stream = add(False, stream, base, target, weights)
+        effect = add(True, before, change, inputs, weights)
+        last = add(True, empty, change, inputs, weights) if batch == pair.batches - 1 else empty
     assert stream is not None and effect is not None and last is not None
     return _Sums(stream, effect, before if pair.batches > 1 else None, last), (rows, tokens)
 
@@ -251,7 +249,7 @@ def _stream(walk: Walk, index: int, batch: int) -> tuple[Array, RowAxes, Array |
     if residual is None:
         raise ValueError(
             f"stage {stage.name!r} of the source writes no residual stream, and its partner in the target does: pair "
-            "stages that both do (depth)"
+            "stages that both do (--depth, depth=[...])"
         )
     rows = run_stage(residual.stream, walk.params(index), carry)
     factors = [factor for axis in of_argument(residual.path, rows)[:-1] for factor in axis]

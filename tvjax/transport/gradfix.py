@@ -131,17 +131,22 @@ def _fit(masking: Masking, pair: Pair) -> LinkState:
     arrays: dict[str, Any] = {}
     measures: dict[str, dict[str, jax.Array]] = {}
     rules = []
+    dtype = jnp.int8 if masking.vote == "majority" and voters < 128 else jnp.float32
     for leaf in pair.leaves:
         rule = Rule(leaf.target, leaf.target, "masked", leaf.shape, leaf.shape)
         if leaf.target not in pair.target.reached:
             rules.append(rule._replace(action="passed through", why="the loss does not reach it"))
             continue
         rules.append(rule)
-        votes = total[leaf.target]
-        narrow = masking.vote == "majority" and voters < 128
-        arrays[leaf.target] = votes.astype(jnp.int8) if narrow else votes.astype(jnp.float32)
-        measures[leaf.target] = {"ties": jnp.mean(votes == 0, dtype=jnp.float32), "voters": jnp.float32(voters)}
+        arrays[leaf.target], ties = _counted(dtype, total[leaf.target])
+        measures[leaf.target] = {"ties": ties, "voters": jnp.float32(voters)}
     return LinkState("gradfix", arrays, measures, tuple(rules))
+
+
+@partial(jax.jit, static_argnums=0)
+def _counted(dtype: Any, votes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The votes as they are kept, and the share of ties."""
+    return votes.astype(dtype), jnp.mean(votes == 0, dtype=jnp.float32)
 
 
 def _transform(masking: Masking, part: LinkState, flat: Flat) -> Flat:
@@ -154,7 +159,7 @@ def _transform(masking: Masking, part: LinkState, flat: Flat) -> Flat:
             moved[path] = leaf
         else:
             voters = part.measures[path]["voters"]
-            moved[path] = mask(masking, jnp.asarray(leaf), part.arrays[path].astype(jnp.float32), voters)
+            moved[path] = mask(masking, jnp.asarray(leaf), part.arrays[path], voters)
     return moved
 
 
@@ -171,25 +176,33 @@ def mask(masking: Masking, tau: jax.Array, votes: jax.Array, voters: jax.Array |
     >>> mask(Masking(), tau, votes).tolist(), mask(Masking(mode="force"), tau, votes).tolist()
     ([1.0, 0.0, 0.0], [1.0, 1.0, 0.0])
     """
+    numbers = masking.beta, masking.gamma, masking.c
+    return _masked(masking.vote, masking.mode, masking.soft_vote, numbers, tau, votes, voters)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _masked(vote: str, mode: Mode, soft_vote: str, numbers: Any, tau: jax.Array, votes: Any, voters: Any) -> jax.Array:
+    beta, gamma, c = numbers
+    votes = votes.astype(jnp.float32)
     sign = jnp.sign(votes)
     agree = (jnp.sign(tau) == sign) & (sign != 0)
-    if masking.mode == "agree":
+    if mode == "agree":
         return jnp.where(agree, tau, 0)
-    if masking.mode == "force":
+    if mode == "force":
         return jnp.abs(tau) * sign
-    value = sign if masking.soft_vote == "sign" else _share(votes, voters, masking)
-    if masking.mode == "sigmoid":
+    value = sign if soft_vote == "sign" else _share(votes, voters, vote)
+    if mode == "sigmoid":
         axes = tuple(range(tau.ndim - 1)) or None
         norms = jnp.sqrt(jnp.sum(tau**2, axes, keepdims=True) * jnp.sum(value**2, axes, keepdims=True))
         cosine = jnp.sum(tau * value, axes, keepdims=True) / jnp.where(norms > 0, norms, 1)
-        return jax.nn.sigmoid(masking.beta * cosine) * tau
-    if masking.mode == "tanh":
-        return jnp.maximum(0, jnp.tanh(masking.gamma * tau * value)) * tau
-    return jnp.where(agree, jnp.abs(value) / (jnp.abs(value) + masking.c), 0) * tau
+        return jax.nn.sigmoid(beta * cosine) * tau
+    if mode == "tanh":
+        return jnp.maximum(0, jnp.tanh(gamma * tau * value)) * tau
+    return jnp.where(agree, jnp.abs(value) / (jnp.abs(value) + c), 0) * tau
 
 
-def _share(votes: jax.Array, voters: jax.Array | float, masking: Masking) -> jax.Array:
-    if masking.vote == "majority":
+def _share(votes: jax.Array, voters: jax.Array | float, vote: str) -> jax.Array:
+    if vote == "majority":
         return votes / voters
     largest = jnp.max(jnp.abs(votes))
     return votes / jnp.where(largest > 0, largest, 1)

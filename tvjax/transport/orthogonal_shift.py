@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from tvjax.transport.base import Flat, Link, LinkState, Needs, Rule, Transport, make_options
@@ -53,9 +54,7 @@ def _fit(pair: Pair) -> LinkState:
             rules.append(rule._replace(action="unmatched", why="the source has no such leaf"))
             continue
         rules.append(rule)
-        shifts[leaf.target] = pair.target_leaves[leaf.local].astype(jnp.float32) - pair.source_leaves[
-            leaf.local
-        ].astype(jnp.float32)
+        shifts[leaf.target] = _shift(pair.source_leaves[leaf.local], pair.target_leaves[leaf.local])
     return LinkState("orthogonal_shift", shifts, {}, tuple(rules))
 
 
@@ -64,7 +63,16 @@ def _transform(beta: float, part: LinkState, flat: Flat) -> Flat:
     for rule in part.rules:
         if rule.source not in flat:
             continue
-        tau, shift = jnp.asarray(flat[rule.source]), part.arrays[rule.target]
-        size = jnp.sum(shift**2)
-        moved[rule.target] = tau - beta * (jnp.sum(tau * shift) / jnp.where(size > 0, size, 1)) * shift
+        moved[rule.target] = _without(beta, jnp.asarray(flat[rule.source]), part.arrays[rule.target])
     return moved
+
+
+@jax.jit
+def _shift(source: jax.Array, target: jax.Array) -> jax.Array:
+    return target.astype(jnp.float32) - source.astype(jnp.float32)
+
+
+@jax.jit
+def _without(beta: float, tau: jax.Array, shift: jax.Array) -> jax.Array:
+    size = jnp.sum(shift**2)
+    return tau - beta * (jnp.sum(tau * shift) / jnp.where(size > 0, size, 1)) * shift

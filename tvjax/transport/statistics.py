@@ -114,12 +114,7 @@ class MomentAccumulator:
     def _fold(self) -> None:
         gram = self.options.whiten > 0
         for a, b, weights in self.rows:
-            layers = a.shape[:-2]
-            if self.moments is None:
-                empty = mm.init(a.shape[-1], b.shape[-1], gram=gram, dtype=a.dtype)
-                empty = jax.tree.map(lambda x, layers=layers: jnp.broadcast_to(x, (*layers, *x.shape)), empty)
-                self.moments = spread_out(self.mesh, empty)
-            self.moments = add_rows(len(layers), self.mesh, self.moments, a, b, weights)
+            self.moments = add_rows(a.ndim - 2, self.mesh, gram, self.moments, a, b, weights)
         self.rows = []
 
     def count(self) -> jax.Array:
@@ -191,11 +186,20 @@ class MomentAccumulator:
         return _residual(a, b, jnp.repeat(weights, count), found, None, self.options.center)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def add_rows(
-    layers: int, mesh: Mesh | None, moments: Any, a: jax.Array, b: jax.Array, weights: jax.Array
+    layers: int,
+    mesh: Mesh | None,
+    gram: bool,
+    moments: mm.Moments | None,
+    a: jax.Array,
+    b: jax.Array,
+    weights: jax.Array,
 ) -> mm.Moments:
-    """Every device sums its own rows, then the sums are shared out."""
+    """Every device sums its own rows, then the sums are shared out; None are the moments of no rows."""
+    if moments is None:
+        empty = mm.init(a.shape[-1], b.shape[-1], gram=gram, dtype=a.dtype)
+        moments = jax.tree.map(lambda x: jnp.broadcast_to(x, (*a.shape[:-2], *x.shape)), empty)
     a, b = spread_out(mesh, (a, b), axis=-2)
     return spread_out(mesh, per_layer(layers, partial(mm.update, weights=weights))(moments, a, b))
 
