@@ -110,6 +110,9 @@ def apply(params: PyTree, tau: PyTree, scale: float | jax.Array = 1.0) -> PyTree
     changes = tree.flatten(tau)
     theta = tree.flatten(params)
     mismatches = []
+    for whole in (params, tau):
+        if whole is not None and tree.flatten(whole).keys() == {""}:
+            tree.leaf_type(whole)  # a whole model, where its parameters are meant
     for path, change in changes.items():
         if path not in theta:
             mismatches.append(f"{path}: not in the parameters")

@@ -212,6 +212,8 @@ def _names(methods: Iterable[Any]) -> list[str]:
     names: list[str] = []
     for method in methods:
         links = getattr(method, "links", None)
+        if links is None and not isinstance(method, str):
+            raise ValueError(f"found a {type(method).__name__}, expected the name of a method or a transport")
         names += method.split("+") if links is None else [link.name for link in links]
     return [name for name in names if name != "scale_by"]
 

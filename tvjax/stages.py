@@ -174,6 +174,19 @@ class Model:
         return self.loss is not _no_loss
 
 
+def check_model(name: str, model: Any) -> None:
+    """Raises a ValueError unless this is a `Model`.
+
+    >>> check_model("source", {"kernel": 1.0})
+    Traceback (most recent call last):
+    ...
+    ValueError: the source is a dict, expected a tvjax.Model
+    """
+    if not isinstance(model, Model):
+        instead = ": give its .model" if isinstance(getattr(model, "model", None), Model) else ""
+        raise ValueError(f"the {name} is a {type(model).__name__}, expected a tvjax.Model{instead}")
+
+
 @partial(jax.jit, static_argnums=0)
 def run_stage(function: Callable[[PyTree, PyTree], PyTree], params: PyTree, carry: PyTree) -> PyTree:
     """``function(params, carry)``, compiled once per function object and shapes."""

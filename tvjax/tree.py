@@ -331,6 +331,9 @@ def leaf_type(leaf: Any) -> jax.ShapeDtypeStruct:
     """
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
         return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
+    if not isinstance(leaf, int | float | complex | list | tuple) and not hasattr(leaf, "__jax_array__"):
+        instead = ": give its .params" if hasattr(leaf, "params") else ""  # a model, as tvjax.load gives one
+        raise ValueError(f"found a {type(leaf).__name__} where an array is expected{instead}")
     return jax.eval_shape(jnp.asarray, leaf)
 
 

@@ -50,6 +50,13 @@ def test_bad_input_is_exit_code_2(failing, capsys, error, code):
     assert line.startswith("tvjax: error: ") and len(line) > len("tvjax: error: ")
 
 
+def test_what_an_error_lists_in_lines_stays_apart_in_one_line(failing, capsys):
+    failing(ValueError("2 leaves differ:\n  up: 3 and 4\n  down: 4 and 3\nof another model?"))
+    assert run(["demo"]) == 2
+    expected = "tvjax: error: 2 leaves differ: up: 3 and 4; down: 4 and 3; of another model?\n"
+    assert capsys.readouterr().err == expected
+
+
 def test_the_way_out_is_said_in_the_words_of_the_command(models, tmp_path, capsys):
     given = ["--pretrained", models["source"], "--finetuned", models["wider"]]
     for words, way_out in (

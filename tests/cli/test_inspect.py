@@ -97,6 +97,8 @@ def test_two_models_of_two_shapes_by_block_and_kind(models, tmp_path, capsys, mo
     assert run(["inspect", models["source"], models["wider"], "--compare"]) == 0
     shown = capsys.readouterr().out
     assert "other shapes" in shown and "only B has" in shown and "config.vision.hidden_size: 8 in A, 12 in B" in shown
+    alike = [leaf for leaf in found["leaves"].values() if leaf["distance"] is not None]
+    assert f"distance, cosine and signs are of {len(alike)} of {len(found['leaves'])} leaves" in shown
     assert "vision/blocks/*/mlp/up/kernel" in shown
     held = []
     monkeypatch.setattr(Tensors, "read", lambda self, key, read=Tensors.read: held.append(key) or read(self, key))

@@ -3,6 +3,7 @@
 import pytest
 
 from tvjax.cli.main import run
+from tvjax.data.embedded import model_folder
 from tvjax.jobs.recipes import read_recipe
 from tvjax.jobs.recommended import recommended
 
@@ -76,3 +77,10 @@ def test_what_cannot_be_chosen_is_one_line(models, tmp_path, capsys, more, expec
     assert run(["transport", *pair(models, "wider"), "--output", str(tmp_path / "out"), *more]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert expected in line and not list(tmp_path.iterdir())
+
+
+def test_examples_make_no_pair_of_two_families(capsys):
+    pair = ["--source", str(model_folder("A")), "--target", str(model_folder("llama-A"))]
+    assert run(["plan", *pair]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "give a source and a target of one family" in line and "--data" not in line

@@ -101,6 +101,12 @@ def test_what_cannot_be_refined_is_one_line(models, unlabelled, tmp_path, capsys
     assert expected in line and not (tmp_path / "out").exists()
 
 
+def test_a_scale_is_given_or_chosen(models, images, tmp_path, capsys):
+    given = words(models, images, tmp_path / "out", "--scale", "0.5", "--validation", images)
+    assert run(given) == 2
+    assert "--validation chooses the scale: leave --scale 0.5 or --validation out" in capsys.readouterr().err
+
+
 def test_a_task_vector_teaches_nothing_and_no_examples_are_none(models, tmp_path, capsys):
     pair = ["transport", "--source", models["source"], "--target", models["same"], "--output", str(tmp_path / "out")]
     assert run([*pair, "--task-vector", "tau.safetensors", "--refine", "correction"]) == 2

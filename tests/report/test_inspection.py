@@ -151,6 +151,15 @@ def test_a_tree_is_like_itself_and_zero_like_nothing():
     assert adding.sums_of(empty) == adding.Sums() and adding.pair_sums_of(empty, empty).cosine == 0
 
 
+def test_a_leaf_that_is_zero_has_no_cosine(tmp_path):
+    for name, value in (("zero", 0.0), ("one", 1.0)):
+        save_tree(tmp_path / f"{name}.safetensors", {"a": np.full(3, value), "b": np.ones(2)}, {})
+    zero, one = (contents(tmp_path / f"{name}.safetensors") for name in ("zero", "one"))
+    for found in (compare(zero, zero), compare(zero, one), compare(one, zero)):
+        assert found.row(["a"]).cosine is None
+        np.testing.assert_allclose(found.row(["b"]).cosine, 1.0)
+
+
 def test_models_are_compared_in_the_layout_of_their_leaves(folder, tmp_path):
     base, tau = from_pretrained(folder / "model"), load_tree(folder / "a.safetensors")[0]
     save_pretrained(base.with_params(apply(base.params, tau)), tmp_path / "edited")

@@ -299,6 +299,8 @@ def fetch(source: str | os.PathLike[str], revision: str | None = None) -> tuple[
                 f"{os.fspath(source)!r} names a revision, and {revision!r} is another: give one of the two"
             )
         folder, revision = Path(name), named
+    if folder.is_file():
+        raise ValueError(f"{os.fspath(source)!r} is a file, expected the folder of a Hugging Face model, or a hub id")
     if folder.is_dir():
         if revision is not None:
             raise ValueError(f"{folder} is a local folder, which has no revision {revision!r}: leave the revision out")

@@ -219,6 +219,11 @@ def save_pretrained(
     Raises:
       ValueError: for parameters that do not fit the config or are not finite, and for a folder with another model.
     """
+    if not isinstance(pretrained, Pretrained):
+        raise ValueError(
+            f"found a {type(pretrained).__name__} to save, expected a model as tvjax.load gives it: "
+            "save(base.with_params(edited), folder)"
+        )
     folder = Path(folder)
     family = family_of_config(pretrained.config)
     check_params(pretrained.config, pretrained.params)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tvjax.cli.commands import Json, Quiet, command
-from tvjax.cli.output import show
+from tvjax.cli.output import counted, show
 from tvjax.cli.progress import progress
 from tvjax.jobs.configs import ApplyConfig
 
@@ -20,8 +20,9 @@ def apply(config: ApplyConfig, quiet: Quiet = False, json: Json = False) -> None
     show(
         {**given, **found._asdict()},
         *(f"note: {note}" for note in inputs.left(found.left)),
-        f"{config.output}: {config.model} with {len(config.task_vectors)} task vectors, scale {config.scale:g}; "
-        f"{len(found.changed)} leaves changed, {len(found.copied)} copied, {found.parameters} parameters",
+        f"{config.output}: {config.model} with {counted(len(config.task_vectors), 'task vector')}, "
+        f"scale {config.scale:g}; {len(found.changed)} leaves changed, {len(found.copied)} copied, "
+        f"{found.parameters} parameters",
         as_json=json,
         quiet=quiet,
     )

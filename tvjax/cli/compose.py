@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tvjax.cli.commands import Json, Quiet, command
-from tvjax.cli.output import show
+from tvjax.cli.output import counted, show
 from tvjax.cli.progress import progress
 from tvjax.jobs.configs import ComposeConfig
 
@@ -26,7 +26,7 @@ def compose(config: ComposeConfig, json: Json = False, quiet: Quiet = False) -> 
     show(
         found._asdict(),
         *(f"note: {note}" for note in found.notes),
-        f"{found.output}: {found.model} with {len(found.task_vectors)} task vectors, {found.coefficients} "
+        f"{found.output}: {found.model} with {counted(len(found.task_vectors), 'task vector')}, {found.coefficients} "
         f"coefficients{also},",
         f"learning rate {found.learning_rate:g}, {found.epochs} epochs{by}",
         as_json=json,

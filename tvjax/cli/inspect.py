@@ -128,6 +128,8 @@ def _differences(compared: Comparison) -> list[str]:
     if compared.shapes:
         shapes = [f"{path} ({_times(a)} and {_times(b)})" for path, (a, b) in compared.shapes.items()]
         lines.append(f"other shapes, so that only norms are compared: {_some(shapes)}")
+    if compared.sums and len(compared.sums) < len(compared.paths):
+        lines.append(f"distance, cosine and signs are of {len(compared.sums)} of {len(compared.paths)} leaves")
     for (a, b), count in Counter(compared.dtypes.values()).items():
         lines.append(f"other dtypes: {a} in A and {b} in B ({count})")
     shown = [f"  {name}: {_short(a)} in A, {_short(b)} in B" for name, (a, b) in compared.about.items()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import platform
+import re
 import sys
 import traceback
 from collections.abc import MutableMapping, Sequence
@@ -87,8 +88,13 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _line(message: str) -> str:
-    """A message on one line, without characters that would steer a terminal."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(message.split()))
+    r"""A message on one line, items of a list (`tvjax.tree.list_some`) parted, and nothing that steers a terminal.
+
+    >>> _line("2 leaves differ:\n  up: 3 and 4\n  down: 4 and 3\nof another model?")
+    '2 leaves differ: up: 3 and 4; down: 4 and 3; of another model?'
+    """
+    parted = re.sub(r"(?m)^(  \S.*)\n(?=.)", r"\1; ", message)
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(parted.split()))
 
 
 def keep_programs(arguments: Sequence[str], environment: MutableMapping[str, str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tvjax.cli.commands import Json, Quiet, command
-from tvjax.cli.output import show
+from tvjax.cli.output import counted, show
 from tvjax.cli.progress import progress
 from tvjax.jobs.configs import MergeConfig
 
@@ -22,9 +22,9 @@ def merge(config: MergeConfig, json: Json = False, quiet: Quiet = False) -> None
     show(
         found._asdict(),
         *(f"note: {note}" for note in found.notes),
-        f"{found.output}: {len(found.task_vectors)} task vectors of {found.base_model or 'one model'} merged by "
-        f"{found.method}",
-        f"scale {found.scale:g}, norm {found.norm:.4g}; by leaf: {found.leaf_report.name}",
+        f"{found.output}: {counted(len(found.task_vectors), 'task vector')} of {found.base_model or 'one model'} "
+        f"merged by {found.method}",
+        f"norm {found.norm:.4g}, scaled by {found.scale:g}; by leaf: {found.leaf_report.name}",
         as_json=json,
         quiet=quiet,
     )

@@ -78,3 +78,12 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):  # of NumPy and JAX
         return _plain(value.tolist())
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def counted(count: int, name: str) -> str:
+    """So many of something, in words.
+
+    >>> counted(1, "task vector"), counted(2, "task vector")
+    ('1 task vector', '2 task vectors')
+    """
+    return f"{count} {name}{'' if count == 1 else 's'}"

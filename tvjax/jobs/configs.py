@@ -157,6 +157,12 @@ class Moving(Drawn):
         return self
 
     @model_validator(mode="after")
+    def _has_one_scale(self) -> Moving:
+        if self.validation is not None and self.scale != 1:
+            raise ValueError(f"--validation chooses the scale: leave --scale {self.scale:g} or --validation out")
+        return self
+
+    @model_validator(mode="after")
     def _can_stream(self) -> Moving:
         whole = "the whole moved task vector, and --stream writes its leaves as they are made:"
         if self.stream and self.validation is not None:

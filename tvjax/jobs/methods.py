@@ -40,15 +40,8 @@ def scales_of(moving: Transport) -> tuple[float, ...]:
     return SCALES if rotates(moving) else tuple(round(0.05 * step, 2) for step in range(21))
 
 
-def check_pair(moving: Transport, source: Opened, target: Opened) -> None:
-    """Raises a ValueError where the configs alone show that the transport cannot be.
-
-    Args:
-      moving: the transport.
-      source: the pre-trained source.
-      target: the model to move into.
-    """
-    ours, theirs = (asking(model).config(model) for model in (target, source))
+def check_family(source: Opened, target: Opened) -> None:
+    """Raises a ValueError where two models are not of one family, or only one of them has a head of its own."""
     if source.checkpoint.family.build is not target.checkpoint.family.build:  # MPNet is a BERT, and no CLIP is a ViT
         raise ValueError(
             f"{source.name!r} is a {type(source.config).__name__} and {target.name!r} a "
@@ -57,6 +50,18 @@ def check_pair(moving: Transport, source: Opened, target: Opened) -> None:
     if asking(source) is not asking(target):
         heads = [f"{m.name!r} {'has no head' if asking(m).labels(m) is None else 'has one'}" for m in (source, target)]
         raise ValueError(f"one model has a head of its own: {heads[0]}, {heads[1]}; give two with a head, or none")
+
+
+def check_pair(moving: Transport, source: Opened, target: Opened) -> None:
+    """Raises a ValueError where the configs alone show that the transport cannot be.
+
+    Args:
+      moving: the transport.
+      source: the pre-trained source.
+      target: the model to move into.
+    """
+    check_family(source, target)
+    ours, theirs = (asking(model).config(model) for model in (target, source))
     for model in (source, target) if moving.needs_gradients else ():
         if not asking(model).can_score(model):
             raise ValueError(f"{moving.name} reads gradients of the loss, but {model.name!r} {asking(model).lacks}")

@@ -8,6 +8,7 @@ from tvjax import tree
 from tvjax.jobs import inputs
 from tvjax.jobs.asking import Prompts, asking, parameters
 from tvjax.jobs.configs import PlanConfig, TransportConfig
+from tvjax.jobs.methods import check_family
 from tvjax.jobs.opened import Models
 from tvjax.jobs.parts import copied, find_part
 from tvjax.tasks.catalogue import find_task
@@ -75,6 +76,7 @@ def with_method(config: MovingT, models: Models) -> tuple[MovingT, tuple[str, ..
     if config.method is not None:
         return config, ()
     source, target = models[config.source], models[config.target]
+    check_family(source, target)
     place = config.data or (config.task and find_task(config.task).train)
     labels = False
     if place:

@@ -18,7 +18,7 @@ class Row(NamedTuple):
       norms: of all of them in either; None where one has none of them.
       reference: norm in the first of those that both have in one shape, which what follows is of.
       distance: norm of their difference; None where there are none, as below.
-      cosine: of the angle between them.
+      cosine: of the angle between them; None also where one of them is zero.
       sign_agreement: None also where no two entries are compared.
     """
 
@@ -73,8 +73,9 @@ class Comparison(NamedTuple):
         norms = [square**0.5 if here else None for square, here in zip(squares, present, strict=True)]
         if not both:
             return Row((norms[0], norms[1]))
+        cosine = own.cosine if all(own.norms) else None
         signs = own.sign_agreement if own.compared else None
-        return Row((norms[0], norms[1]), own.norms[0], own.distance, own.cosine, signs)
+        return Row((norms[0], norms[1]), own.norms[0], own.distance, cosine, signs)
 
 
 def compare(first: Contents, second: Contents, progress: Progress | None = None) -> Comparison:

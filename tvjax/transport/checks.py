@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from tvjax import tree
 from tvjax.capture import check_gradient_identity
 from tvjax.finite import check_finite
-from tvjax.stages import Batch, Model, Stream, owner_paths
+from tvjax.stages import Batch, Model, Stream, check_model, owner_paths
 from tvjax.transport.base import Transport, check_leaves
 from tvjax.walk import Walk, differentiable
 
@@ -104,6 +104,17 @@ def _examples(name: str, batch: Batch) -> int:
                 f"{name}: labels of leading shape {length} for {examples} examples, one for each is needed"
             )
     return examples
+
+
+def check_kinds(transport: Any, source: Any, target: Any) -> None:
+    """Raises a ValueError unless these are a transport and two models, such as a name or a folder is not."""
+    if not isinstance(transport, Transport):
+        raise ValueError(
+            f"the transport is a {type(transport).__name__}, expected what tvjax.theseus() and the like give, or "
+            "tvjax.chain of several"
+        )
+    check_model("source", source)
+    check_model("target", target)
 
 
 def check_models(transport: Transport, source: Model, target: Model) -> None:

@@ -29,6 +29,7 @@ from tvjax.transport.base import Flat, LinkState, State, Transport, check_leaves
 from tvjax.transport.checks import (
     check_batches,
     check_common_leaves,
+    check_kinds,
     check_models,
     check_stages,
     check_task_vector,
@@ -118,6 +119,7 @@ def fit(
         loss that are not finite, or a task vector that is not one of the source; one that is missing, or that no link
         is fitted with; the message names what and where.
     """
+    check_kinds(transport, source, target)
     models = {"source": source.params, "target": target.params, "task vectors": (tau, stream)}
     processes.check_same("fit", {"transport": transport, **models, "depth": depth, "tokens": tokens})
     if stream is not None:

@@ -20,6 +20,7 @@ from tvjax.on_disk import is_on_disk
 from tvjax.spread import sharding_of
 from tvjax.stages import Model, local_params, owner_paths
 from tvjax.transport.base import LinkState, MapInfo, Needs, State, Transport
+from tvjax.transport.checks import check_kinds
 from tvjax.transport.fit import Batches, Fitting
 from tvjax.transport.leaf_report import LeafReport, leaf_report
 from tvjax.transport.pair import Pair, owner_of_leaves
@@ -103,6 +104,7 @@ def plan(
     >>> [(leaf.target, leaf.action) for leaf in found.leaves], [m.shape for m in found.stages[0].maps]
     ([('w', 'rotated')], [(3, 5), (3, 5)])
     """
+    check_kinds(transport, source, target)
     notes: tuple[str, ...] = ()
     if transport.needs_examples:
         planned = _without_activations(depth)
