@@ -194,8 +194,8 @@ def per_example_gradients(
     """
     if lie is None:
         return _of_one_device(function, tied, reduce, chunk, downwards, samples, params, carry, cotangent)
-    # Every device runs the program of one. Left to XLA's partitioner, the convolutions that gradients of examples become
-    # gave other numbers over several devices, and nothing was said (JAX 0.10, 0.12).
+    # Every device runs the program of one. Left to XLA's partitioner, the convolutions that gradients of examples are
+    # made of gave other numbers over several devices, and nothing was said (JAX 0.10, 0.12).
     axes, share = placement.axes_of(lie.spec), lie.shard_shape((samples,))[0]
 
     def own(params: PyTree, carry: PyTree, cotangent: list[jax.Array]) -> Any:

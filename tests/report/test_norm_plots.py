@@ -30,6 +30,7 @@ MODELS = {
     "an encoder and a decoder": (both(3), both(6)),
     "no layers": ({f"part_{i}/weight": float(i) for i in range(60)},) * 2,
     "zero": ({"blocks/0/up/kernel": 0.0}, {"blocks/0/up/kernel": 0.0, "head/kernel": 0.0}),
+    "a kind of one side": ({"blocks/0/up/kernel": 1.0}, {"blocks/0/up/kernel": 1.0, "blocks/0/position_bias": 0.0}),
     "nothing": ({}, {}),
 }
 

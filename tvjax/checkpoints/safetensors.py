@@ -60,6 +60,7 @@ def save_tree(
       ValueError: where values are not finite, or not within the range of `dtype`.
 
     >>> import tempfile
+    >>> import jax.numpy as jnp
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_tree(f"{folder}/tau.safetensors", {"a": {"b": jnp.ones(2)}}, {"base_model": "demo"}, jnp.bfloat16)
     ...     tau, metadata = load_tree(f"{folder}/tau.safetensors")
@@ -120,6 +121,7 @@ def map_tree(path: str | os.PathLike[str]) -> tuple[PyTree, dict[str, str]]:
         dtype that NumPy has not.
 
     >>> import tempfile
+    >>> import jax.numpy as jnp
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_tree(f"{folder}/tau.safetensors", {"a": {"b": jnp.ones(2, jnp.bfloat16)}})
     ...     tau, _ = map_tree(f"{folder}/tau.safetensors")

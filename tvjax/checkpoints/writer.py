@@ -127,6 +127,7 @@ def write_tensors(
       ValueError: a dtype that is not written.
 
     >>> import tempfile
+    >>> from tvjax.checkpoints import load_tree
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with write_tensors(f"{folder}/x.safetensors", {"x": Tensor("F32", (2,))}, {"sum": "?"}) as writer:
     ...         writer.write("x", np.ones(2, np.float32))

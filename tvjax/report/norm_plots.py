@@ -124,13 +124,15 @@ def _title(key: tuple[str, str], kinds: Sequence[tuple[str, str]]) -> str:
 def _panel(axis: Axes, sides: Sequence[Mapping[int, float]], layers: Sequence[int]) -> None:
     """The lines of one kind; a layer of the source stands where the same share of the target's depth is."""
     for own, count, look, size in zip(sides, layers, _LOOKS, _SIZES, strict=True):
+        if not own:  # what is empty and not clipped has no bounds, and the layout would collapse
+            continue
         x = [(layer + 0.5) / count * layers[1] - 0.5 for layer in own]
         axis.plot(
             x, list(own.values()), **look, markersize=size if count <= 16 else size / 2, linewidth=1.2, clip_on=False
         )
     axis.set_xlim(-0.5, max(layers[1] - 0.5, 0.5))
     axis.set_ylim(0, 1.08 * max((norm for own in sides for norm in own.values()), default=0.0) or 1.0)
-    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     axis.yaxis.set_major_locator(MaxNLocator(3))
     tidy(axis, "y")
     axis.tick_params(labelsize=STYLE["small"])
