@@ -106,7 +106,7 @@ def test_maxtext_and_tunix_and_back(decoder, tmp_path, capsys):
     assert "was written with interleaved=False" in capsys.readouterr().err and not (tmp_path / "other").exists()
     shutil.copytree(tmp_path / "2/0", tmp_path / "2/1")
     assert run(["convert", str(tmp_path / "2"), "--output", str(tmp_path / "third")]) == 2
-    assert "several checkpoints: 0/items 1/items" in " ".join(capsys.readouterr().err.split())
+    assert "several checkpoints: 0/items; 1/items" in " ".join(capsys.readouterr().err.split())
 
 
 def open_clip_tensors(params):
