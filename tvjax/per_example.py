@@ -192,36 +192,9 @@ def per_example_gradients(
       Sums by local path; per-sample gradients ``[batch, *leaf]`` of tied leaves; the cotangent of the carry, made as
       that of the outputs.
     """
-    if lie is None:
-        return _of_one_device(function, tied, reduce, chunk, downwards, samples, params, carry, cotangent)
-    # Every device runs the program of one. Left to XLA's partitioner, the convolutions that gradients of examples are
-    # made of gave other numbers over several devices, and nothing was said (JAX 0.10, 0.12).
-    axes, share = placement.axes_of(lie.spec), lie.shard_shape((samples,))[0]
-
-    def own(params: PyTree, carry: PyTree, cotangent: list[jax.Array]) -> Any:
-        total, *others = _of_one_device(function, tied, reduce, chunk, downwards, share, params, carry, cotangent)
-        return jax.lax.psum(total, axes), *others
-
-    cuts = jax.tree.map(lambda leaf: lie.spec if _is_example(leaf, samples) else PartitionSpec(), carry)
-    in_specs, out_specs = (PartitionSpec(), cuts, lie.spec), (PartitionSpec(), lie.spec, lie.spec)
-    mapped = jax.shard_map(
-        own, mesh=lie.mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes), check_vma=False
-    )
-    return mapped(params, carry, cotangent)
-
-
-def _of_one_device(
-    function: Any,
-    tied: frozenset[str],
-    reduce: Reduction,
-    chunk: int,
-    downwards: bool,
-    samples: int,
-    params: PyTree,
-    carry: PyTree,
-    cotangent: list[jax.Array],
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array], list[jax.Array] | None]:
-    """`per_example_gradients` of the samples that a device has."""
+    if lie is not None:
+        one_device = partial(per_example_gradients, function, tied, reduce, chunk, downwards)
+        return _each_its_own(one_device, samples, lie, params, carry, cotangent)
     params = jax.tree.map(_at_least_float32, params)  # a gradient in 16 bits is mostly rounding
     names = [path for path, leaf in tree.flatten(params).items() if is_floating(leaf)]
     chunk = max(size for size in range(1, min(chunk, samples) + 1) if samples % size == 0)
@@ -254,6 +227,28 @@ def _of_one_device(
     total, stacked = jax.lax.scan(one_chunk, zero, chunks)
     kept, down = jax.tree.map(lambda x: x.reshape(samples, *x.shape[2:]), stacked)
     return total, kept, down
+
+
+def _each_its_own(
+    one_device: Any, samples: int, lie: NamedSharding, params: PyTree, carry: PyTree, cotangent: list[jax.Array]
+) -> Any:
+    """`per_example_gradients` where every device runs the program of one on its share of the samples.
+
+    Left to XLA's partitioner, the convolutions that gradients of examples are made of gave other numbers over several
+    devices, and nothing was said (JAX 0.10, 0.12).
+    """
+    axes, share = placement.axes_of(lie.spec), lie.shard_shape((samples,))[0]
+
+    def own(*arguments: PyTree) -> Any:
+        total, *others = one_device(share, None, *arguments)
+        return jax.lax.psum(total, axes), *others
+
+    cuts = jax.tree.map(lambda leaf: lie.spec if _is_example(leaf, samples) else PartitionSpec(), carry)
+    in_specs, out_specs = (PartitionSpec(), cuts, lie.spec), (PartitionSpec(), lie.spec, lie.spec)
+    mapped = jax.shard_map(
+        own, mesh=lie.mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes), check_vma=False
+    )
+    return mapped(params, carry, cotangent)
 
 
 def _at_least_float32(leaf: jax.Array) -> jax.Array:

@@ -121,8 +121,7 @@ def _curves(
 ) -> list[list[Predictions]]:
     """`scale_curve` for each of several task vectors, in one pass through the batches."""
     for scales in grids:
-        if not len(scales) or not np.isfinite(np.asarray(scales, np.float64)).all():
-            raise ValueError(f"scales: found {list(scales)}, expected at least one finite number")
+        _check_scales(scales)
     parts: list[list[list[Predictions]]] = [[[] for _ in scales] for scales in grids]
     several = [batches] if isinstance(batches, Batch) else batches
     for batch in counted(several, progress, "batch"):
@@ -181,9 +180,8 @@ def scale_of_least_loss(
     >>> scale_of_least_loss(model, {"kernel": jnp.eye(2)}, (0, 1, 2, 3), Batch(jnp.eye(2), 2 * jnp.eye(2))).scale
     2.0
     """
+    _check_scales(scales)
     grid = np.unique(np.asarray(scales, np.float64))
-    if not len(grid) or not np.isfinite(grid).all():
-        raise ValueError(f"scales: found {list(scales)}, expected at least one finite number")
     total, count = np.zeros(len(grid)), 0
     for batch in counted([batches] if isinstance(batches, Batch) else batches, progress, "batch"):
         losses = [np.asarray(_loss_at(model, tau, float(scale), batch), np.float64) for scale in grid]
@@ -195,10 +193,14 @@ def scale_of_least_loss(
     return LeastLoss(float(grid[best]), float(curve[best]), grid, curve)
 
 
+def _check_scales(scales: Sequence[float]) -> None:
+    if not len(scales) or not np.isfinite(np.asarray(scales, np.float64)).all():
+        raise ValueError(f"scales: found {list(scales)}, expected at least one finite number")
+
+
 @jax.jit
 def _loss_at(model: Model, tau: PyTree, scale: float, batch: Batch) -> jax.Array:
-    edited = model.replace(params=apply(model.params, tau, scale))
-    return model.loss(model.loss_params, edited(batch.inputs), batch.labels)
+    return model.loss(model.loss_params, _edited(model, tau, scale)(batch.inputs), batch.labels)
 
 
 def edited(model: Model, tau: PyTree, scale: float = 1.0) -> Model:
