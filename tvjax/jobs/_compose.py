@@ -83,6 +83,7 @@ def compose(config: ComposeConfig, progress: Progress | None = None) -> Composed
       ValueError: what cannot be, before anything is written.
     """
     check_new(config.output)
+    store = None if config.state is None else TrainingStore(config.state)
     begin(progress, "reading the examples")
     with Models(progress=progress) as models:
         opened = models[config.model]
@@ -96,7 +97,7 @@ def compose(config: ComposeConfig, progress: Progress | None = None) -> Composed
         metadata = check_same_base(files, [about for _, about in loaded], config.any_base)
         inputs.check_base(metadata, opened.pretrained, config.task_vectors, config.any_base)
         taus = [tau for tau, _ in loaded]
-        trained, params, coefficients = _learn(config, opened, data, taus, progress)
+        trained, params, coefficients = _learn(config, opened, data, taus, store, progress)
         tuned_leaves = len(trained.trainable.leaves) if _tunes(config) else 0
         card = model_card(
             config.output.name,
@@ -163,7 +164,8 @@ def read(config: ComposeConfig, opened: Opened, models: Models) -> Data:
     found = inputs.read_examples(inputs.place_of(config.data, config.task, "train"), prompts, (opened,), needed)
     names = found.class_names or tuple(map(spelled, prompts.class_names or ()))
     if not names and way.needs_labels:
-        raise ValueError(f"{config.learned_by} needs the names of the classes: give --classes, or {way.labelling}")
+        reader = config.learned_by if config.teacher is None else "a teacher"
+        raise ValueError(f"{reader} needs the names of the classes: give --classes, or {way.labelling}")
     check_labels(opened, names, config.classes is not None)
     features = lambda images: opened.embed(images, config.batch_size)  # noqa: E731
     found = inputs.draw(found, config.per_class, config.select, config.seed, features)
@@ -179,11 +181,17 @@ def read(config: ComposeConfig, opened: Opened, models: Models) -> Data:
 
 
 def _learn(
-    config: ComposeConfig, opened: Opened, data: Data, taus: list[PyTree], progress: Progress | None
+    config: ComposeConfig,
+    opened: Opened,
+    data: Data,
+    taus: list[PyTree],
+    store: TrainingStore | None,
+    progress: Progress | None,
 ) -> tuple[Trained, PyTree, learned.Coefficients]:
     """What was trained, the parameters that it gives, and the coefficients."""
     task = asking(opened).task(opened, data.found, data.prompts)
     head = with_task(opened, task)
+    begin(progress, "preparing what is learned from")
     goal = _goal(config, opened, head, task.batches(data.found, config.batch_size).whole(), data)
     key, part_key = jax.random.split(jax.random.key(config.seed))
     names = [str(file) for file in config.task_vectors]
@@ -192,6 +200,7 @@ def _learn(
         coefficients = learned.best_start(
             head.params, taus, goal, key=key, coefficients=coefficients, progress=progress
         )
+    begin(progress, "learning")
     trained = (learned.tune if _tunes(config) else learned.learn)(
         head.params,
         taus,
@@ -204,8 +213,9 @@ def _learn(
         micro_batches=config.micro_batches,
         score=score_on(config, task, head, data.held_out),
         progress=progress,
-        store=None if config.state is None else TrainingStore(config.state),
+        store=store,
     )
+    begin(progress, "adding what was learned")
     base = opened.pretrained.params
     if _tunes(config):
         return trained, jax.jit(learned.Tuned.combine)(trained.trainable, base, taus), trained.trainable.coefficients
