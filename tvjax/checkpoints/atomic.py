@@ -14,6 +14,7 @@ import fcntl
 import functools
 import glob
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -71,9 +72,13 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a folder beside `path` to fill; it becomes `path`, which is absent or empty, when the block ends.
 
-    When the block raises, the folder and what is in it are removed.
+    When the block raises, the folder and what is in it are removed. A folder that is being filled so is given as it is:
+    what writes a part of it makes no folder of its own.
     """
     path = as_path(path, "the path of a new folder")
+    if path.is_dir() and becomes(path) != path:
+        yield path
+        return
     with processes.together(f"make the folder {path.parent}"):
         if processes.is_first():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,6 +121,17 @@ def _partial(path: Path, make: Callable[[Path], None], *, shared: bool = False) 
         if lock is not None:
             _remove(_named(path, token))
             os.close(lock)
+
+
+def becomes(path: str | os.PathLike[str]) -> Path:
+    """What the path of a file or folder that is being filled will be; any other path is itself.
+
+    >>> becomes("out/.edited.0a1b2c3d.partial").as_posix(), becomes("out/edited").as_posix()
+    ('out/edited', 'out/edited')
+    """
+    path = Path(path)
+    found = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.partial", path.name)
+    return path.with_name(found[1]) if found else path
 
 
 def _named(path: Path, token: str) -> Path:

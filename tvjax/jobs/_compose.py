@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import jax
 
 from tvjax import compose as learned
 from tvjax.checkpoints import TrainingStore, map_tree, model_card, save_coefficients, save_pretrained
+from tvjax.checkpoints.atomic import new_folder
 from tvjax.checkpoints.huggingface import check_new
 from tvjax.checkpoints.json_files import write_json
 from tvjax.checkpoints.provenance import check_same_base
@@ -85,7 +87,7 @@ def compose(config: ComposeConfig, progress: Progress | None = None) -> Composed
     check_new(config.output)
     store = None if config.state is None else TrainingStore(config.state)
     begin(progress, "reading the examples")
-    with Models(progress=progress) as models:
+    with Models(progress=progress) as models, contextlib.ExitStack() as stack:
         opened = models[config.model]
         data = read(config, opened, models)
         looked_at = {
@@ -97,6 +99,7 @@ def compose(config: ComposeConfig, progress: Progress | None = None) -> Composed
         metadata = check_same_base(files, [about for _, about in loaded], config.any_base)
         inputs.check_base(metadata, opened.pretrained, config.task_vectors, config.any_base)
         taus = [tau for tau, _ in loaded]
+        output = stack.enter_context(new_folder(config.output))
         trained, params, coefficients = _learn(config, opened, data, taus, store, progress)
         tuned_leaves = len(trained.trainable.leaves) if _tunes(config) else 0
         card = model_card(
@@ -116,11 +119,11 @@ def compose(config: ComposeConfig, progress: Progress | None = None) -> Composed
             pictures={"Coefficients by kind of leaf and depth": "coefficients.png"},
         )
         begin(progress, f"writing {config.output}")
-        save_pretrained(opened.pretrained.with_params(params), config.output, card=card)
-    save_coefficients(config.output / "coefficients.safetensors", coefficients, metadata)
-    plot_coefficients(coefficients, config.output / "coefficients.png")
-    write_json(config.output / "examples.json", looked_at, sort_keys=False)
-    write_recipe(recipe_of(config), config.output)
+        save_pretrained(opened.pretrained.with_params(params), output, card=card)
+        save_coefficients(output / "coefficients.safetensors", coefficients, metadata)
+        plot_coefficients(coefficients, output / "coefficients.png")
+        write_json(output / "examples.json", looked_at, sort_keys=False)
+        write_recipe(recipe_of(config), output)
     return Composed(
         output=config.output,
         model=config.model,
