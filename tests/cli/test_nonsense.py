@@ -103,3 +103,14 @@ def test_what_a_teacher_needs_is_said_of_it(models, images, tmp_path, capsys):
     pair = ["--source", models["source"], "--finetuned", models["finetuned"], "--target", models["wider"]]
     words = ["transport", *pair, "--data", flat, "--refine", "correction", "--output", tmp_path / "out"]
     assert "a teacher needs the names of the classes: give --classes" in error_of(capsys, *words)
+
+
+@pytest.mark.parametrize("name", ["out", "deeper/still/out"])
+def test_a_folder_that_nothing_may_be_written_into(models, tmp_path, no_weights, monkeypatch, capsys, name):
+    """Root may write everywhere, so the system's answer is made up."""
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    expected = f"cannot be: nothing may be written into '{tmp_path}'"
+    words = ["apply", "tau.safetensors", "--model", models["source"], "--output", tmp_path / name]
+    assert expected in error_of(capsys, *words)
+    pair = ["--pretrained", models["source"], "--finetuned", models["finetuned"]]
+    assert expected in error_of(capsys, "extract", *pair, "--output", tmp_path / "tau.safetensors")

@@ -10,6 +10,7 @@ lock, which the system lets go when a process ends: what another process still w
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import glob
@@ -22,6 +23,8 @@ from pathlib import Path
 
 from tvjax import processes
 from tvjax.kinds import as_path
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -117,6 +120,10 @@ def _partial(path: Path, make: Callable[[Path], None], *, shared: bool = False) 
                 _remove_left_behind(path)
                 token, lock = _made(path, make)
         yield _named(path, processes.from_first(token) if shared else token)
+    except OSError as error:
+        if error.filename is None and error.errno in _FULL:  # of a write, which knows no name
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         if lock is not None:
             _remove(_named(path, token))

@@ -377,13 +377,20 @@ def plan_shards(headers: Mapping[str, Tensor], max_shard_size: int | str) -> dic
 
 
 def check_new(folder: str | os.PathLike[str]) -> None:
-    """Raises a ValueError where something stands already where a new folder is to be written."""
+    """Raises a ValueError where something stands already where a new folder is to be written, or none may be."""
     folder = as_path(folder, "the path of a new folder")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"the output {str(folder)!r} exists: give a new folder, or remove it")
     standing = next(above for above in folder.absolute().parents if above.exists())
     if not standing.is_dir():
         raise ValueError(f"the output {str(folder)!r} cannot be: {str(standing)!r} is no folder")
+    check_writable(folder, standing)
+
+
+def check_writable(output: Path, folder: Path) -> None:
+    """Raises a ValueError where nothing can be written into the folder that an output goes to."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"the output {str(output)!r} cannot be: nothing may be written into {str(folder)!r}")
 
 
 def check_params(config: Any, params: PyTree) -> None:
