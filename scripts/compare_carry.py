@@ -103,10 +103,10 @@ def wanted(
     return sorted(cells, key=lambda cell: (order(cell), tasks.index(cell.task), targets.index(cell.target)))
 
 
-def order(cell: Cell) -> tuple[bool, int, bool, bool]:
-    """What comes first: the first draw, its 50 examples before all; what is read most before the rest of the rows."""
+def order(cell: Cell) -> tuple[bool, int, bool]:
+    """What comes first: what is read most, draw after draw, 50 examples before all; then the rest of the rows."""
     rest = METHODS[cell.method].late or cell.labels not in (0, USUAL)
-    return rest and cell.draw > 0, cell.draw, rest, cell.unlabelled > FEW
+    return rest, cell.draw, cell.unlabelled > FEW
 
 
 def groups_of(cells: list[Cell]) -> list[list[Cell]]:
