@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -86,7 +87,7 @@ SETS = {
         tasks=tuple(language.TASKS),
         tuned_on=(),
         one_shape=("llama-C",),
-        settings=language.FULL,
+        settings=dataclasses.replace(language.FULL, trainable=("**/blocks", "**/final_norm")),
         kind="texts",
         pool=230,
         load=_text_model,

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 import compare_carry
+import compare_few_shot
 from carry import columns, methods
 from carry.columns import Cell
 from carry.methods import METHODS, Bench, Candidate
 from carry.models import SETS, models_of
+from tvjax import tree
 from tvjax.data.batches import take
 from tvjax.demo.base import Embedded, Sets
 from tvjax.evaluate.accuracy import accuracy
@@ -236,6 +238,13 @@ def test_unlabelled_examples_are_those_with_labels_then_others_or_all():
         np.testing.assert_array_equal(bench.inputs[:10], bench.few.inputs)
     assert set(draws[0].inputs.tolist()) != set(draws[1].inputs.tolist())
     np.testing.assert_array_equal(Bench(language, "t5-B", "reviews", 0, 0, LANGUAGE.pool).inputs, np.arange(71))
+
+
+@pytest.mark.parametrize("target", LANGUAGE.sources)
+def test_trainings_of_language_models_change_what_their_task_vectors_cover(target):
+    model, taus = LANGUAGE.load(target, "reviews")
+    leaves = compare_few_shot.leaves_of(model.params, LANGUAGE.settings)
+    assert leaves.keys() == tree.flatten(taus["reviews"]).keys()
 
 
 def test_a_cell_of_language_models_is_measured_on_texts_of_all_lengths():
