@@ -99,7 +99,7 @@ def test_bad_recipes_are_one_line(recipe, capsys, arguments, message):
         (b"[1, 2]", "holds a list"),
         (b"a: [", "is no YAML"),
         (b"just words", "holds a str"),
-        (b"", "holds a NoneType"),
+        (b"", "holds None"),
         (b"scale: 1\nscale: 2", "the key 'scale' stands twice"),
         (b"a: &a [1]\nb: *a", "aliases and tags are not read"),
         (b"a: !!python/object/apply:os.getcwd []", "aliases and tags are not read"),
