@@ -179,10 +179,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 def _remarks(rows: list[dict[str, Any]]) -> list[str]:
     lines = []
     for row in rows:
-        told = [START] if f"minus {START}" in row else []
-        if row["method"].startswith("Ariadne") and not told:
-            told = [name for name in BASELINES[2:] if f"minus {name}" in row]
-        for name in told:
+        told = [START]
+        if row["method"].startswith("Ariadne") and f"minus {START}" not in row:
+            told = ["Theseus, no labels" if row["method"].endswith("no labels") else "Theseus"]
+        for name in (name for name in told if f"minus {name}" in row):
             minus = row[f"minus {name}"]
             place = f"{row['pair']}, {row['task']}, draws {', '.join(map(str, minus['draws']))}"
             lines.append(f"- {row['method']}, minus {name} ({place}): {_gap(minus)}")
