@@ -98,10 +98,10 @@ def wanted(targets: list[str], tasks: list[str], draws: list[int], images: list[
     return sorted(cells, key=lambda cell: (order(cell), tasks.index(cell.task), targets.index(cell.target)))
 
 
-def order(cell: Cell) -> tuple[bool, int, bool, bool]:
-    """What comes first: the first draw, its 50 images before 550; what is read most before the rest of the rows."""
+def order(cell: Cell) -> tuple[bool, int, bool]:
+    """What comes first: what is read most, draw after draw, 50 images before 550; then the rest of the rows."""
     rest = METHODS[cell.method].late or cell.labels not in (0, USUAL)
-    return rest and cell.draw > 0, cell.draw, rest, cell.images > min(IMAGES)
+    return rest, cell.draw, cell.images > min(IMAGES)
 
 
 def groups_of(cells: list[Cell]) -> list[list[Cell]]:
