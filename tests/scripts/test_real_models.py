@@ -149,6 +149,18 @@ def test_a_start_is_compared_with_zero(records):
     assert line in real_models.table(rows).splitlines()
 
 
+def test_ariadne_is_compared_with_theseus_by_the_same_choice(records):
+    records |= {
+        Cell("L3-L6", "nouns", 0, "Theseus"): record([0, 0, 0, 0]),
+        Cell("L3-L6", "nouns", 0, "Theseus, no labels"): record([1, 1, 0, 0]),
+        Cell("L3-L6", "nouns", 0, "Ariadne, few texts"): record([1, 1, 1, 0]),
+        Cell("L3-L6", "nouns", 0, "Ariadne, few texts, no labels"): record([1, 1, 1, 0]),
+    }
+    rows = {row["method"]: row for row in real_models.comparisons(records)}
+    gaps = [rows[f"Ariadne, few texts{choice}"]["minus Theseus"]["over_draws"]["mean"] for choice in ("", ", no labels")]
+    assert gaps == [0.75, 0.25]
+
+
 def test_what_was_tuned_with_many_labels_is_read_again(bench, monkeypatch):
     first = bench.with_many_labels(bench.source)
     monkeypatch.setattr(experiment, "fine_tune", None)  # nothing is trained
