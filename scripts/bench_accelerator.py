@@ -264,6 +264,7 @@ def correction(small: bool) -> dict[str, Any]:
             started = time.perf_counter()
             params = jax.block_until_ready(run(model))
             times.append(time.perf_counter() - started)
+            print(f"{name}, {depth or 'all'} blocks: {times[-1]:.1f} s", file=sys.stderr, flush=True)
         before, after = (
             float(distillation_losses(class_scores(m, batches), teacher).mean())
             for m in (model, model.replace(params=params))

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tvjax.arithmetic import task_vector
+from rounding import on_grid
+from tvjax.arithmetic import apply, task_vector
 from tvjax.checkpoints import Pretrained, fingerprint, from_pretrained, load_processor, save_pretrained, save_tree
 from tvjax.data import digits
 from tvjax.data.batches import split
@@ -242,10 +243,10 @@ def main() -> None:
                 model, photos, steps=options.fine_tuning_steps, batch_size=64, learning_rates=(1e-3,),
                 optimiser=optimiser, trainable=TRAINED, key=jax.random.key(200 + index),
             )  # fmt: skip
-            tau = task_vector(model.params, tuned.params)
+            tau = on_grid(task_vector(model.params, tuned.params))
             metadata = {**saved.identity(), "base_model": f"tvjax/demo_models/{name}", "task": task}
             save_tree(folder / "task_vectors" / f"{task}.safetensors", tau, metadata, jnp.float16)
-            table[name][task]["fine_tuned"] = percent(model.replace(params=tuned.params), test[task])
+            table[name][task]["fine_tuned"] = percent(model.replace(params=apply(model.params, tau)), test[task])
             print(f"  {task}: {table[name][task]} ({time.time() - began:.0f} s)", flush=True)
 
     files = [file for file in options.folder.rglob("*") if file.suffix in (".safetensors", ".json", ".txt")]

@@ -38,8 +38,9 @@ from build_language_texts import (
     write,
     write_tokenizer,
 )
+from rounding import on_grid
 from tvjax import tree
-from tvjax.arithmetic import task_vector
+from tvjax.arithmetic import apply, task_vector
 from tvjax.checkpoints import Pretrained, fingerprint, from_pretrained, save_pretrained, save_tree
 from tvjax.data.embedded import LANGUAGE_FOLDER, LANGUAGE_MODELS, model_folder
 from tvjax.data.embedded_texts import FOLDER as TEXTS
@@ -217,10 +218,10 @@ def tune(name: str, folder: Path, found: Extract) -> dict[str, dict[str, float]]
             learning_rates=(learning_rate,), optimiser=partial(decaying_adam, steps), trainable=QUICK.trainable,
             key=jax.random.key(200 + SEEDS[name]),
         )  # fmt: skip
-        tau = task_vector(model.params, tuned.params)
+        tau = on_grid(task_vector(model.params, tuned.params))
         metadata = {**saved.identity(), "base_model": f"tvjax/demo_language/{name}", "task": task}
         save_tree(folder / "task_vectors" / f"{task}.safetensors", trained_leaves(tau), metadata, jnp.float16)
-        after = percent(model.replace(params=tuned.params), test)
+        after = percent(model.replace(params=apply(model.params, tau)), test)
         table[task] = {"zero_shot": percent(model, test), "fine_tuned": after}
         print(f"  {task}: {table[task]}", flush=True)
     return table

@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from carry.methods import BASELINES, IMAGES, METHODS, Candidate, as_given, chosen
+from carry.methods import BASELINES, METHODS, Candidate, as_given, chosen
+from carry.models import FEW, Models
 from tvjax.report.measurements import Difference, in_order, paired_difference
 
-TUNED_ON = ("thick", "mirrored")
-TASKS = ("ruled", "framed", "blurred", "upside_down", *TUNED_ON)
 LABELS = (0, 1, 5, 10)  # a class
 USUAL = 5  # of them, where there are any; what a column without labels is compared with
 
@@ -23,9 +22,9 @@ class Cell(NamedTuple):
     Attributes:
       target: name of the model that is edited.
       task: name of the task.
-      draw: of the images.
+      draw: of the examples.
       labels: a class that the method reads.
-      images: without labels.
+      unlabelled: examples without labels.
       method: name of the method.
     """
 
@@ -33,7 +32,7 @@ class Cell(NamedTuple):
     task: str
     draw: int
     labels: int
-    images: int
+    unlabelled: int
     method: str
 
 
@@ -42,7 +41,7 @@ Choice = Callable[[list[Candidate], int], Candidate]
 Accuracies = dict[tuple[str, str, int], float]  # by task, target and draw
 
 
-def accuracies(records: Records, method: str, labels: int, images: int, choice: Choice = chosen) -> Accuracies:
+def accuracies(records: Records, method: str, labels: int, unlabelled: int, choice: Choice = chosen) -> Accuracies:
     """The test accuracy of a method in a column; empty where it is not of that column."""
     read = labels if METHODS[method].labels else 0
     if METHODS[method].labels and not labels:
@@ -50,7 +49,7 @@ def accuracies(records: Records, method: str, labels: int, images: int, choice: 
     found = {
         (cell.task, cell.target, cell.draw): choice([Candidate(*one) for one in record["candidates"]], labels).test
         for cell, record in records.items()
-        if (cell.method, cell.labels, cell.images) == (method, read, images)
+        if (cell.method, cell.labels, cell.unlabelled) == (method, read, unlabelled)
     }
     assert None not in found.values()
     return found  # type: ignore[return-value]
@@ -93,38 +92,40 @@ def difference(one: Accuracies, other: Accuracies) -> dict[str, Any] | None:
     }
 
 
-def summary(records: Records) -> list[dict[str, Any]]:
-    """Every method in every column: of the tasks that nothing was tuned on, and of all."""
+def summary(records: Records, models: Models) -> list[dict[str, Any]]:
+    """Every method in every column: of the tasks that nothing was tuned on, where there are others, and of all."""
     rows = []
-    for scope, tasks in (("other tasks", set(TASKS) - set(TUNED_ON)), ("all tasks", set(TASKS))):
+    others = [task for task in models.tasks if task not in models.tuned_on]
+    for scope, tasks in {"other tasks": others if models.tuned_on else [], "all tasks": models.tasks}.items():
         some = {cell: record for cell, record in records.items() if cell.task in tasks}
         read = {0} | {cell.labels for cell in some}  # what no method read makes no column
-        for (labels, images), method in product(product(sorted(read), IMAGES), METHODS):
-            found = accuracies(some, method, labels, images)
+        columns = product(sorted(read), sorted({cell.unlabelled for cell in some}))
+        for (labels, unlabelled), method in product(columns, METHODS):
+            found = accuracies(some, method, labels, unlabelled)
             if found:
-                row = {"scope": scope, "labels": labels, "images": images, "method": method}
-                rows.append(row | compared(some, method, labels, images, found))
+                row = {"scope": scope, "labels": labels, "unlabelled": unlabelled, "method": method}
+                rows.append(row | compared(some, method, labels, unlabelled, found))
     return rows
 
 
-def compared(records: Records, method: str, labels: int, images: int, found: Accuracies) -> dict[str, Any]:
+def compared(records: Records, method: str, labels: int, unlabelled: int, found: Accuracies) -> dict[str, Any]:
     """What a row says: mean accuracy, by target too, and differences to the baselines."""
     pairs, zero = by_pair(found), METHODS[method].zero
     row: dict[str, Any] = {"accuracy": average(found), "pairs": len(pairs), "draws": max(map(len, pairs.values()))}
     for target in in_order(target for _, target in pairs):
         row[target] = average({key: value for key, value in found.items() if key[1] == target})
-    others = {name: accuracies(records, name, labels or USUAL, min(IMAGES)) for name in BASELINES}
+    others = {name: accuracies(records, name, labels or USUAL, FEW) for name in BASELINES}
     for baseline in BASELINES:
         if baseline != method:
             row[f"minus {baseline}"] = difference(found, others[baseline])
     if zero is not None:
-        row["minus its start from zero"] = difference(found, accuracies(records, zero, labels, images))
+        row["minus its start from zero"] = difference(found, accuracies(records, zero, labels, unlabelled))
     if METHODS[method].is_training:  # the least loss of what was trained on takes what overfits
-        taken = accuracies(records, method, labels, images, as_given)
+        taken = accuracies(records, method, labels, unlabelled, as_given)
         given: dict[str, Any] = {"accuracy": average(taken)}
         given[f"minus {BASELINES[1]}"] = difference(taken, others[BASELINES[1]])
         if zero is not None:
-            from_zero = accuracies(records, zero, labels, images, as_given)
+            from_zero = accuracies(records, zero, labels, unlabelled, as_given)
             given["minus its start from zero"] = difference(taken, from_zero)
         row["at the default rate"] = given
     return row
@@ -139,50 +140,51 @@ def shown(gap: dict[str, Any] | None) -> str:
     return f"{100 * pairs.mean:+.1f} ({widths})"
 
 
-def table(rows: list[dict[str, Any]], scope: str) -> str:
-    """Markdown: accuracy in per cent, and the difference to few-shot fine-tuning, by column."""
+def table(rows: list[dict[str, Any]], scope: str, kind: str) -> str:
+    """Markdown: accuracy in per cent, and the difference to few-shot fine-tuning, by column; `kind` of examples."""
     rows = [row for row in rows if row["scope"] == scope]
     usual = [row for row in rows if row["labels"] in (0, USUAL)]
-    few = [row for row in rows if row["labels"] and row["images"] == min(IMAGES)]
+    few = [row for row in rows if row["labels"] and row["unlabelled"] == FEW]
     methods = [name for name, method in METHODS.items() if method.few or not method.labels]
-    parts = [grid(usual, scope, METHODS), grid([row for row in few if row["method"] in methods], scope, methods)]
-    return "\n\n".join([*parts, "\n".join(remarks(usual))])
+    parts = [grid(usual, scope, kind, METHODS)]
+    parts.append(grid([row for row in few if row["method"] in methods], scope, kind, methods))
+    return "\n\n".join([*parts, "\n".join(remarks(usual, kind))])
 
 
-def grid(rows: list[dict[str, Any]], scope: str, methods: Iterable[str]) -> str:
+def grid(rows: list[dict[str, Any]], scope: str, kind: str, methods: Iterable[str]) -> str:
     """The methods by columns."""
-    columns = [column for column in product(LABELS, IMAGES) if any((r["labels"], r["images"]) == column for r in rows)]
-    heads = [f"{labels} labels, {images} images | minus few-shot" for labels, images in columns]
+    columns = sorted({(row["labels"], row["unlabelled"]) for row in rows})
+    heads = [f"{labels} labels, {unlabelled} {kind} | minus few-shot" for labels, unlabelled in columns]
     lines = [f"| {scope} | " + " | ".join(heads) + " |", "|---|" + "---:|---:|" * len(columns)]
-    most = {column: max(r["pairs"] for r in rows if (r["labels"], r["images"]) == column) for column in columns}
+    most = {column: max(r["pairs"] for r in rows if (r["labels"], r["unlabelled"]) == column) for column in columns}
     for method in (method for method in methods if any(row["method"] == method for row in rows)):
         line = []
         for column in columns:
-            row = next((r for r in rows if (r["labels"], r["images"], r["method"]) == (*column, method)), None)
+            row = next((r for r in rows if (r["labels"], r["unlabelled"], r["method"]) == (*column, method)), None)
             if row is None:
                 line += ["", ""]
                 continue
             fewer = f" ({row['pairs']} pairs)" if row["pairs"] < most[column] else ""
             line += [f"{100 * row['accuracy']:.1f}{fewer}", shown(row.get(f"minus {BASELINES[1]}"))]
         lines.append(f"| {method} | " + " | ".join(line) + " |")
-    counts = [f"{most[column]} with {column[0]} labels and {column[1]} images" for column in columns]
+    counts = [f"{most[column]} with {column[0]} labels and {column[1]} {kind}" for column in columns]
     lines.append("\nPairs of a task and a target: " + ", ".join(counts))
     lines.append("In brackets half 95 % intervals over pairs and over tasks.")
     return "\n".join(lines)
 
 
-def remarks(rows: list[dict[str, Any]]) -> list[str]:
+def remarks(rows: list[dict[str, Any]], kind: str) -> list[str]:
     """What the grid has no place for: starts against zero, and distillation that nothing chooses for."""
     lines = []
     for row in (row for row in rows if row.get("minus its start from zero")):
         gap = row["minus its start from zero"]
-        column = f"{row['labels']} labels, {row['images']} images, {gap['over_pairs']['pairs']} pairs"
+        column = f"{row['labels']} labels, {row['unlabelled']} {kind}, {gap['over_pairs']['pairs']} pairs"
         lines.append(f"- {row['method']}, minus the same from zero ({column}): {shown(gap)}")
     for row in (row for row in rows if "at the default rate" in row and not row["labels"]):
         found, gap = row["at the default rate"], shown(row["at the default rate"][f"minus {BASELINES[1]}"])
         start = shown(found.get("minus its start from zero"))
         lines.append(
-            f"- {row['method']} at the default rate and the last epoch, {row['images']} images: "
+            f"- {row['method']} at the default rate and the last epoch, {row['unlabelled']} {kind}: "
             f"{100 * found['accuracy']:.1f}, minus few-shot {gap}" + (f", minus from zero {start}" if start else "")
         )
     return lines

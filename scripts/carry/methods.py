@@ -1,9 +1,9 @@
-"""The methods, each with all candidates of its settings, on one task and target of the embedded CLIPs."""
+"""The methods, each with all candidates of its settings, on one task and target of a set of embedded models."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from typing import NamedTuple
 
@@ -12,18 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 
 import tvjax as tv
+from carry.models import Models
 from compare_few_shot import RATES as TUNE_RATES
 from compare_few_shot import SHARE, adam, edited, leaves_of
 from tvjax import tree
 from tvjax.compose import Trained, best_start, class_scores, distillation, few_shot, learn, train, tune
 from tvjax.compose.objectives import Objective
 from tvjax.compose.teachers import distillation_losses
-from tvjax.demo.base import Embedded, Sets, draw_examples, named_key
-from tvjax.demo.setup import QUICK
+from tvjax.data.batches import take
+from tvjax.demo.base import draw_examples, named_key
 from tvjax.evaluate.accuracy import predict
 from tvjax.stages import Batch, PyTree
 
-IMAGES = (50, 550)  # without labels: those of 5 labels a class, and the whole pool
 RATES, EPOCHS, STEPS, BATCH = (3e-4, 1e-3, 3e-3), 5, 20, 50
 DEFAULTS = ([1e-3, float(EPOCHS)], [0.1, float(EPOCHS)])  # rate and epoch, of leaves and coefficients, unless chosen
 FACTORS = (5.0, 10.0, 20.0)  # of one-hot labels, in the place of a teacher's logits
@@ -34,7 +34,7 @@ class Candidate(NamedTuple):
 
     Attributes:
       setting: scale, or rate and epoch, or factor; empty where there is nothing to set.
-      loss: the teacher's cross-entropy on the unlabelled images.
+      loss: the teacher's cross-entropy on the unlabelled examples.
       validation: accuracy.
       test: accuracy; None where no column chooses the candidate.
     """
@@ -57,26 +57,42 @@ def as_given(candidates: list[Candidate], labels: int = 0) -> Candidate:
 
 
 class Bench:
-    """One task on one target with so many images and labels of a draw; what several methods need is made once."""
+    """One task on one target with so many examples and labels of a draw; what several methods need is made once."""
 
-    def __init__(self, source: Embedded, target: Embedded, task: str, sets: Sets, draw: int, labels: int, images: int):
-        self.source, self.target, self.task, self.sets = source, target, task, sets
-        self.model, self.tau = target.model, source.taus[task]
-        self.few = self._drawn(draw, labels or QUICK.labels_per_class)  # the more hold the fewer
-        pool = jax.tree.map(jnp.asarray, sets.pool.inputs)
-        self.images = pool if images == max(IMAGES) else self._drawn(draw, QUICK.labels_per_class).inputs
-        self.key = named_key(QUICK.seed + draw, f"carry {task}")
+    def __init__(self, models: Models, target: str, task: str, draw: int, labels: int, unlabelled: int):
+        self.source, self.target = models.load(models.sources[target], task), models.load(target, task)
+        self.task, self.sets, self.settings = task, models.examples(target, task), models.settings
+        self.model, self.tau = self.target.model, self.source.taus[task]
+        self.few = self._drawn(draw, labels or self.settings.labels_per_class)  # the more hold the fewer
+        self.inputs = self._some(draw, unlabelled)
+        self.key = named_key(self.settings.seed + draw, f"carry {task}")
+
+    def _indices(self, draw: int, labels: int) -> np.ndarray:
+        numbered = Batch(np.arange(len(self.sets.pool.labels)), self.sets.pool.labels)
+        settings = dataclasses.replace(self.settings, labels_per_class=labels)
+        return np.asarray(draw_examples(numbered, self.task, draw, settings).inputs)
 
     def _drawn(self, draw: int, labels: int) -> Batch:
-        few = draw_examples(self.sets.pool, self.task, draw, dataclasses.replace(QUICK, labels_per_class=labels))
+        few = take(self.sets.pool, self._indices(draw, labels))
         return Batch(jax.tree.map(jnp.asarray, few.inputs), jnp.asarray(few.labels))
+
+    def _some(self, draw: int, count: int) -> PyTree:
+        """So many examples of the pool, those that have labels and then others; all where there are no more."""
+        pool = self.sets.pool
+        if count < len(pool.labels):
+            labelled = self._indices(draw, self.settings.labels_per_class)
+            others = np.setdiff1d(np.arange(len(pool.labels)), labelled)
+            key = named_key(self.settings.seed + draw, f"unlabelled {self.task}")
+            drawn = np.asarray(jax.random.permutation(key, others))[: count - len(labelled)]
+            pool = take(pool, np.concatenate([labelled, drawn]))
+        return jax.tree.map(jnp.asarray, pool.inputs)
 
     @cached_property
     def unlabelled(self) -> list[Batch]:
-        """The images, 50 at once."""
-        count = jax.tree.leaves(self.images)[0].shape[0]
+        """The examples, 50 at once."""
+        count = jax.tree.leaves(self.inputs)[0].shape[0]
         starts = range(0, count, BATCH)
-        return [Batch(jax.tree.map(lambda leaf: leaf[at : at + BATCH], self.images), None) for at in starts]  # noqa: B023
+        return [Batch(jax.tree.map(lambda leaf: leaf[at : at + BATCH], self.inputs), None) for at in starts]  # noqa: B023
 
     @cached_property
     def teacher(self) -> np.ndarray:
@@ -84,11 +100,12 @@ class Bench:
         model = self.source.model
         return class_scores(model.replace(params=tv.apply(model.params, self.tau)), self.unlabelled)
 
-    # -- measuring: the test images are looked at for what a column chooses, and for nothing else -------------------
+    # -- measuring: the test is looked at for what a column chooses, and for nothing else --------------------------
 
-    def accuracy(self, params: PyTree, batch: Batch) -> float:
+    def accuracy(self, params: PyTree, batches: Batch | Sequence[Batch]) -> float:
         """The accuracy of edited parameters."""
-        return float(np.mean(np.asarray(predict(self.model.replace(params=params), batch.inputs)) == batch.labels))
+        model, several = self.model.replace(params=params), [batches] if isinstance(batches, Batch) else batches
+        return float(np.concatenate([np.asarray(predict(model, one.inputs)) == one.labels for one in several]).mean())
 
     def tried(self, params: PyTree, *setting: float) -> Candidate:
         """Edited parameters, all but the test."""
@@ -110,8 +127,9 @@ class Bench:
         """Edited parameters, and nothing to choose."""
         return self.tested([(params, self.tried(params, *setting))])
 
-    def scaled(self, tau: PyTree, grid: tuple[float, ...] = QUICK.rotation_scales) -> list[Candidate]:
-        """A task vector at every scale."""
+    def scaled(self, tau: PyTree, grid: tuple[float, ...] = ()) -> list[Candidate]:
+        """A task vector at every scale, of the grid for what is rotated unless another is given."""
+        grid = grid or self.settings.rotation_scales
         scales = [(edited(self.model.params, tau, scale), scale) for scale in grid]
         return self.tested((params, self.tried(params, scale)) for params, scale in scales)
 
@@ -124,22 +142,22 @@ class Bench:
 
     @cached_property
     def bico(self) -> PyTree:
-        """BiCo's vector, of the labelled images, with centred rows as `tvjax transport` takes it."""
+        """BiCo's vector, of the labelled examples, with centred rows as `tvjax transport` takes it."""
         return self.moved(tv.bico(center=True), [self.few])
 
     @cached_property
     def theseus(self) -> PyTree:
-        """The vector of Theseus, of the unlabelled images."""
+        """The vector of Theseus, of the unlabelled examples."""
         return self.moved(tv.theseus(), self.unlabelled)
 
     @cached_property
     def ariadne(self) -> PyTree:
-        """Ariadne's vector, of the unlabelled images."""
+        """Ariadne's vector, of the unlabelled examples."""
         return self.moved(tv.ariadne(), self.unlabelled)
 
     def start(self, tau: PyTree) -> PyTree:
         """A task vector times the scale of its least distillation loss."""
-        grid = QUICK.rotation_scales
+        grid = self.settings.rotation_scales
         scaled = [self.model.replace(params=edited(self.model.params, tau, scale)) for scale in grid]
         losses = [distillation_losses(class_scores(m, self.unlabelled), self.teacher).mean() for m in scaled]
         return tv.scale(tau, grid[int(np.argmin(losses))])
@@ -153,8 +171,8 @@ class Bench:
 
     @cached_property
     def told(self) -> Objective:
-        """The teacher's scores of the unlabelled images."""
-        return distillation(self.model, self.images, self.teacher)
+        """The teacher's scores of the unlabelled examples."""
+        return distillation(self.model, self.inputs, self.teacher)
 
     def every(
         self, training: Callable[..., Trained], objective: Objective, rates: tuple[float, ...]
@@ -176,12 +194,15 @@ class Bench:
     def trained(self, objective: Objective, tau: PyTree = None) -> list[Candidate]:
         """Adam on what the task vectors cover, from the target or from a start."""
         params = self.model.params if tau is None else tv.apply(self.model.params, tau)
-        leaves = leaves_of(params, QUICK)
+        leaves = leaves_of(params, self.settings)
         return self.every(partial(train, tree.replace, params, leaves, optimiser=adam), objective, RATES)
 
     def composed(self, training: Callable[..., Trained], objective: Objective, taus: list[PyTree]) -> list[Candidate]:
         """Coefficients of transports, and leaves too by `tune`, from the best one at its best scale."""
-        params, options = self.model.params, {} if training is learn else {"leaves": QUICK.trainable, "share": SHARE}
+        params, options = (
+            self.model.params,
+            {} if training is learn else {"leaves": self.settings.trainable, "share": SHARE},
+        )
         begin = best_start(params, taus, objective, key=self.key)
         rates = TUNE_RATES["coefficients" if training is learn else "both"]
         return self.every(partial(training, params, taus, coefficients=begin, **options), objective, rates)
@@ -210,7 +231,7 @@ class Method:
     Attributes:
       run: its candidates.
       labels: whether it reads labels.
-      more: whether it reads unlabelled images, so that more of them change it.
+      more: whether it reads unlabelled examples, so that more of them change it.
       one_shape: whether it needs a target of the source's shape.
       few: whether it is measured with 1 and 10 labels a class too.
       late: whether it is measured after the others of a draw.
@@ -233,9 +254,9 @@ _BOTH = "few-shot and distillation at once"
 BASELINES = ("zero-shot", _FEW_SHOT)
 METHODS: dict[str, Method] = {
     "zero-shot": Method(lambda b: b.measured(b.model.params)),
-    "copy": Method(lambda b: b.scaled(b.tau, QUICK.unit_scales), one_shape=True),
+    "copy": Method(lambda b: b.scaled(b.tau, b.settings.unit_scales), one_shape=True),
     "GradFix": Method(
-        lambda b: b.scaled(b.moved(tv.gradfix(), [b.few]), QUICK.unit_scales), labels=True, one_shape=True
+        lambda b: b.scaled(b.moved(tv.gradfix(), [b.few]), b.settings.unit_scales), labels=True, one_shape=True
     ),
     "Theseus": Method(lambda b: b.scaled(b.theseus), more=True),
     "BiCo": Method(lambda b: b.scaled(b.bico), labels=True, few=True),

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tvjax.compose.teachers import Match, check_distillation, distillation_losses
+from tvjax.kinds import kind_of
 from tvjax.stages import PyTree
 
 Scores = Callable[[PyTree, PyTree], Float[Array, "batch classes"]]
@@ -54,7 +55,7 @@ def cannot_score(task: str, outputs: PyTree, expected: str) -> ValueError:
     if isinstance(outputs, dict):
         found = ", ".join(f"{name} {list(jnp.shape(leaf))}" for name, leaf in sorted(outputs.items()))
     else:
-        found = f"a {type(outputs).__name__} of shape {list(jnp.shape(outputs))}"
+        found = f"{kind_of(outputs)} of shape {list(jnp.shape(outputs))}"
     return ValueError(f"the model returns {found}, which the task {task!r} cannot score: it expects {expected}")
 
 
