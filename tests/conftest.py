@@ -1,5 +1,6 @@
 """Eight CPU devices and strict dtype promotion for every test; set before JAX starts."""
 
+import contextlib
 import gc
 import os
 import platform
@@ -29,18 +30,22 @@ def programs_folder() -> Path:
     about = Path("/proc/cpuinfo")
     lines = about.read_text().splitlines() if about.exists() else []
     kind = next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = caches / "tvjax" / f"test-programs-{zlib.crc32(kind.encode()):08x}"
-    for entry in folder.glob("*"):
-        if time.time() - entry.stat().st_mtime > FORGOTTEN:
-            entry.unlink(missing_ok=True)
+    cache = Path(os.environ.get("TVJAX_CACHE") or Path.home() / ".cache" / "tvjax")
+    folder = cache / f"test-programs-{zlib.crc32(kind.encode()):08x}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for entry in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another run drops it too
+            if time.time() - entry.stat().st_mtime > FORGOTTEN:
+                entry.unlink()
     return folder
 
 
-# Reading a program back takes a tenth of the time of compiling it. Workers inherit the folder.
+# Reading a program back takes a tenth of the time of compiling it. Workers inherit the folder; to compile everything
+# anew name an empty one.
 FORGOTTEN = 14 * 24 * 3600  # seconds
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(programs_folder())
+    with contextlib.suppress(PermissionError):
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(programs_folder())
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
