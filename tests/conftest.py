@@ -1,6 +1,10 @@
 """Eight CPU devices and strict dtype promotion for every test; set before JAX starts."""
 
+import atexit
+import gc
 import os
+import shutil
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,6 +23,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("NPROC", "16")  # threads of XLA: a meeting of eight devices needs eight, whatever the cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# What was compiled once in a run is read back by every process of it, in a tenth of the time.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tvjax-programs-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -27,6 +38,7 @@ from PIL import Image  # noqa: E402
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Many CPU devices on few cores: programs in flight at once can wait for each other's collectives for ever.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
+gc.set_threshold(50_000, 20, 50)  # a traced program is many small objects that live on
 
 
 @pytest.fixture(autouse=True, scope="module")

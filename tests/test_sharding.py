@@ -66,7 +66,7 @@ def test_what_can_be_said_without_leaves_is_said_when_rules_are_made(mesh):
 
 
 def test_functions_and_shardings_that_do_not_fit(mesh):
-    with pytest.raises(ValueError, match="the sharding of blocks/0/up/kernel is a NoneType"):
+    with pytest.raises(ValueError, match="the sharding of blocks/0/up/kernel is None"):
         leaf_shardings(lambda path, leaf: None, LEAVES)
     columns = NamedSharding(mesh, PartitionSpec(None, "tensor"))
     with pytest.raises(ValueError, match=r"head/kernel of shape \[8, 3\] cannot lie so"):

@@ -5,6 +5,9 @@ ICLR 2023, arXiv 2212.04089, section 2). It is an ordinary pytree. None stands a
 vector of nested dicts may also lack them altogether, so that one made for a vision tower applies to the whole model,
 by path. Nothing is skipped in silence: a path or a shape that the parameters do not have is an error. A leaf may be a
 `tvjax.LowRank`, and stays one where a result can be.
+
+Leaves that hold NaN give NaN, as everywhere in JAX, and no sum waits for a device to look; whatever hides or keeps them
+looks: saving, merges, transports. A factor that is no JAX array is looked at here.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import numpy as np
 
 from tvjax import factors, placement, tree
 from tvjax.factors import is_low_rank
+from tvjax.finite import check_factor
 from tvjax.on_disk import difference as difference_on_disk
 from tvjax.on_disk import is_on_disk
 
@@ -94,7 +98,8 @@ def apply(params: PyTree, tau: PyTree, scale: float | jax.Array = 1.0) -> PyTree
       theta, of the structure of `params`; leaves that tau does not cover are passed through as they are.
 
     Raises:
-      ValueError: tau has paths that `params` lack, other shapes, or covers an integer leaf; or the scale is no scalar.
+      ValueError: tau has paths that `params` lack, other shapes, or covers an integer leaf; or the scale is no scalar,
+        or a number that is not finite.
 
     >>> import jax.numpy as jnp
     >>> params = {"vision": {"w": jnp.ones(2)}, "text": {"w": jnp.ones(1)}}
@@ -107,12 +112,12 @@ def apply(params: PyTree, tau: PyTree, scale: float | jax.Array = 1.0) -> PyTree
             f"the scale must be a scalar, found shape {tree.leaf_type(scale).shape}: "
             "for one coefficient per leaf scale the task vector (tvjax.scale), for several edits use jax.vmap"
         )
+    check_factor(scale, "the scale")
     changes = tree.flatten(tau)
     theta = tree.flatten(params)
     mismatches = []
     for whole in (params, tau):
-        if whole is not None and tree.flatten(whole).keys() == {""}:
-            tree.leaf_type(whole)  # a whole model, where its parameters are meant
+        tree.check_whole(whole)
     for path, change in changes.items():
         if path not in theta:
             mismatches.append(f"{path}: not in the parameters")
@@ -199,7 +204,7 @@ def scale(tau: PyTree, factor: float | jax.Array | Mapping[str, Any]) -> PyTree:
       A task vector of the same structure.
 
     Raises:
-      ValueError: a factor that is no scalar, or a pattern that matches no leaf.
+      ValueError: a factor that is no scalar or not finite, or a pattern that matches no leaf.
 
     >>> import jax.numpy as jnp
     >>> scaled = scale({"up": {"kernel": jnp.ones(1), "bias": jnp.ones(1)}}, {"**": 2.0, "**/bias": 0.0})
@@ -210,6 +215,7 @@ def scale(tau: PyTree, factor: float | jax.Array | Mapping[str, Any]) -> PyTree:
     for pattern, value in numbers.items():
         if tree.leaf_type(value).shape != ():
             raise ValueError(f"the factor of {pattern!r} must be a scalar, found shape {jnp.shape(value)}")
+        check_factor(value, f"the factor of {pattern!r}")
     paths = list(tree.flatten(tau))
     chosen: dict[str, Any] = {}
     if paths:
@@ -255,7 +261,7 @@ def interpolate(a: PyTree, b: PyTree, t: float | jax.Array) -> PyTree:
       A tree of the structure of `a`.
 
     Raises:
-      ValueError: other paths or shapes, or integer leaves that differ.
+      ValueError: other paths or shapes, integer leaves that differ, or a number t that is not finite.
 
     >>> import jax.numpy as jnp
     >>> interpolate({"w": jnp.array([0.0, 2.0])}, {"w": jnp.array([4.0, 2.0])}, 0.25)["w"].tolist()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from tvjax.kinds import kind_of
+
 
 class Paper(NamedTuple):
     """A paper; `eprint` is its number on arXiv, `venue` where it was published."""
@@ -213,7 +215,7 @@ def _names(methods: Iterable[Any]) -> list[str]:
     for method in methods:
         links = getattr(method, "links", None)
         if links is None and not isinstance(method, str):
-            raise ValueError(f"found a {type(method).__name__}, expected the name of a method or a transport")
+            raise ValueError(f"found {kind_of(method)}, expected the name of a method or a transport")
         names += method.split("+") if links is None else [link.name for link in links]
     return [name for name in names if name != "scale_by"]
 

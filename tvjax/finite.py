@@ -67,6 +67,18 @@ def check_finite(values: PyTree, what: str) -> None:
     )
 
 
+def check_factor(factor: Any, name: str) -> None:
+    """Raises a ValueError where a factor that is at hand, and on no device, is NaN or infinite.
+
+    >>> check_factor(float("nan"), "the scale")
+    Traceback (most recent call last):
+    ...
+    ValueError: the scale must be finite, found nan
+    """
+    if isinstance(factor, float | np.generic | np.ndarray) and not np.isfinite(factor):
+        raise ValueError(f"{name} must be finite, found {factor}")
+
+
 def count_not_finite(array: np.ndarray) -> int:
     """How many values of an array on the host are NaN or infinite.
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tvjax import tree
+from tvjax.kinds import kind_of
 from tvjax.stages import Model
 
 PyTree = Any
@@ -167,6 +168,7 @@ def _stems(params: PyTree, stacks: str | Sequence[str]) -> set[str]:
 
 def _at_stacks(params: PyTree, stacks: str | Sequence[str], change: Any) -> PyTree:
     """The tree with each subtree that a pattern names, itself or a part of its path, changed."""
+    tree.check_whole(params)
     stems = _stems(params, stacks)
 
     def is_stack(keys: Any, node: Any) -> bool:
@@ -210,7 +212,7 @@ def _stacked(stem: str, layers: PyTree, axis: int) -> PyTree:
     by_number = {str(key): layer for key, layer in found or ()}
     numbers = [str(number) for number in range(len(by_number))]
     if not by_number or by_number.keys() != set(numbers):
-        seen = sorted(by_number)[:8] if found else type(layers).__name__
+        seen = sorted(by_number)[:8] if found else kind_of(layers)
         raise ValueError(f"{stem!r} holds no layers: expected the keys 0, 1, ..., found {seen}")
     first, *rest = (by_number[number] for number in numbers)
     for number, other in enumerate(rest, start=1):

@@ -20,6 +20,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from tvjax import tree
+from tvjax.kinds import kind_of
 from tvjax.models.families import family_of_config
 from tvjax.models.layer_table import Heads, config_of, leaf_spaces, locate
 from tvjax.placement import axes_of, name_of
@@ -168,7 +169,7 @@ def leaf_shardings(placement: Placement, leaves: Mapping[str, Any], config: Any 
         return _by_rules(placement, leaves, config)
     if isinstance(placement, Mesh | PartitionSpec) or not (isinstance(placement, Sharding) or callable(placement)):
         raise ValueError(
-            f"found a {type(placement).__name__} as the sharding, expected rules (tvjax.sharding.rules(mesh, [...]), "
+            f"found {kind_of(placement)} as the sharding, expected rules (tvjax.sharding.rules(mesh, [...]), "
             "fsdp, tensor_parallel), a jax.sharding.Sharding, or a function of a path and a leaf"
         )
     found: dict[str, Sharding] = {}
@@ -177,7 +178,7 @@ def leaf_shardings(placement: Placement, leaves: Mapping[str, Any], config: Any 
         found[path] = placement if isinstance(placement, Sharding) else placement(path, kind)
         if not isinstance(found[path], Sharding):
             raise ValueError(
-                f"the sharding of {path} is a {type(found[path]).__name__}: give a jax.sharding.Sharding, such as "
+                f"the sharding of {path} is {kind_of(found[path])}: give a jax.sharding.Sharding, such as "
                 "NamedSharding(mesh, PartitionSpec())"
             )
         try:

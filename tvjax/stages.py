@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
 from tvjax import tree
+from tvjax.kinds import kind_of
 from tvjax.on_disk import read
 
 PyTree = Any
@@ -174,17 +175,44 @@ class Model:
         return self.loss is not _no_loss
 
 
-def check_model(name: str, model: Any) -> None:
-    """Raises a ValueError unless this is a `Model`.
+@runtime_checkable
+class ModelLike(Protocol):
+    """What objectives and scores need of a model; `Model` and `tvjax.compose.Linearised` have it."""
+
+    @property
+    def loss(self) -> Callable[[PyTree, PyTree, PyTree], jax.Array]:
+        """``(loss_params, outputs, labels) -> [batch]``."""
+
+    @property
+    def loss_params(self) -> PyTree:
+        """Arrays of the loss."""
+
+    @property
+    def params(self) -> PyTree:
+        """Parameters."""
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether a loss was given."""
+
+    def replace(self, **changes: Any) -> Any:
+        """A copy with other fields."""
+
+    def __call__(self, inputs: PyTree) -> PyTree:
+        """The outputs."""
+
+
+def check_model(name: str, model: Any, expected: type = Model) -> None:
+    """Raises a ValueError unless this is a `Model`; or what is as good as one, where `ModelLike` is expected.
 
     >>> check_model("source", {"kernel": 1.0})
     Traceback (most recent call last):
     ...
     ValueError: the source is a dict, expected a tvjax.Model
     """
-    if not isinstance(model, Model):
+    if not isinstance(model, expected):
         instead = ": give its .model" if isinstance(getattr(model, "model", None), Model) else ""
-        raise ValueError(f"the {name} is a {type(model).__name__}, expected a tvjax.Model{instead}")
+        raise ValueError(f"the {name} is {kind_of(model)}, expected a tvjax.Model{instead}")
 
 
 @partial(jax.jit, static_argnums=0)

@@ -20,6 +20,7 @@ import optax
 
 from tvjax import factors
 from tvjax.factors import is_low_rank
+from tvjax.kinds import kind_of
 from tvjax.placement import automatic
 
 PyTree = Any
@@ -333,8 +334,22 @@ def leaf_type(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
     if not isinstance(leaf, int | float | complex | list | tuple) and not hasattr(leaf, "__jax_array__"):
         instead = ": give its .params" if hasattr(leaf, "params") else ""  # a model, as tvjax.load gives one
-        raise ValueError(f"found a {type(leaf).__name__} where an array is expected{instead}")
+        raise ValueError(f"found {kind_of(leaf)} where an array is expected{instead}")
     return jax.eval_shape(jnp.asarray, leaf)
+
+
+def check_whole(tree: PyTree) -> None:
+    """Raises a ValueError where what is meant to be a tree is one thing that is no array, such as a whole model.
+
+    >>> check_whole({"kernel": 1.0})
+    >>> check_whole("kernel")
+    Traceback (most recent call last):
+    ...
+    ValueError: found a str where an array is expected
+    """
+    flat = flatten(tree)
+    if flat.keys() == {""}:
+        leaf_type(flat[""])
 
 
 def nbytes(tree: PyTree) -> int:
@@ -358,7 +373,7 @@ def check_arrays(tree: PyTree) -> None:
     for path, leaf in flatten(tree).items():
         if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")) and not isinstance(leaf, int | float | complex):
             raise ValueError(
-                f"the leaf {path!r} is a {type(leaf).__name__} and no array: split off what is static first, such as "
+                f"the leaf {path!r} is {kind_of(leaf)} and no array: split off what is static first, such as "
                 "params, static = equinox.partition(model, equinox.is_array), and put it back inside the function"
             )
 

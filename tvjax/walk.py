@@ -22,7 +22,7 @@ from tvjax.capture import Captured, SiteTable, instrument, jaxprs, sites
 from tvjax.capture.residual import Residual, residual
 from tvjax.finite import check_finite
 from tvjax.on_disk import is_on_disk, read, trim
-from tvjax.stages import Batch, Model, local_params, run_stage
+from tvjax.stages import Batch, Model, check_model, local_params, run_stage
 
 PyTree = Any
 
@@ -37,6 +37,7 @@ class Walk:
     """
 
     def __init__(self, model: Model, batches: Sequence[Batch], offload: bool = False):
+        check_model("model", model)
         self.model, self.batches = model, batches
         self._keep = jax.device_get if offload else lambda carry: carry
         self._carries: list[list[PyTree] | None] = [[batch.inputs for batch in batches]]

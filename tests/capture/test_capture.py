@@ -367,6 +367,6 @@ def test_the_check_fails_where_a_use_is_missed():
         check_gradient_identity(loss, params, x, tolerance=-1.0)
 
 
-def test_the_identity_is_checked_by_three_programs_whatever_the_number_of_leaves(programs):
+def test_the_identity_is_checked_by_one_program_whatever_the_number_of_leaves(programs):
     function, params, args = case_of(lambda p, x: (x @ p["a"] + p["b"]) @ p["c"], x(), a=(6, 3), b=(3,), c=(3, 5))
-    assert len(programs(check_gradient_identity, loss_of(function), params, *args)) == 3
+    assert len(programs(check_gradient_identity, loss_of(function), params, *args)) == 1

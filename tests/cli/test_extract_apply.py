@@ -1,6 +1,7 @@
 """`tvjax extract` and `tvjax apply`: thin over `tvjax.checkpoints.streaming`."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -100,3 +101,20 @@ def test_what_cannot_be_applied(models, tmp_path, capsys, words, message):
     assert run(["apply", str(tmp_path / "tau.safetensors"), *fixed, *words, "--output", str(tmp_path / "out")]) == 2
     assert message in error_of(capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_was_not_fine_tuned_from_the_other_is_asked_about(models, images, tmp_path, capsys):
+    """Equal shapes and nothing else in common: sqrt(2) times the norm apart."""
+    pair = ["--source", models["source"], "--target", models["wider"], "--data", str(images), "--method", "theseus"]
+    for name, said in (("same", True), ("finetuned", False)):
+        words = ["extract", "--pretrained", models["source"], "--finetuned", models[name]]
+        calls = [
+            [*words, "--output", tmp_path / f"{name}.safetensors"],
+            [*words, "--rank", 1, "--output", tmp_path / f"{name}_low"],
+            ["transport", *pair, "--finetuned", models[name], "--output", tmp_path / f"{name}_moved"],
+        ]
+        for call in calls:
+            assert run([*map(str, call)]) == 0
+            found = [line for line in capsys.readouterr().out.splitlines() if "are these the weights" in line]
+            assert bool(found) == said
+            assert not said or re.match(r"note: vision/blocks/\S+ of '\S+same' is 1\.[0-9] times its norm", found[0])

@@ -7,7 +7,7 @@ import pytest
 from rich.table import Table
 
 from tvjax.cli import output, plan
-from tvjax.cli.fold import folded
+from tvjax.cli.fold import broken, folded
 from tvjax.compose import init
 from tvjax.evaluate.accuracy import Predictions
 from tvjax.jobs import PlanConfig
@@ -111,6 +111,27 @@ def test_no_table_is_wider_than_80_columns(name, shown, monkeypatch, capsys):
             assert all(set(str(cell).split()) <= words for cell in column.cells), column.header
 
 
+@pytest.mark.parametrize("name", ["every leaf", "kinds", "plan"])
+def test_a_path_goes_on_after_a_slash(name, shown, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    output.show({}, shown[name])
+    printed = capsys.readouterr().out
+    words = set(re.split(r"[\s/│]+", printed))
+    paths = [
+        str(cell) for column in shown[name].columns for cell in column.cells if re.fullmatch(r"\S+/\S+", str(cell))
+    ]
+    assert paths and max(map(len, paths)) > 20
+    assert {word for path in paths for word in path.split("/")} <= words
+
+
+@pytest.mark.parametrize("text", ["vision/embeddings/class_token", "a/b", "one two  three", "ä" * 9, "/x/.y_z/", ""])
+def test_a_broken_text_fits_and_loses_nothing(text):
+    for width in range(1, 31):
+        lines = broken(text, width)
+        assert max(map(len, lines)) <= width
+        assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+
+
 def test_all_tables_are_here(shown):
     assert set(shown) == set(NAMES)
 
@@ -123,9 +144,10 @@ def test_a_fold_repeats_the_names_and_keeps_every_number():
         table.add_row(row, "x", *(f"{row} {number}" for number in range(12)))
     parts = folded(table, 60)
     assert len(parts) > 1 and [part.title for part in parts] == ["Accuracy", *[None] * (len(parts) - 1)]
-    assert parts[-1].caption == "of all" and all(list(part.columns[0].cells) == ["one", "two"] for part in parts)
+    assert parts[-1].caption == "of all" and all([*map(str, part.columns[0].cells)] == ["one", "two"] for part in parts)
     headers = [
         str(column.header) for part in parts for column in part.columns if re.match("measure", str(column.header))
     ]
     assert headers == [f"measure {number}" for number in range(12)]
-    assert folded(table, 400) == [table]
+    (whole,) = folded(table, 400)
+    assert (whole.title, whole.caption, len(whole.columns)) == ("Accuracy", "of all", 14)

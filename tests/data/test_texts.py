@@ -93,7 +93,7 @@ def test_prompts_and_completions(tmp_path):
         ("a.txt", b"", {}, "has no texts"),
         ("a.jsonl", b'{"text": "x"}\n  \n', {}, r"line 2 is empty"),
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', {}, r"line 2 is no JSON"),
-        ("a.jsonl", b'["x"]\n', {}, r"line 1 is a JSON list, expected an object"),
+        ("a.jsonl", b'["x"]\n', {}, r"line 1 holds a list, expected an object"),
         ("a.jsonl", b'{"text": "x"}\n{"txt": "x"}\n', {}, r"line 2: there is no column 'text', only txt"),
         ("a.jsonl", b'{"text": null}\n', {}, r"line 1: the column 'text' has None"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', {}, r"line 1: the column 'text' has half of a surrogate pair"),

@@ -131,7 +131,7 @@ def test_vectors_that_do_not_fit(method, taus):
         method.merge([{**tau, "norm": jnp.arange(40)} for tau in taus])
     with pytest.raises(ValueError, match="at least"):
         method.merge([])
-    with pytest.raises(ValueError, match="a list of task vectors, found dict"):
+    with pytest.raises(ValueError, match="a list of task vectors, found a dict"):
         method.merge(one)
     with pytest.raises(ValueError, match="no leaves"):
         method.merge([{"norm": None}, {"norm": None}])

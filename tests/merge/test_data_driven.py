@@ -106,7 +106,7 @@ def test_regmean_of_stacked_and_of_multi_axis_kernels():
         ([{"k": np.eye(4)}, {}], {}, r"(?s)k: \[\(4, 4\), 'missing'\], must be the same"),
         ([{"k": np.eye(5)}] * 2, {}, r"(?s)k: \(5, 5\) for a kernel of \(4, 3\)"),
         ([{"other": np.eye(4)}] * 2, {}, "no leaf has a Gram matrix"),
-        ([({"k": np.eye(4)}, {})] * 2, {}, r"by path, input_grams\(...\).matrices, found tuple"),
+        ([({"k": np.eye(4)}, {})] * 2, {}, r"by path, input_grams\(...\).matrices, found a tuple"),
         ([{"k": np.eye(4)}, {"k": np.full((4, 4), np.nan)}], {}, "(?s)Gram matrices of task 1 has .*k: 16 of 16"),
         ([{"k": np.eye(4)}] * 2, {"shrink": 1.5}, "shrink must lie in"),
         ([{"k": np.eye(4)}] * 2, {"ridge": -1.0}, "ridge be 0 or more"),

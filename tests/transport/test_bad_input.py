@@ -111,7 +111,7 @@ def test_batches(tiny, idle, transport):
     half = jax.tree.map(lambda leaf: leaf[:4], one)
     with pytest.raises(ValueError, match="calibration batch 1.*8 examples for the source.*4 for the target"):
         fit(transport, tiny.a, tiny.b, [(one, one), (one, half)])
-    with pytest.raises(ValueError, match="a calibration batch is a Batch.*found dict"):
+    with pytest.raises(ValueError, match="a calibration batch is a Batch.*found a dict"):
         fit(transport, tiny.a, tiny.b, [one.inputs])
     for bad in (jnp.nan, jnp.inf):
         spoilt = Batch({"pixels": one.inputs["pixels"].at[3, 0, 0, 0].set(bad)}, one.labels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -71,20 +71,25 @@ def check_gradient_identity(
       ValueError: naming the leaf with the largest error, the error and the tolerance; or no leaf has a rule for all
         its uses, so that nothing was compared.
     """
-    found = jax.jit(lambda p, *a: gradient_from_sites(loss, p, *a))(params, *args)
-    if not found:
+
+    @jax.jit
+    def compared(params: PyTree, *args: Any) -> dict[str, tuple[jax.Array, jax.Array]]:
+        found = gradient_from_sites(loss, params, *args)
+        exact = tree.flatten(jax.grad(loss, allow_int=True)(params, *args))
+        return {path: _size_and_error(gradient, exact[path]) for path, gradient in found.items()}
+
+    sizes = {path: (float(size), float(error)) for path, (size, error) in compared(params, *args).items()}
+    if not sizes:
         raise ValueError(
             "the gradient identity compared nothing: no leaf is read by operations that have a rule only\n"
             f"{sites(loss, params, *args)}"
         )
-    exact = tree.flatten(jax.jit(jax.grad(loss, allow_int=True))(params, *args))
-    compared = {path: (gradient, exact[path]) for path, gradient in found.items()}
-    sizes = {path: (float(size), float(error)) for path, (size, error) in _sizes_and_errors(compared).items()}
     scale = max(size for size, _ in sizes.values())
     if tolerance is None:
         _, captured = jax.eval_shape(lambda p, *a: capture_gradients(loss, p, *a), params, *args)
-        arrays = [*captured.activations.values(), *captured.gradients.values(), *(exact[p] for p in found)]
-        eps = max((float(jnp.finfo(a.dtype).eps) for a in arrays), default=0.0)
+        leaves = tree.flatten(params)
+        arrays = [*captured.activations.values(), *captured.gradients.values(), *(leaves[path] for path in sizes)]
+        eps = max((float(jnp.finfo(jnp.result_type(a)).eps) for a in arrays), default=0.0)
         tolerance = 200 * eps if eps < 1e-4 else 3 * float(np.sqrt(eps))
     for path, (size, error) in sizes.items():
         if not error <= tolerance * max(size, 1e-2 * scale):
@@ -94,12 +99,11 @@ def check_gradient_identity(
             )
 
 
-@jax.jit
-def _sizes_and_errors(compared: Mapping[str, tuple[jax.Array, jax.Array]]) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """By path: the largest entry of the gradient of `jax.grad`, and the largest error of the other."""
+def _size_and_error(found: jax.Array, exact: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The largest entry of the gradient of `jax.grad`, and the largest error of the other."""
 
     def largest(array: jax.Array) -> jax.Array:
         return jnp.max(jnp.abs(array), initial=0.0)
 
-    wide = {path: (found, exact.astype(jnp.float32)) for path, (found, exact) in compared.items()}
-    return {path: (largest(exact), largest(found - exact)) for path, (found, exact) in wide.items()}
+    exact = exact.astype(jnp.float32)
+    return largest(exact), largest(found - exact)

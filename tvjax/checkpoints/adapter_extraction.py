@@ -19,7 +19,7 @@ from tvjax.checkpoints.folder import Checkpoint, Name, open_checkpoint
 from tvjax.checkpoints.huggingface import check_new
 from tvjax.checkpoints.memory import Scratch
 from tvjax.checkpoints.model_card import model_card
-from tvjax.checkpoints.provenance import check_configs
+from tvjax.checkpoints.provenance import check_configs, doubts
 from tvjax.checkpoints.side_by_side import Progress, SideBySide
 from tvjax.factors import LowRank
 from tvjax.models.families import GENERIC
@@ -94,6 +94,7 @@ def extract_low_rank(
         covered, left = common_leaves(base, tuned, subtree)
         configs = (base.config, tuned.config)
         notes = check_configs((base.name, tuned.name), configs, part_of(list(covered)), allow_config_differences)
+        notes += doubts(base, tuned, [path for path, own in covered.items() if own == path])
         kept, rows, changed, digests = _truncated(base, tuned, covered, (rank, energy), key, progress)
         if not kept:
             raise ValueError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from tvjax.checkpoints.json_files import write_json
 from tvjax.checkpoints.model_card import is_hub_id
 from tvjax.checkpoints.safetensors import save_tensors
 from tvjax.factors import LowRank
+from tvjax.kinds import as_path
 from tvjax.models.families import GENERIC, family_of_config, shapes_of
 from tvjax.models.key_table import kernels_by_module, module_name
 from tvjax.models.layer_table import locate
@@ -54,7 +54,7 @@ def save_adapter(
       ValueError: naming every leaf that an adapter of linear layers cannot hold, before anything is written; values
         that are not finite, and nothing is left behind.
     """
-    folder = Path(folder)
+    folder = as_path(folder, "the path of a new folder")
     check_new(folder)
     modules = adapted_modules(tau, base)
     tensors = {}

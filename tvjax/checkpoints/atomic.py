@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tvjax import processes
+from tvjax.kinds import as_path
 
 
 @contextlib.contextmanager
@@ -44,7 +45,7 @@ def replacing(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator
     ...     path.read_text(), len(list(Path(folder).iterdir()))
     ('new', 1)
     """
-    path = Path(path)
+    path = as_path(path)
     with processes.together(f"write {path}") if shared else contextlib.nullcontext():
         if path.exists() and not path.is_file():  # a rename would replace a device such as /dev/null
             raise ValueError(f"{str(path)!r} is a folder or a device, not a file: give the name of a new file")
@@ -72,7 +73,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     When the block raises, the folder and what is in it are removed.
     """
-    path = Path(path)
+    path = as_path(path, "the path of a new folder")
     with processes.together(f"make the folder {path.parent}"):
         if processes.is_first():
             path.parent.mkdir(parents=True, exist_ok=True)

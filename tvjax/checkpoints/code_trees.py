@@ -23,6 +23,7 @@ from tvjax.checkpoints.orbax import METADATA, restore_tree, stored_tree, write_o
 from tvjax.finite import check_finite
 from tvjax.interop import from_maxtext, from_tunix, maxtext, to_maxtext, to_tunix, tunix
 from tvjax.interop.table import TreeTable, check_known
+from tvjax.kinds import as_path
 from tvjax.models.families import family_of_settings
 from tvjax.stages import PyTree
 
@@ -110,7 +111,7 @@ def find_code_tree(source: str | os.PathLike[str]) -> Found | None:
     Raises:
       ValueError: several steps, or several trees in one.
     """
-    folder = Path(source).absolute()
+    folder = as_path(source, "the folder of a checkpoint").absolute()
     directories = [folder] if (folder / METADATA).is_file() else []
     for item in {code.item for code in CODES.values()}:
         directories += [path.parent for depth in ("", "*/") for path in folder.glob(f"{depth}{item}/{METADATA}")]

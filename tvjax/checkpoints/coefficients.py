@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 from tvjax.checkpoints.reader import open_tensors
 from tvjax.checkpoints.safetensors import save_tensors
 from tvjax.compose.coefficients import Coefficients, Layout, Place, Stacked
+from tvjax.kinds import as_path
 from tvjax.stages import PyTree
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class TrainingStore:
           folder: made where it is absent.
           keep: how many states stay.
         """
-        self.folder = Path(folder).absolute()
+        self.folder = as_path(folder, "the path of a folder").absolute()
         self.keep = keep
 
     def load(self, like: PyTree) -> PyTree | None:

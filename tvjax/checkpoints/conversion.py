@@ -36,6 +36,7 @@ from tvjax.checkpoints.reader import check_finite
 from tvjax.checkpoints.side_by_side import SideBySide
 from tvjax.checkpoints.tensor_dtypes import cast, tensor_header
 from tvjax.checkpoints.torch_files import load_tensors
+from tvjax.kinds import as_path
 from tvjax.models.clip.config import CLIPConfig
 from tvjax.models.families import shapes_of
 from tvjax.models.key_table import check_copies, find_sources
@@ -134,7 +135,7 @@ def convert(
     check_new(folder)
     if to not in get_args(Kind):
         raise ValueError(f"to is {to!r}, expected {' or '.join(get_args(Kind))}")
-    is_orbax = (Path(source) / PARAMS / METADATA).is_file()
+    is_orbax = (as_path(source, "a model's folder, hub id or file") / PARAMS / METADATA).is_file()
     is_state_dict = Path(source).suffix in PICKLES and not Path(source).is_dir()
     found_code = None if is_orbax or is_state_dict else find_code_tree(source)
     codes = {to, found_code.code if found_code else ""}

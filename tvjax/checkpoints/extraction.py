@@ -17,7 +17,7 @@ from tvjax.checkpoints.behind import Behind
 from tvjax.checkpoints.elementwise import difference
 from tvjax.checkpoints.folder import Checkpoint, Name, open_checkpoint
 from tvjax.checkpoints.memory import Scratch
-from tvjax.checkpoints.provenance import check_configs
+from tvjax.checkpoints.provenance import check_configs, doubts
 from tvjax.checkpoints.side_by_side import Progress, SideBySide
 from tvjax.checkpoints.tensor_dtypes import cast, cast_header
 from tvjax.checkpoints.writer import write_tensors
@@ -89,6 +89,7 @@ def extract(
         notes = check_configs(
             (base.name, tuned.name), (base.config, tuned.config), part_of(list(covered)), allow_config_differences
         )
+        notes += doubts(base, tuned, [path for path, own in covered.items() if own == path])
         metadata = {
             **base.identity(_UNKNOWN),
             "finetuned_model": tuned.name,

@@ -27,6 +27,7 @@ from tvjax.checkpoints.reader import Tensors, check_finite, open_tensors
 from tvjax.checkpoints.sentence_files import MODULES, copy_sentence_files, sentence_settings
 from tvjax.checkpoints.shards import read_sharded
 from tvjax.checkpoints.tensor_dtypes import cast, numpy_dtype, tensor_bytes
+from tvjax.kinds import as_path
 from tvjax.models.differences import function_values, to_text
 from tvjax.models.families import GENERIC, Family, family_of_settings, shapes_of
 from tvjax.models.key_table import Source, check_copies, find_sources
@@ -291,7 +292,7 @@ def fetch(source: str | os.PathLike[str], revision: str | None = None) -> tuple[
     Raises:
       ValueError: for what is neither a folder nor can be downloaded.
     """
-    folder = Path(source)
+    folder = as_path(source, "the folder or the hub id of a model")
     name, at, named = os.fspath(source).partition("@")
     if at and not folder.is_dir():
         if revision is not None:

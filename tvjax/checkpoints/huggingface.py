@@ -34,6 +34,7 @@ from tvjax.checkpoints.json_files import read_json, write_json
 from tvjax.checkpoints.memory import Scratch
 from tvjax.checkpoints.tensor_dtypes import cast_header, numpy_dtype, tensor_bytes, tensor_header
 from tvjax.checkpoints.writer import write_tensors
+from tvjax.kinds import as_path, kind_of
 from tvjax.models.differences import function_values, to_text
 from tvjax.models.families import family_of_config, shapes_of
 from tvjax.models.key_table import Source, Tensor, copies_of_tied, sources_of
@@ -221,10 +222,10 @@ def save_pretrained(
     """
     if not isinstance(pretrained, Pretrained):
         raise ValueError(
-            f"found a {type(pretrained).__name__} to save, expected a model as tvjax.load gives it: "
+            f"found {kind_of(pretrained)} to save, expected a model as tvjax.load gives it: "
             "save(base.with_params(edited), folder)"
         )
-    folder = Path(folder)
+    folder = as_path(folder, "the path of a folder")
     family = family_of_config(pretrained.config)
     check_params(pretrained.config, pretrained.params)
     leaves = tree.flatten(pretrained.params)
@@ -379,7 +380,7 @@ def plan_shards(headers: Mapping[str, Tensor], max_shard_size: int | str) -> dic
 
 def check_new(folder: str | os.PathLike[str]) -> None:
     """Raises a ValueError where something stands already where a new folder is to be written."""
-    folder = Path(folder)
+    folder = as_path(folder, "the path of a new folder")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"the output {str(folder)!r} exists: give a new folder, or remove it")
     standing = next(above for above in folder.absolute().parents if above.exists())

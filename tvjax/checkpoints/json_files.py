@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tvjax.checkpoints.atomic import write_text
+from tvjax.kinds import kind_of
 
 
 def read_json(path: Path, hint: str = "is it the folder of a Hugging Face model?") -> dict[str, Any]:
@@ -22,7 +23,7 @@ def read_json(path: Path, hint: str = "is it the folder of a Hugging Face model?
     """
     content = _content(path, hint)
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object: download it again")
+        raise ValueError(f"{path} holds {kind_of(content)}, expected an object: download it again")
     return content
 
 
@@ -34,7 +35,7 @@ def read_json_list(path: Path) -> list[Any]:
     """
     content = _content(path, "download it again")
     if not isinstance(content, list):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected a list: download it again")
+        raise ValueError(f"{path} holds {kind_of(content)}, expected a list: download it again")
     return content
 
 

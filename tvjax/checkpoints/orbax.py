@@ -32,6 +32,7 @@ from tvjax.checkpoints.json_files import read_json, write_json
 from tvjax.checkpoints.sentence_files import sentence_settings
 from tvjax.checkpoints.tensor_dtypes import tensor_header
 from tvjax.finite import check_finite
+from tvjax.kinds import as_path
 from tvjax.models.families import family_of_config, family_of_settings
 from tvjax.models.generic import GenericConfig
 from tvjax.sharding import Placement, leaf_shardings
@@ -133,7 +134,7 @@ def load_orbax(
     ...     load_orbax(f"{parent}/model").params["head"]["kernel"].shape
     (8, 2)
     """
-    folder = Path(folder).absolute()
+    folder = as_path(folder, "the folder of a checkpoint").absolute()
     settings: dict[str, Any] | None = None
     where = folder
     if config is None:

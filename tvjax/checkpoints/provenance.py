@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from tvjax.checkpoints.folder import Checkpoint
 from tvjax.checkpoints.huggingface import Pretrained
+from tvjax.checkpoints.memory import Scratch
 from tvjax.models.differences import differences, from_text, function_values, to_text
 
 
@@ -91,6 +94,34 @@ def check_configs(names: tuple[str, str], configs: tuple[Any, Any], part: str, a
     raise ValueError(
         f"{found}{', '.join(differ)}; the difference of their weights is no task vector: give the config.json that the "
         "weights were trained with, or say --allow-config-differences (allow_config_differences=True)"
+    )
+
+
+def doubts(base: Checkpoint, tuned: Checkpoint, paths: Iterable[str]) -> tuple[str, ...]:
+    """A note where a model does not look fine-tuned from another: they agree in shapes, and in nothing else.
+
+    Fine-tuning moves a matrix by a small part of its norm; two matrices that were trained apart are about
+    sqrt(2) times their norm away from each other. One of middle size is looked at, and nothing else is read.
+
+    Args:
+      base: the model before fine-tuning.
+      tuned: that after it.
+      paths: of leaves that both have in one shape.
+
+    Raises:
+      ValueError: values that are not finite.
+    """
+    matrices = sorted((path for path in paths if len(base.shapes[path]) > 1), key=base.leaf_bytes)
+    if not matrices:
+        return ()
+    path = matrices[len(matrices) // 2]
+    before, after = (side.read(path, Scratch(), keep=True).astype(np.float32).ravel() for side in (base, tuned))
+    size, moved = np.linalg.norm(before), np.linalg.norm(after - before)
+    if moved <= size or not size:
+        return ()
+    return (
+        f"{path} of {tuned.name!r} is {moved / size:.1f} times its norm away from that of {base.name!r}: are these the "
+        "weights that it was fine-tuned from?",
     )
 
 

@@ -15,6 +15,7 @@ import safetensors
 from tvjax.checkpoints.memory import aligned_memory, contiguous, copy
 from tvjax.checkpoints.tensor_dtypes import numpy_dtype, tensor_bytes
 from tvjax.finite import count_not_finite
+from tvjax.kinds import as_path
 from tvjax.models.key_table import Tensor
 from tvjax.on_disk import DiskArray
 
@@ -125,7 +126,7 @@ def open_tensors(*paths: str | os.PathLike[str]) -> Iterator[Tensors]:
     """
     with contextlib.ExitStack() as stack:
         files: dict[str, BinaryIO] = {}
-        for path in [os.fspath(path) for path in paths]:
+        for path in [str(as_path(path)) for path in paths]:
             try:
                 files[path] = stack.enter_context(open(path, "rb", buffering=0))
                 with safetensors.safe_open(path, framework="numpy"):  # whole and well formed

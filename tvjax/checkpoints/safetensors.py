@@ -15,6 +15,7 @@ from tvjax.checkpoints.reader import check_finite, open_tensors
 from tvjax.checkpoints.shards import read_sharded
 from tvjax.checkpoints.tensor_dtypes import numpy_dtype, tensor_header
 from tvjax.checkpoints.writer import write_tensors
+from tvjax.kinds import as_path
 from tvjax.sharding import Placement, leaf_shardings
 from tvjax.stages import PyTree
 
@@ -36,6 +37,7 @@ def save_tensors(
     Raises:
       ValueError: where values are not finite, or not within the range of `dtype`.
     """
+    path = as_path(path)
     headers = {key: tensor_header(key, tensor, dtype) for key, tensor in tensors.items()}
     with write_tensors(path, headers, metadata) as writer:
         for key, tensor in tensors.items():

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
+from tvjax.kinds import kind_of
+
 if TYPE_CHECKING:
     import torch
 
@@ -34,7 +36,7 @@ def load_tensors(file: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
-        raise ValueError(f"{os.fspath(file)!r} holds a {type(content).__name__}, expected tensors by name")
+        raise ValueError(f"{os.fspath(file)!r} holds {kind_of(content)}, expected tensors by name")
     tensors: dict[str, np.ndarray] = {}
     for key, value in content.items():
         name = key.removeprefix("module.")
@@ -96,7 +98,7 @@ def _array(value: torch.Tensor | Any) -> np.ndarray:
     import torch
 
     if not isinstance(value, torch.Tensor):
-        raise ValueError(f"is a {type(value).__name__}, expected a tensor")
+        raise ValueError(f"is {kind_of(value)}, expected a tensor")
     value = value.detach()
     if value.is_nested:
         raise ValueError("is a nested tensor, of rows of unlike lengths: save one tensor for each")

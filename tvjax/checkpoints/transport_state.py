@@ -19,6 +19,7 @@ from tvjax.capture.views import Constant
 from tvjax.checkpoints.json_files import read_json, write_json
 from tvjax.checkpoints.reader import open_tensors
 from tvjax.checkpoints.safetensors import save_tensors
+from tvjax.kinds import as_path
 from tvjax.placement import name_of
 from tvjax.stages import Stream
 from tvjax.transport import rotation  # noqa: F401 - registers what its states hold
@@ -84,7 +85,7 @@ class TransportStore:
         Raises:
           ValueError: the folder holds the maps of another fit; the message names what differs.
         """
-        self.folder = Path(folder)
+        self.folder = as_path(folder, "the path of a folder")
         file = self.folder / "depends_on.json"
         processes.check_same(f"keep in {folder}", depends_on)
         with processes.together(f"make the folder {folder}"):

@@ -35,25 +35,57 @@ def progress(title: str, quiet: bool) -> Iterator[Report]:
             Progress,
             SpinnerColumn,
             TextColumn,
-            TimeRemainingColumn,
         )
 
         before = (SpinnerColumn(), TextColumn("{task.fields[title]}", markup=False), BarColumn(), MofNCompleteColumn())
-        after = (TimeRemainingColumn(elapsed_when_finished=True), TextColumn("{task.description}", markup=False))
+        after = (TextColumn("{task.fields[left]}", markup=False), TextColumn("{task.description}", markup=False))
         with Progress(*before, *after, console=Console(stderr=True)) as bars:
-            bar = bars.add_task("", title=title, total=None)
+            bar, pace = bars.add_task("", title=title, total=None, left=""), Pace(time.monotonic())
 
             def report(done: int, total: int, name: str) -> None:
                 if total:
-                    bars.update(bar, completed=done, total=total, description=name)
+                    left = pace.left(done, total, time.monotonic())
+                    bars.update(bar, completed=done, total=total, description=name, left=left and f"{left} left")
                 else:
-                    bars.update(bar, description=name)
+                    pace.begin(time.monotonic())
+                    bars.update(bar, description=name, left="")
 
             yield report
     else:
         lines = Lines(title)
         with lines.alive():
             yield lines
+
+
+class Pace:
+    """How long the steps of a round take, and so how long those that are left will.
+
+    The first step and the longest of the others are not counted: what they wait for, programs to be compiled above all,
+    is waited for once. So nothing is said before three steps are done.
+
+    >>> pace = Pace(0)
+    >>> [pace.left(done, 5, now) for done, now in ((1, 30), (2, 90), (3, 95), (4, 101))]
+    ['', '', '0:10', '0:05']
+    """
+
+    def __init__(self, now: float):
+        """A round of steps that begins now, in seconds."""
+        self.begin(now)
+
+    def begin(self, now: float) -> None:
+        """Another round begins."""
+        self.done, self.now = 0, now
+        self._counted = self._longest = 0.0
+
+    def left(self, done: int, total: int, now: float) -> str:
+        """Minutes and seconds that are left after so many steps of so many, "" where nobody knows or none are."""
+        if done <= self.done:
+            self.begin(self.now)  # where the last round ended
+        if self.done:
+            self._counted, self._longest = self._counted + now - self.now, max(self._longest, now - self.now)
+        self.done, self.now = done, now
+        left = _minutes((self._counted - self._longest) / (done - 2) * (total - done)) if done > 2 else "0:00"
+        return "" if left == "0:00" else left
 
 
 class Lines:
@@ -64,16 +96,16 @@ class Lines:
     >>> lines = Lines("fit", clock=iter([0, 30, 31, 40]).__next__)
     >>> with contextlib.redirect_stderr(sys.stdout):
     ...     for done in (1, 2, 3):
-    ...         lines(done, 4, f"vision/blocks/{done - 1}")
-    fit 1/4: vision/blocks/0 (1:30 left)
-    fit 3/4: vision/blocks/2 (0:13 left)
+    ...         lines(done, 24, f"vision/blocks/{done - 1}")
+    fit 1/24: vision/blocks/0
+    fit 3/24: vision/blocks/2 (0:21 left)
     """
 
     def __init__(self, title: str, clock: Callable[[], float] = time.monotonic):
         """Lines that begin with `title`; `clock` gives seconds."""
         self.title, self.clock = title, clock
-        self.started = self.began = self.now = self.told = clock()
-        self.done, self.printed = 0, float("-inf")
+        self.started = self.told = clock()
+        self.pace, self.printed = Pace(self.started), float("-inf")
         self.doing, self.wait = "starting", SILENCE
         self._lock = threading.Lock()
 
@@ -83,18 +115,17 @@ class Lines:
             now = self.clock()
             self.told, self.wait = now, SILENCE
             if not total:
-                self.doing = name
-                self.done, self.began, self.now, self.printed = 0, now, now, float("-inf")
+                self.doing, self.printed = name, float("-inf")
+                self.pace.begin(now)
                 return
-            if done <= self.done:  # another round of steps, which began where the last one ended
-                self.began, self.printed = self.now, float("-inf")
-            self.done, self.now = done, now
+            if done <= self.pace.done:  # another round of steps
+                self.printed = float("-inf")
+            left = self.pace.left(done, total, now)
             self.doing = f"after {done}/{total}, {name}"
             if done < total and now - self.printed < PAUSE:
                 return
             self.printed = now
-            left = _minutes((now - self.began) / max(done, 1) * (total - done))
-            self._print(f" {done}/{total}: {name}{f' ({left} left)' if left != '0:00' else ''}")
+            self._print(f" {done}/{total}: {name}{left and f' ({left} left)'}")
 
     def still(self) -> None:
         """Says what is going on, where nothing was told for as long as one waits."""

@@ -9,8 +9,9 @@ import optax
 from jaxtyping import Array
 
 from tvjax.compose.coefficients import Blocks, init
-from tvjax.compose.objectives import ModelLike, Scores, average, entropy, task_scores
+from tvjax.compose.objectives import Scores, average, entropy, task_scores
 from tvjax.compose.train import Schedule, Trained, constant, learn
+from tvjax.stages import ModelLike
 
 PyTree = Any
 

@@ -24,6 +24,7 @@ from tvjax.arithmetic import apply
 from tvjax.compose.layout import Blocks, Layout, Place, Stacked, group_names, layer_paths, stems_of
 from tvjax.compose.partitions import partition_ids
 from tvjax.factors import dense
+from tvjax.kinds import kind_of
 from tvjax.placement import automatic
 
 PyTree = Any
@@ -125,7 +126,7 @@ def init(
         places.append(Place(path, own[0] if own else None, covering, stacked))
     seed: tuple[int, ...] = ()
     if partitions > 1 and key is not None:
-        seed = tuple(int(word) for word in np.asarray(_key_words(key)).reshape(-1))
+        seed = tuple(int(word) for word in np.asarray(jax.random.key_data(key)).reshape(-1))
     layout = Layout(names, tuple(order), tuple(places), partitions, seed)
     return Coefficients(jnp.full((len(flat), len(order), partitions), value, jnp.float32), layout)
 
@@ -206,8 +207,10 @@ def shares(taus: Sequence[PyTree], coefficients: Coefficients) -> dict[str, Shar
     """What the change of each leaf that takes part is made of, by path.
 
     Raises:
-      ValueError: task vectors that the coefficients were not made for.
+      ValueError: task vectors that the coefficients were not made for, or what are no coefficients.
     """
+    if not isinstance(coefficients, Coefficients):
+        raise ValueError(f"the coefficients are {kind_of(coefficients)}, expected what tvjax.compose.init gives")
     layout = coefficients.layout
     flat = [tree.flatten(tau) for tau in taus]
     _check_made_for(layout, flat)
@@ -307,16 +310,10 @@ def _factor(
     return jnp.moveaxis(jax.vmap(lambda own, ids: own.at[ids].get(mode="promise_in_bounds"))(row, ids), 0, axis)
 
 
-def _key_words(key: Array) -> Array:
-    return jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
-
-
 def _checked(taus: Sequence[PyTree]) -> list[dict[str, Any]]:
     """The leaves of task vectors of one model, by path."""
     if not isinstance(taus, Sequence) or not taus:
-        raise ValueError(
-            f"taus: expected a list of task vectors, one at least, found {type(taus).__name__} {taus!r:.40}"
-        )
+        raise ValueError(f"taus: expected a list of task vectors, one at least, found {kind_of(taus)} {taus!r:.40}")
     flat = [tree.flatten(tau) for tau in taus]
     shapes: dict[str, tuple[int, ...]] = {}
     problems = []

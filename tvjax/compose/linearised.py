@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tvjax import tree
-from tvjax.stages import Model
+from tvjax.stages import Model, check_model
 
 PyTree = Any
 
@@ -80,6 +80,7 @@ def linearise(model: Model) -> Linearised:
     >>> float(cube(jnp.float32(1))), float(cube.replace(params={"w": jnp.float32(3)})(jnp.float32(1)))
     (8.0, 20.0)
     """
+    check_model("model", model)
     return Linearised(model.params, model)
 
 

@@ -22,7 +22,7 @@ from tvjax.capture.residual import Residual, last_kernel, residual
 from tvjax.capture.views import apply_view, restore_view
 from tvjax.compose.objectives import task_scores
 from tvjax.finite import check_finite
-from tvjax.stages import Batch, Model, Stage, local_params, owner_paths, run_stage
+from tvjax.stages import Batch, Model, Stage, check_model, local_params, owner_paths, run_stage
 from tvjax.walk import cast_like, differentiable
 
 PyTree = Any
@@ -84,6 +84,7 @@ def logit_correction(
     >>> bool(jnp.allclose(jnp.eye(2, 3) @ tau["w"], teacher, atol=1e-5))
     True
     """
+    check_model("model", model)
     if passes < 1 or mu < 0 or ridge < 0:
         raise ValueError(f"found passes {passes}, mu {mu} and ridge {ridge}, expected one pass at least, and no sign")
     found = [batches] if isinstance(batches, Batch) else list(batches)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,37 +17,12 @@ from jaxtyping import Array, Float, Int
 
 from tvjax.compose.edited import computed
 from tvjax.compose.edited import outputs as outputs_at
-from tvjax.stages import Batch
+from tvjax.kinds import kind_of
+from tvjax.stages import Batch, ModelLike, check_model
 
 PyTree = Any
 Scores = Callable[[Any, PyTree], Float[Array, "batch classes"]]
 Augment = Callable[[Array, PyTree], PyTree]
-
-
-class ModelLike(Protocol):
-    """What an objective needs of a model; `tvjax.stages.Model` and `tvjax.compose.Linearised` have it."""
-
-    @property
-    def loss(self) -> Callable[[PyTree, PyTree, PyTree], Array]:
-        """``(loss_params, outputs, labels) -> [batch]``."""
-
-    @property
-    def loss_params(self) -> PyTree:
-        """Arrays of the loss."""
-
-    @property
-    def params(self) -> PyTree:
-        """Parameters."""
-
-    @property
-    def has_loss(self) -> bool:
-        """Whether a loss was given."""
-
-    def replace(self, **changes: Any) -> Any:
-        """A copy with other fields."""
-
-    def __call__(self, inputs: PyTree) -> PyTree:
-        """The outputs."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("context", "examples"), meta_fields=("loss", "weight", "share"))
@@ -76,6 +51,22 @@ class Term:
 
 
 Objective = tuple[Term, ...]
+
+
+def check_objective(objective: Any) -> None:
+    """Raises a ValueError unless this is an objective, of one term at least.
+
+    >>> check_objective(())
+    Traceback (most recent call last):
+    ...
+    ValueError: objective: found no terms, expected one at least
+    """
+    if not isinstance(objective, tuple | list) or not all(isinstance(term, Term) for term in objective):
+        raise ValueError(
+            f"the objective is {kind_of(objective)}, expected what tvjax.compose.few_shot, entropy and the like give"
+        )
+    if not objective:
+        raise ValueError("objective: found no terms, expected one at least")
 
 
 def value(objective: Objective, params: PyTree, batches: Sequence[PyTree], key: Array) -> Float[Array, ""]:
@@ -127,6 +118,7 @@ def few_shot(model: ModelLike, examples: Batch, augment: Augment | None = None) 
     >>> round(float(value(few_shot(model, examples), model.params, [examples], jax.random.key(0))), 3)
     0.313
     """
+    check_model("model", model, ModelLike)
     if not model.has_loss:
         raise ValueError("the model has no loss: give one with Model.with_loss(loss, loss_params)")
     if examples.labels is None:
@@ -202,7 +194,7 @@ def task_scores(model: ModelLike, outputs: PyTree) -> Float[Array, "batch classe
     if hasattr(model.loss, "scores"):  # the losses of `tvjax.tasks`
         return model.loss.scores(model.loss_params, outputs)
     if not isinstance(outputs, dict) or "logits" not in outputs:
-        found = sorted(outputs) if isinstance(outputs, dict) else type(outputs).__name__
+        found = sorted(outputs) if isinstance(outputs, dict) else kind_of(outputs)
         raise ValueError(
             f"the model returns {found}, expected 'logits' among them: give it a task of classes (tvjax.tasks), or "
             "scores=(model, outputs) -> [batch, classes]"
@@ -229,6 +221,7 @@ def entropy(
     Returns:
       The objective; for several tasks take the `average`.
     """
+    check_model("model", model, ModelLike)
     return (Term(_Entropy(scores, augment), _without_params(model), inputs),)
 
 
@@ -317,6 +310,7 @@ def fix_match(
     Raises:
       ValueError: a share, threshold or temperature out of range, or no example left that is not trusted.
     """
+    check_model("model", model, ModelLike)
     if not (0 < trusted_share < 1 and 0 <= threshold <= 1 and temperature > 0):
         raise ValueError(
             f"found trusted_share {trusted_share}, threshold {threshold} and temperature {temperature}, expected a "

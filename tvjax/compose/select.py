@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tvjax import tree
-from tvjax.compose.objectives import Objective, value
+from tvjax.compose.objectives import Objective, check_objective, value
 from tvjax.placement import automatic
 
 PyTree = Any
@@ -80,6 +80,8 @@ def select_informative(
     """
     if (leaves is None and nbytes is None) or min(leaves or 0, nbytes or 0) < 0:
         raise ValueError(f"found leaves {leaves} and nbytes {nbytes}, expected a budget, not negative: leaves=100")
+    tree.check_whole(params)
+    check_objective(objective)
     flat = [tree.flatten(tau) for tau in taus]
     _check_fit(params, flat)
     gradient = tree.flatten(_mean_gradient(params, objective, batch_size, key))

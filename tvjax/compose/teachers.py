@@ -17,9 +17,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tvjax.compose.edited import outputs as outputs_at
-from tvjax.compose.objectives import Augment, ModelLike, Objective, Scores, Term, task_scores
+from tvjax.compose.objectives import Augment, Objective, Scores, Term, task_scores
 from tvjax.finite import check_finite
-from tvjax.stages import Batch
+from tvjax.stages import Batch, ModelLike, check_model
 
 PyTree = Any
 Match = Literal["probabilities", "logits"]
@@ -93,6 +93,7 @@ def class_scores(
     >>> class_scores(model, Batch(jnp.ones((3, 2)))).shape
     (3, 2)
     """
+    check_model("teacher", model, ModelLike)
     found = [
         np.asarray(_scores(scores, model, batch.inputs), np.float32)
         for batch in ([batches] if isinstance(batches, Batch) else batches)
@@ -143,6 +144,7 @@ def distillation(
     >>> round(float(found.trainable.values[0, 0, 0]))
     3
     """
+    check_model("model", model, ModelLike)
     check_distillation(temperature, match)
     count = jax.tree.leaves(inputs)[0].shape[0]
     if jnp.ndim(teacher_scores) != 2 or len(teacher_scores) != count:

@@ -15,10 +15,10 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from tvjax import processes
+from tvjax import processes, tree
 from tvjax.compose.coefficients import Coefficients, combine, init
 from tvjax.compose.edited import Edited, computed
-from tvjax.compose.objectives import Objective, value
+from tvjax.compose.objectives import Objective, check_objective, value
 from tvjax.placement import automatic, devices, like
 from tvjax.progress import Progress
 
@@ -135,6 +135,7 @@ def learn(
     >>> bool(found.trainable.values[0, 0, 0] > 0.5)
     True
     """
+    tree.check_whole(params)
     start = init(taus) if coefficients is None else coefficients
     jax.eval_shape(combine, params, list(taus), start)
     return train(_edited, (params, list(taus)), start, objective, key=key, **options)
@@ -195,6 +196,7 @@ def train(
       ValueError: counts out of range, terms of unequal number of examples, several learning rates without a score to
         choose by, a rule to stop without one, pieces that do not divide a batch, or a store of another training.
     """
+    check_objective(objective)
     rates = sorted(float(rate) for rate in learning_rates)
     settings = rates, epochs, batch_size, batches_per_epoch, micro_batches
     facts = {"parameters": fixed, "what is trained": trainable, "objective": objective, "key": key}
@@ -402,8 +404,6 @@ def _sizes(
     objective: Objective, batch_size: int | None, batches_per_epoch: int | None, micro_batches: int
 ) -> tuple[tuple[int | None, ...], int]:
     """Examples of each term in a batch (None: all of them), and batches in an epoch."""
-    if not objective:
-        raise ValueError("objective: found no terms, expected one at least")
     for term in objective:
         counts = {np.shape(leaf)[0] if np.ndim(leaf) else 0 for leaf in jax.tree.leaves(term.examples)}
         if len(counts) != 1 or 0 in counts:
@@ -444,7 +444,7 @@ def _on_mesh(trainable: PyTree, placements: tuple[tuple[NamedSharding | None, ..
 
 def _identity(rates: list[float], plan: _Plan, key: Array, trainable: PyTree, objective: Objective) -> int:
     """A number that two trainings share only if they have the same settings, key and shapes."""
-    words = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+    words = jax.random.key_data(key)
     shapes = [[(leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(t)] for t in (trainable, objective)]
     weights = [(term.weight, term.share) for term in objective]
     settings = rates, plan.epochs, plan.steps, plan.sizes, plan.micro_batches, np.asarray(words).tolist()

@@ -22,7 +22,7 @@ from tvjax import processes, tree
 from tvjax.arithmetic import apply
 from tvjax.compose.coefficients import Coefficients, combine, init
 from tvjax.compose.edited import Edited
-from tvjax.compose.objectives import Objective, value
+from tvjax.compose.objectives import Objective, check_objective, value
 from tvjax.compose.train import Optimiser, Schedule, Trained, clipped_adamw, train
 from tvjax.placement import automatic
 from tvjax.progress import Progress, counted
@@ -96,6 +96,7 @@ def tune(
     >>> bool(tuned.coefficients.values[0, 0, 0] > 0.5), bool(jnp.any(tuned.leaves["w"] != 0))
     (True, True)
     """
+    tree.check_whole(params)
     processes.check_same("tune", {"parameters": params, "task vectors": taus, "leaves": leaves})
     if not share > 0:
         raise ValueError(f"share: found {share}, expected a positive number; `learn` trains coefficients alone")
@@ -149,6 +150,8 @@ def best_start(
     >>> best_start({"w": jnp.float32(0)}, taus, objective, key=jax.random.key(0)).values.ravel().tolist()
     [0.0, 2.0]
     """
+    tree.check_whole(params)
+    check_objective(objective)
     facts = {"parameters": params, "task vectors": taus, "objective": objective, "key": key}
     processes.check_same("find the best start of", {**facts, "scales": scales})
     grid = sorted(float(scale) for scale in scales)

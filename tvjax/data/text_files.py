@@ -14,6 +14,7 @@ import numpy as np
 
 from tvjax.data.examples import by_name, spelled, with_names
 from tvjax.data.texts import Texts, checked_texts
+from tvjax.kinds import kind_of
 
 ENDINGS = (".jsonl", ".csv", ".tsv", ".txt")
 
@@ -94,7 +95,7 @@ def _rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{place} is no JSON ({error}): write one object a line") from error
         if not isinstance(row, dict):
-            raise ValueError(f"{place} is a JSON {type(row).__name__}, expected an object, {{column: value}}")
+            raise ValueError(f"{place} holds {kind_of(row)}, expected an object, {{column: value}}")
         yield number, row
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from jaxtyping import Array, Int
 
@@ -58,7 +58,8 @@ def predict(model: Model, inputs: PyTree) -> Int[Array, " batch"]:
     if not isinstance(loss, ClassLoss):
         raise ValueError(f"the task {loss.task!r} has no one class for each example: take predictions of its batches")
     outputs = model(inputs)
-    labels = jnp.zeros(len(loss.scores(model.loss_params, outputs)), jnp.int32)  # none are known
+    scores = jax.eval_shape(loss.scores, model.loss_params, outputs)
+    labels = np.zeros(scores.shape[0], np.int32)  # none are known
     judged = loss.judge(model.loss_params, outputs, labels)
     if not tree.is_traced(judged.finite):
         check_judged(judged)
@@ -151,6 +152,7 @@ def joined(parts: Iterable[Predictions]) -> Predictions:
 def accuracy(model: Model, batches: Batch | Iterable[Batch]) -> Accuracy:
     """Accuracy over labelled batches, as `predictions` takes them: of classes, or of tokens.
 
+    >>> import jax.numpy as jnp
     >>> from tvjax.stages import Stage
     >>> model = Model({}, (Stage("head", lambda params, carry: {"logits": carry}),))
     >>> accuracy(model, Batch(jnp.array([[2.0, 1.0], [3.0, 0.0]]), jnp.array([0, 1]))).fraction

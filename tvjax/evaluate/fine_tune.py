@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from tvjax import processes, tree
 from tvjax.evaluate.accuracy import accuracy
-from tvjax.stages import Batch, Model, PyTree
+from tvjax.stages import Batch, Model, PyTree, check_model
 
 Optimiser = Callable[[Array], optax.GradientTransformation]
 
@@ -86,6 +86,7 @@ def fine_tune(
     >>> bool(tuned.losses[-1] < tuned.losses[0])
     True
     """
+    check_model("model", model)
     if examples.labels is None:
         raise ValueError("examples: found no labels, which the loss needs")
     if steps < 1 or checkpoints < 1 or steps % checkpoints:

@@ -11,7 +11,7 @@ import numpy as np
 from tvjax.arithmetic import apply
 from tvjax.evaluate.accuracy import Predictions, joined, of_batch
 from tvjax.progress import Progress, counted
-from tvjax.stages import Batch, Model, PyTree
+from tvjax.stages import Batch, Model, ModelLike, PyTree, check_model
 
 
 class ChosenScale(NamedTuple):
@@ -120,6 +120,7 @@ def _curves(
     progress: Progress | None,
 ) -> list[list[Predictions]]:
     """`scale_curve` for each of several task vectors, in one pass through the batches."""
+    check_model("model", model, ModelLike)
     for scales in grids:
         _check_scales(scales)
     parts: list[list[list[Predictions]]] = [[[] for _ in scales] for scales in grids]
@@ -180,6 +181,7 @@ def scale_of_least_loss(
     >>> scale_of_least_loss(model, {"kernel": jnp.eye(2)}, (0, 1, 2, 3), Batch(jnp.eye(2), 2 * jnp.eye(2))).scale
     2.0
     """
+    check_model("model", model, ModelLike)
     _check_scales(scales)
     grid = np.unique(np.asarray(scales, np.float64))
     total, count = np.zeros(len(grid)), 0

@@ -90,9 +90,11 @@ def _looked_at(config: InspectConfig, tell: Progress) -> Inspected | Compared:
 def _inspected(config: InspectConfig, found: Contents, progress: Progress) -> Inspected:
     thing, plot, norms = config.things[0], config.plot, config.norms
     if config.model is not None and found.kind != contents.TASK_VECTOR:
-        raise ValueError(f"--model is for a task vector, but {thing!r} is a {found.kind}")
+        raise ValueError(f"--model is for a task vector, found the {found.kind} {thing!r}")
     if plot is not None and found.kind == contents.TRANSPORT:
-        raise ValueError(f"--plot has no picture of a {found.kind}: it is for models, task vectors and coefficients")
+        raise ValueError(
+            f"--plot has no picture of the {found.kind} {thing!r}: it is for models, task vectors and coefficients"
+        )
     base = None if config.model is None else contents.contents(config.model)
     stages = inspection.model_sites(found) if config.sites else []
     learned = load_coefficients(thing)[0] if found.kind == contents.COEFFICIENTS else None

@@ -26,6 +26,7 @@ from tvjax.jobs import inputs
 from tvjax.jobs.configs import MergeConfig
 from tvjax.jobs.merges import acts_by_leaf, find_merge
 from tvjax.jobs.recipes import recipe_of, write_recipe
+from tvjax.jobs.rehearsal import rehearse
 from tvjax.jobs.task_vectors import is_adapter, is_model, read_adapter
 from tvjax.merge import MergedLeaf
 from tvjax.on_disk import DiskArray, is_on_disk
@@ -93,8 +94,13 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> Merged:
         needed = on_models or any(adapters) or any(map(is_model, files)) or config.output.suffix != ".safetensors"
         if config.model is not None and needed:
             base = stack.enter_context(open_checkpoint(config.model))
+        if base is None and (whole := next(filter(is_model, files), None)) is not None:
+            raise ValueError(f"{whole!r} is a model: give --model, the one that it was fine-tuned from")
         lazily = not any(adapters) and not on_models and config.rank is None
         lazily = lazily and acts_by_leaf(config.method, config.options)
+        if not any(adapters) and hasattr(methods, config.method):  # one's own may not take leaves without values
+            shapes = {path: shape for file in files for path, shape in _shapes(file, base).items()}
+            rehearse(function, [shapes] * len(files), **({"base": shapes} if on_models else {}))
         loaded, made, told = _loaded(config, base, stack, lazily, progress)
         metadata = check_same_base(files, made, config.any_base)
         if base is not None and "base_fingerprint" not in metadata:
@@ -198,8 +204,7 @@ def _loaded(
     told: list[str] = []
     for file in map(str, config.task_vectors):
         if is_model(file):
-            if base is None:
-                raise ValueError(f"{file!r} is a model: give --model, the one that it was fine-tuned from")
+            assert base is not None
             tau, metadata, notes = _differences(file, base, config.output, stack, progress)
             told += notes
             loaded.append(tau)
@@ -216,6 +221,14 @@ def _loaded(
             loaded.append(tau)
             made.append(metadata)
     return tuple(loaded), tuple(made), told
+
+
+def _shapes(file: str, base: Checkpoint | None) -> Mapping[str, tuple[int, ...]]:
+    """The shapes of a task vector's leaves, by path; of a file, its header is read."""
+    if is_model(file):
+        assert base is not None
+        return base.shapes
+    return {path: tuple(np.shape(leaf)) for path, leaf in tree.flatten(load_tree(file, on_disk=True)[0]).items()}
 
 
 def _differences(

@@ -20,6 +20,7 @@ from tvjax.data.texts import Texts
 from tvjax.data.tokens import Encoder
 from tvjax.jobs.matching import cut_alike, partnered
 from tvjax.jobs.opened import Opened
+from tvjax.kinds import kind_of
 from tvjax.models.families import GENERIC
 from tvjax.models.generic import no_code
 from tvjax.on_disk import is_on_disk
@@ -134,8 +135,8 @@ class ZeroShot(OwnHead):
     def config(self, opened: Opened) -> Any:
         """The config of the vision tower."""
         if opened.config.vision is None:
-            found = type(opened.config).__name__
-            raise ValueError(f"{opened.name!r} is a {found} without a vision tower: give a model that has one")
+            found = kind_of(opened.config)
+            raise ValueError(f"{opened.name!r} is {found} without a vision tower: give a model that has one")
         return opened.config.vision
 
     def tower(self, model: Model) -> Model:
@@ -377,8 +378,8 @@ def asking(opened: Opened) -> OwnHead:
         raise ValueError(f"{opened.name!r}: {no_code(opened.checkpoint.settings.get('model_type'), why)}")
     asked = family.asked if isinstance(family.asked, str) else family.asked(opened.config)
     if asked not in _ASKING:
-        name = type(opened.config).__name__
-        raise ValueError(f"{opened.name!r} is a {name}, whose family is asked {asked!r}, none of {[*_ASKING]}")
+        name = kind_of(opened.config)
+        raise ValueError(f"{opened.name!r} is {name}, whose family is asked {asked!r}, none of {[*_ASKING]}")
     found = _ASKING[asked]
     found.config(opened)
     return found

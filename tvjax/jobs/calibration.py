@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from tvjax.checkpoints.provenance import check_configs
+from tvjax import tree
+from tvjax.checkpoints.provenance import check_configs, doubts
 from tvjax.data.images import Images
 from tvjax.data.loader import Loader, Processed
 from tvjax.data.texts import Texts
@@ -66,11 +67,12 @@ def prepare(config: TransportConfig | PlanConfig, models: Models) -> Prepared:
     if config.validation is not None and not way.can_score(target):
         raise ValueError(f"--validation needs a score, but {config.target!r} {way.lacks}")
     notes: tuple[str, ...] = ()
+    moved: dict[str, Any] = {}
     if config.finetuned is not None:
         names, tuned = (config.source, config.finetuned), models[config.finetuned]
         configs = (source.config, tuned.config)
         notes = check_configs(names, configs, source.checkpoint.family.part, config.allow_config_differences)
-        part_task_vector(part, parameters(source), parameters(tuned), config.finetuned)  # fits
+        moved = tree.flatten(part_task_vector(part, parameters(source), parameters(tuned), config.finetuned))  # fits
     if config.task_vector is not None:
         notes += check_given(config.task_vector, source, part, config.any_base)
     prompts = inputs.read_prompts(config, (source, target))
@@ -94,6 +96,8 @@ def prepare(config: TransportConfig | PlanConfig, models: Models) -> Prepared:
         check_labels(target, held_out.class_names, config.classes is not None)
         if isinstance(config, TransportConfig):
             way.check(target, held_out, prompts)
+    if config.finetuned is not None and isinstance(config, TransportConfig):  # a plan reads no weights
+        notes += doubts(source.checkpoint, models[config.finetuned].checkpoint, moved)
     notes += tuple(dict.fromkeys(note for model in (source, target) for note in way.notes(model)))
     return Prepared(config.method, moving, way, part, depth, prompts, found, held_out, share is not None, notes)
 

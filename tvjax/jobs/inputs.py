@@ -20,6 +20,7 @@ from tvjax.data.texts import Texts
 from tvjax.jobs.asking import Prompts, asking
 from tvjax.jobs.configs import Examples as Asked
 from tvjax.jobs.opened import Opened
+from tvjax.kinds import kind_of
 from tvjax.tasks.catalogue import find_task
 
 
@@ -98,8 +99,8 @@ def read_examples(source: str, prompts: Prompts, models: Sequence[Opened], label
 
 
 def _other_kind(what: str, found: str, wanted: type[Examples], models: Sequence[Opened]) -> str:
-    name = type(models[0].config).__name__
-    return f"{what} is of {found}, and this command takes {wanted.kind} for {models[0].name!r}, a {name}"
+    name = kind_of(models[0].config)
+    return f"{what} is of {found}, and this command takes {wanted.kind} for {models[0].name!r}, {name}"
 
 
 def draw(

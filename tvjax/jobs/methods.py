@@ -5,6 +5,7 @@ from __future__ import annotations
 from tvjax.compose.tuned import SCALES
 from tvjax.jobs.asking import asking
 from tvjax.jobs.opened import Opened
+from tvjax.kinds import kind_of
 from tvjax.transport import Transport
 
 SHAPE = (
@@ -44,8 +45,8 @@ def check_family(source: Opened, target: Opened) -> None:
     """Raises a ValueError where two models are not of one family, or only one of them has a head of its own."""
     if source.checkpoint.family.build is not target.checkpoint.family.build:  # MPNet is a BERT, and no CLIP is a ViT
         raise ValueError(
-            f"{source.name!r} is a {type(source.config).__name__} and {target.name!r} a "
-            f"{type(target.config).__name__}: give a source and a target of one family"
+            f"{source.name!r} is {kind_of(source.config)} and {target.name!r} "
+            f"{kind_of(target.config)}: give a source and a target of one family"
         )
     if asking(source) is not asking(target):
         heads = [f"{m.name!r} {'has no head' if asking(m).labels(m) is None else 'has one'}" for m in (source, target)]

@@ -15,6 +15,7 @@ from tvjax.data.examples import Examples
 from tvjax.data.images import Images
 from tvjax.data.loader import image_batches
 from tvjax.data.tokens import Encoder
+from tvjax.kinds import kind_of
 from tvjax.models.bert.config import BertConfig
 from tvjax.progress import Progress, begin
 from tvjax.stages import tower
@@ -82,7 +83,7 @@ class Opened:
             return unit_embeddings(self.pretrained.model, text_batches("embedding", examples, encoder, batch_size))
         if self.checkpoint.family.asked != "zero_shot" or not isinstance(examples, Images):
             raise ValueError(
-                f"{self.name!r} is a {type(self.config).__name__}, which gives no embeddings to choose {examples.kind} "
+                f"{self.name!r} is {kind_of(self.config)}, which gives no embeddings to choose {examples.kind} "
                 "by: take --select random"
             )
         model, pixels = self.pretrained.model, self.processor.pixels

@@ -18,6 +18,7 @@ import yaml
 
 from tvjax.jobs import configs
 from tvjax.jobs.schema import Config
+from tvjax.kinds import kind_of
 
 LARGEST = 2**20  # bytes of a recipe
 COMMAND = "command"  # the key that says which job a recipe is for
@@ -87,7 +88,7 @@ def load(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{str(file)!r} is no YAML: {error}") from error
     if not isinstance(recipe, dict):
-        raise ValueError(f"{str(file)!r} holds a {type(recipe).__name__}, expected keys with values")
+        raise ValueError(f"{str(file)!r} holds {kind_of(recipe)}, expected keys with values")
     return recipe
 
 

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 from tvjax import placement, processes, tree
 from tvjax.factors import dense
 from tvjax.finite import check_finite
+from tvjax.kinds import kind_of
 from tvjax.merge.entries import lying
 from tvjax.merge.leaf_report import Report, tell
 
@@ -70,7 +71,7 @@ class Vectors:
             are not finite; inside `jit` there are no values to look at.
         """
         if not isinstance(taus, Sequence):
-            raise ValueError(f"a merge takes a list of task vectors, found {type(taus).__name__}")
+            raise ValueError(f"a merge takes a list of task vectors, found {kind_of(taus)}")
         if len(taus) < least:
             raise ValueError(f"this merge needs at least {least} task vectors, found {len(taus)}")
         self.flat = [tree.flatten(tau if factors else dense(tau)) for tau in taus]

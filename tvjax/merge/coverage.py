@@ -9,6 +9,7 @@ import numpy as np
 
 from tvjax import tree
 from tvjax.factors import LowRank, is_low_rank
+from tvjax.kinds import kind_of
 
 PyTree = Any
 
@@ -35,7 +36,7 @@ def cover(taus: Sequence[PyTree]) -> tuple[list[PyTree], dict[str, list[int]]]:
     ([0.0], {'value': [1]})
     """
     if not all(isinstance(tau, Mapping) for tau in taus):
-        raise ValueError(f"expected nested dicts of arrays, found {[type(tau).__name__ for tau in taus]}")
+        raise ValueError(f"expected nested dicts of arrays, found {', '.join(map(kind_of, taus))}")
     flat = [tree.flatten(tau) for tau in taus]
     paths = sorted({path for leaves in flat for path in leaves})
     having = {path: [number for number, leaves in enumerate(flat) if path in leaves] for path in paths}

@@ -14,7 +14,7 @@ from tvjax.merge.base import PyTree, Vectors, merge_leaves, over_meshes, wide
 from tvjax.merge.combine import MANNER, Combine, check_combine, combined
 from tvjax.merge.leaf_report import Report
 from tvjax.merge.random_bits import entry_bits, words
-from tvjax.merge.settings import Settings, check_votes, densities_of, require, resolve_each
+from tvjax.merge.settings import Settings, check_votes, densities_of, require, resolve_each, shown
 from tvjax.merge.views import Axes, Matrices, leaf_axes
 
 Ranked = Literal["unit", "leaf"]
@@ -90,7 +90,7 @@ def della(
         if (d - half <= 0).any() or (d + half > 1 + 1e-6).any():  # epsilon is a number of float32
             raise ValueError(
                 f"density - epsilon / 2 must be more than 0 and density + epsilon / 2 at most 1, found density "
-                f"{d.tolist()} and epsilon {spreads[path].tolist()} for {path}"
+                f"{shown(d)} and epsilon {shown(spreads[path])} for {path}"
             )
     return merge_leaves(
         vectors,

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from tvjax import placement, tree
 from tvjax.finite import check_finite
+from tvjax.kinds import kind_of
 from tvjax.merge.base import PyTree, Vectors, merge_leaves, over_meshes, stack, wide
 from tvjax.merge.leaf_report import Report
 from tvjax.merge.matrices import total
@@ -18,7 +19,7 @@ from tvjax.merge.settings import Settings, check_votes, resolve_each
 from tvjax.per_example import ExampleGradients
 from tvjax.progress import Progress
 from tvjax.renamed import renamed_arguments
-from tvjax.stages import Batch, Model
+from tvjax.stages import Batch, Model, check_model
 from tvjax.walk import Walk
 
 
@@ -102,6 +103,7 @@ def diagonal_fisher(
     >>> diagonal_fisher(model, [Batch(jnp.array([[1.0], [2.0]]), jnp.array([1.0, 3.0]))])
     {'w': Array([18.5], dtype=float32)}
     """
+    check_model("model", model)
     batches = list(batches)
     if not batches or any(batch.labels is None for batch in batches):
         raise ValueError("the Fisher matrix needs batches with labels: Batch(inputs, labels)")
@@ -130,7 +132,7 @@ def _squares(gradients: dict[str, Array]) -> dict[str, Array]:
 
 def _check(vectors: Vectors, fishers: Sequence[PyTree], floor: float) -> dict[str, list[Any]]:
     if not isinstance(fishers, Sequence) or len(fishers) != len(vectors):
-        found = len(fishers) if isinstance(fishers, Sequence) else type(fishers).__name__
+        found = len(fishers) if isinstance(fishers, Sequence) else kind_of(fishers)
         raise ValueError(f"expected a Fisher matrix of each of the {len(vectors)} task vectors, found {found}")
     if not 0 <= floor < 1:
         raise ValueError(f"floor must lie in [0, 1), found {floor}")

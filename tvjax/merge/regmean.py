@@ -18,6 +18,7 @@ from tvjax.align.rows import check_streams, on_tokens, padding_mask, row_axes
 from tvjax.capture import Site, SiteTable
 from tvjax.capture.views import apply_view
 from tvjax.finite import check_finite
+from tvjax.kinds import kind_of
 from tvjax.merge.base import PyTree, Vectors, over_meshes, stack, weighted_sum
 from tvjax.merge.leaf_report import Report, tell
 from tvjax.merge.matrices import total, weighted
@@ -200,9 +201,9 @@ def stage_grams(walk: Walk, index: int) -> tuple[dict[str, tuple[Array, Array]],
 
 def _check(vectors: Vectors, grams: Sequence[Mapping[str, Any]], shrink: float, ridge: float) -> None:
     if not isinstance(grams, Sequence) or len(grams) != len(vectors):
-        found = len(grams) if isinstance(grams, Sequence) else type(grams).__name__
+        found = len(grams) if isinstance(grams, Sequence) else kind_of(grams)
         raise ValueError(f"expected Gram matrices of each of the {len(vectors)} task vectors, found {found}")
-    wrong = [type(each).__name__ for each in grams if not isinstance(each, Mapping)]
+    wrong = [kind_of(each) for each in grams if not isinstance(each, Mapping)]
     if wrong:
         raise ValueError(f"Gram matrices are given by path, input_grams(...).matrices, found {wrong[0]}")
     check_options(shrink, ridge)

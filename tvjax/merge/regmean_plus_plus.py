@@ -16,7 +16,7 @@ from tvjax.merge.matrices import weighted
 from tvjax.merge.regmean import check_options, per_row, regression, stage_grams
 from tvjax.merge.settings import Settings, check_votes, resolve_each
 from tvjax.progress import Progress
-from tvjax.stages import Batch, Model, owner_paths
+from tvjax.stages import Batch, Model, check_model, owner_paths
 from tvjax.walk import Walk
 
 
@@ -70,6 +70,7 @@ def regmean_plus_plus(
     >>> print(np.asarray(regmean_plus_plus(taus, model, data)["kernel"]).round(3).T)
     [[1. 4.]]
     """
+    check_model("model", model)
     vectors = Vectors(taus)
     numbers = resolve_each(weights, vectors.paths, len(vectors), "weights")
     check_votes(numbers)

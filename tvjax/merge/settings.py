@@ -149,7 +149,7 @@ def check_votes(weights: Mapping[str, np.ndarray]) -> None:
 def require(
     numbers: Mapping[str, float | np.ndarray], name: str, holds: Callable[[np.ndarray], Any], expected: str
 ) -> None:
-    """Raises a ValueError that names the first leaf whose numbers are not as they must be.
+    """Raises a ValueError that says which numbers are not as they must be, and of which leaf where not of all.
 
     Args:
       numbers: by path.
@@ -159,9 +159,21 @@ def require(
 
     >>> require({"w": np.ones(2)}, "weights", lambda w: w.sum() > 0, "of positive sum")
     """
-    for path, found in numbers.items():
-        if not np.all(holds(np.asarray(found))):
-            raise ValueError(f"{name} must be {expected}, found {np.asarray(found).tolist()} for {path}")
+    wrong = {path: found for path, found in numbers.items() if not np.all(holds(np.asarray(found)))}
+    if wrong:
+        path, found = next(iter(wrong.items()))
+        where = "" if len({np.asarray(each).tobytes() for each in numbers.values()}) == 1 else f" for {path}"
+        raise ValueError(f"{name} must be {expected}, found {shown(found)}{where}")
+
+
+def shown(numbers: float | np.ndarray) -> Any:
+    """The numbers of a leaf as they were given: one, where all task vectors have the same.
+
+    >>> shown(np.array([2.0, 2.0])), shown(np.array([1.0, 3.0]))
+    (2.0, [1.0, 3.0])
+    """
+    found = np.asarray(numbers)
+    return found.flat[0].item() if found.size and (found == found.flat[0]).all() else found.tolist()
 
 
 def _by_depth(setting: ByDepth, paths: Sequence[str]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from tvjax.kinds import kind_of
 from tvjax.models import generic
 from tvjax.models.bert import config as bert_config
 from tvjax.models.bert import modeling as bert_modeling
@@ -202,7 +203,7 @@ def family_of_config(config: Any) -> Family:
         if type(config) is family.config:  # configs may derive from one another
             return family
     names = sorted({family.config.__name__ for family in known})
-    raise ValueError(f"no family has configs of type {type(config).__name__}: expected one of {names}")
+    raise ValueError(f"no family has configs like {kind_of(config)}: expected one of {names}")
 
 
 def shapes_of(config: Any) -> dict[str, tuple[int, ...]]:

@@ -92,8 +92,8 @@ def compare(first: Contents, second: Contents, progress: Progress | None = None)
     trees = (TASK_VECTOR, TENSORS)
     if first.kind != second.kind and not (first.kind in trees and second.kind in trees):
         raise ValueError(
-            f"{first.name!r} is a {first.kind} and {second.name!r} a {second.kind}: give two of one kind; a task "
-            "vector and its model are one thing and --model"
+            f"found the {first.kind} {first.name!r} and the {second.kind} {second.name!r}: give two of one kind; a "
+            "task vector and its model are one thing and --model"
         )
     ours, theirs = ({leaf.path: leaf for leaf in found.leaves} for found in (first, second))
     common = [path for path in ours if path in theirs]

@@ -69,7 +69,7 @@ def base_sums(
       ValueError: `model` is none, lacks a leaf of the vector, or has one of another shape.
     """
     if model.kind != MODEL:
-        raise ValueError(f"{model.name!r} is a {model.kind}, expected the pre-trained model of {vector.name!r}")
+        raise ValueError(f"found the {model.kind} {model.name!r}, expected the pre-trained model of {vector.name!r}")
     shapes = {leaf.path: leaf.shape for leaf in model.leaves}
     foreign = [leaf for leaf in vector.leaves if shapes.get(leaf.path) != leaf.shape]
     if foreign:
@@ -122,7 +122,7 @@ def model_sites(found: Contents) -> tuple[StageSites, ...]:
       ValueError: what is no model.
     """
     if found.kind != MODEL:
-        raise ValueError(f"{found.name!r} is a {found.kind}: only a model has sites")
+        raise ValueError(f"found the {found.kind} {found.name!r}: only a model has sites")
     if isinstance(found.config, GenericConfig):
         raise ValueError(f"{found.name!r}: {no_code(found.about['model_type'])}")
     params = tree.nest({leaf.path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32) for leaf in found.leaves})

@@ -13,7 +13,7 @@ from tvjax import processes
 from tvjax.data.examples import Examples
 from tvjax.data.loader import Loader
 from tvjax.placement import automatic
-from tvjax.stages import Batch, Model
+from tvjax.stages import Batch, Model, ModelLike, check_model
 from tvjax.tasks.losses import OWN_HEAD, Judged, Loss
 
 
@@ -87,6 +87,7 @@ def judge(model: Model, batch: Batch) -> Judged:
 
 def loss_of(model: Model) -> Loss:
     """The loss of the model's task; that of its own head where it has another loss, or none."""
+    check_model("model", model, ModelLike)
     loss: Any = model.loss
     return loss if hasattr(loss, "judge") else OWN_HEAD
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tvjax.compose.teachers import Match, check_distillation, distillation_losses
+from tvjax.kinds import kind_of
 from tvjax.stages import PyTree
 
 Scores = Callable[[PyTree, PyTree], Float[Array, "batch classes"]]
@@ -53,7 +55,7 @@ def cannot_score(task: str, outputs: PyTree, expected: str) -> ValueError:
     if isinstance(outputs, dict):
         found = ", ".join(f"{name} {list(jnp.shape(leaf))}" for name, leaf in sorted(outputs.items()))
     else:
-        found = f"a {type(outputs).__name__} of shape {list(jnp.shape(outputs))}"
+        found = f"{kind_of(outputs)} of shape {list(jnp.shape(outputs))}"
     return ValueError(f"the model returns {found}, which the task {task!r} cannot score: it expects {expected}")
 
 
@@ -76,17 +78,11 @@ class ClassLoss:
 
     def __call__(self, loss_params: PyTree, outputs: PyTree, labels: Int[Array, " batch"]) -> Float[Array, " batch"]:
         """The loss of each example."""
-        return _losses(self.scores(loss_params, outputs), labels)
+        return _losses(self, loss_params, outputs, labels)
 
     def judge(self, loss_params: PyTree, outputs: PyTree, labels: Int[Array, " batch"]) -> Judged:
         """The class of the greatest score, of equal scores the first."""
-        scores = self.scores(loss_params, outputs)
-        if jnp.shape(labels) != scores.shape[:1]:
-            raise ValueError(
-                f"a batch has labels of shape {list(jnp.shape(labels))} for {len(scores)} predictions: the task "
-                f"{self.task!r} needs one class for each example"
-            )
-        return Judged(*_judged(scores, jnp.asarray(labels)))
+        return Judged(*_judged(self, loss_params, outputs, labels))
 
     def scores(self, loss_params: PyTree, outputs: PyTree) -> Float[Array, "batch classes"]:
         """The scores of the classes.
@@ -105,17 +101,30 @@ class ClassLoss:
         return scores
 
 
-@jax.jit
-def _losses(scores: Float[Array, "batch classes"], labels: Int[Array, " batch"]) -> Float[Array, " batch"]:
+@partial(jax.jit, static_argnums=0)
+def _losses(
+    loss: ClassLoss, loss_params: PyTree, outputs: PyTree, labels: Int[Array, " batch"]
+) -> Float[Array, " batch"]:
+    return _cross_entropy(loss.scores(loss_params, outputs), labels)
+
+
+@partial(jax.jit, static_argnums=0)
+def _judged(loss: ClassLoss, loss_params: PyTree, outputs: PyTree, labels: Int[Array, " batch"]) -> tuple[Array, ...]:
+    """The parts of a judgement; NaN is the greatest of all."""
+    scores = loss.scores(loss_params, outputs)
+    if jnp.shape(labels) != scores.shape[:1]:
+        raise ValueError(
+            f"a batch has labels of shape {list(jnp.shape(labels))} for {len(scores)} predictions: the task "
+            f"{loss.task!r} needs one class for each example"
+        )
+    labels = jnp.asarray(labels)
+    counted, finite = jnp.ones(labels.shape, bool), jnp.isfinite(jnp.max(scores, axis=-1))
+    return jnp.argmax(scores, axis=-1), labels, counted, _cross_entropy(scores, labels), finite
+
+
+def _cross_entropy(scores: Float[Array, "batch classes"], labels: Int[Array, " batch"]) -> Float[Array, " batch"]:
     log_probabilities = jax.nn.log_softmax(scores.astype(jnp.float32))
     return -jnp.take_along_axis(log_probabilities, labels[:, None], axis=1)[:, 0]
-
-
-@jax.jit
-def _judged(scores: Float[Array, "batch classes"], labels: Int[Array, " batch"]) -> tuple[Array, ...]:
-    """The parts of a judgement; NaN is the greatest of all."""
-    counted, finite = jnp.ones(labels.shape, bool), jnp.isfinite(jnp.max(scores, axis=-1))
-    return jnp.argmax(scores, axis=-1), labels, counted, _losses(scores, labels), finite
 
 
 @dataclasses.dataclass(frozen=True)

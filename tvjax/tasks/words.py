@@ -21,6 +21,7 @@ from tvjax.data.examples import Examples
 from tvjax.data.loader import Loader, Processed
 from tvjax.data.spans import behind
 from tvjax.data.tokens import Encoder
+from tvjax.kinds import kind_of
 from tvjax.models.chunked_loss import chunked
 from tvjax.stages import Model, PyTree
 from tvjax.tasks.base import Task
@@ -118,7 +119,7 @@ class OfEachClass:
     def __call__(self, params: PyTree, carry: PyTree) -> PyTree:
         """What the function makes of the classes of every example."""
         if not isinstance(carry, dict) or "mask" not in carry:
-            found = sorted(carry) if isinstance(carry, dict) else type(carry).__name__
+            found = sorted(carry) if isinstance(carry, dict) else kind_of(carry)
             raise ValueError(
                 f"a stage of the model takes {found}, expected the 'mask' among it, which words of several tokens "
                 "need in every stage: hand it on, or choose words of one token"

@@ -33,7 +33,7 @@ from jax.sharding import Mesh, NamedSharding
 from tvjax import placement, tree
 from tvjax.capture.views import View
 from tvjax.factors import float32, scaled
-from tvjax.finite import check_finite
+from tvjax.finite import check_factor, check_finite
 from tvjax.placement import name_of
 from tvjax.spread import brought, lies_elsewhere, like_leaf, mesh_of
 
@@ -360,6 +360,7 @@ def chain(*transports: Transport) -> Transport:
 
 def scale_by(factor: float | jax.Array) -> Transport:
     """Multiplies the task vector by a number."""
+    check_factor(factor, "the factor")
 
     def transform(part: LinkState, flat: Flat) -> Flat:
         return {path: scaled(leaf, factor) for path, leaf in flat.items()}

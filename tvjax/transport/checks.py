@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from tvjax import tree
 from tvjax.capture import check_gradient_identity
 from tvjax.finite import check_finite
+from tvjax.kinds import kind_of
 from tvjax.stages import Batch, Model, Stream, check_model, owner_paths
 from tvjax.transport.base import Transport, check_leaves
 from tvjax.walk import Walk, differentiable
@@ -44,7 +45,7 @@ def views_of(batch: Any) -> Views:
             return Views(batch[0], batch[1], overlaps)
     raise ValueError(
         "a calibration batch is a Batch, or a pair of Batches (for the source, for the target), with a mapping of "
-        f"masks to overlaps where their tokens differ; found {type(batch).__name__}"
+        f"masks to overlaps where their tokens differ; found {kind_of(batch)}"
     )
 
 
@@ -110,7 +111,7 @@ def check_kinds(transport: Any, source: Any, target: Any) -> None:
     """Raises a ValueError unless these are a transport and two models, such as a name or a folder is not."""
     if not isinstance(transport, Transport):
         raise ValueError(
-            f"the transport is a {type(transport).__name__}, expected what tvjax.theseus() and the like give, or "
+            f"the transport is {kind_of(transport)}, expected what tvjax.theseus() and the like give, or "
             "tvjax.chain of several"
         )
     check_model("source", source)

@@ -18,7 +18,7 @@ from tvjax.align import moments
 from tvjax.align.moments import Moments
 from tvjax.finite import check_finite
 from tvjax.progress import Progress
-from tvjax.stages import Model
+from tvjax.stages import Model, check_model
 from tvjax.transport.checks import check_batches, views_of
 from tvjax.transport.pairing import aligned, hidden, pair_stages
 from tvjax.walk import Walk
@@ -77,6 +77,7 @@ def likeness(
     [('model', 1.0)]
     """
     for side, model in (("source", source), ("target", target)):
+        check_model(side, model)
         check_finite(model.params, f"the {side} model")
     views = [views_of(batch) for batch in batches]
     check_batches("likeness", views, target)
