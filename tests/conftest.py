@@ -1,10 +1,11 @@
 """Eight CPU devices and strict dtype promotion for every test; set before JAX starts."""
 
-import atexit
+import contextlib
 import gc
 import os
-import shutil
-import tempfile
+import platform
+import time
+import zlib
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,10 +24,28 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("NPROC", "16")  # threads of XLA: a meeting of eight devices needs eight, whatever the cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# What was compiled once in a run is read back by every process of it, in a tenth of the time.
+
+def programs_folder() -> Path:
+    """Where compiled programs are kept: for every process of a run, and for the next run on such a processor."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    kind = next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+    cache = Path(os.environ.get("TVJAX_CACHE") or Path.home() / ".cache" / "tvjax")
+    folder = cache / f"test-programs-{zlib.crc32(kind.encode()):08x}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for entry in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another run drops it too
+            if time.time() - entry.stat().st_mtime > FORGOTTEN:
+                entry.unlink()
+    return folder
+
+
+# Reading a program back takes a tenth of the time of compiling it. Workers inherit the folder; to compile everything
+# anew name an empty one.
+FORGOTTEN = 14 * 24 * 3600  # seconds
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tvjax-programs-")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    with contextlib.suppress(PermissionError):
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(programs_folder())
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 

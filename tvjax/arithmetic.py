@@ -13,6 +13,7 @@ looks: saving, merges, transports. A factor that is no JAX array is looked at he
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -71,7 +72,7 @@ def task_vector(pretrained: PyTree, finetuned: PyTree) -> PyTree:
         if _is_floating(tree.leaf_type(before)):
             if is_on_disk(before) or is_on_disk(after):
                 return difference_on_disk(after, before)
-            return placement.like(_wide(after) - _wide(before), before)
+            return placement.like(_difference(_array(after), _array(before)), before)
         if not np.array_equal(before, after):
             raise ValueError(
                 f"the integer leaf {path} differs between the two checkpoints: it is no parameter and has no task "
@@ -137,8 +138,7 @@ def apply(params: PyTree, tau: PyTree, scale: float | jax.Array = 1.0) -> PyTree
     def edit(path: str, leaf: Any) -> Any:
         if path not in changes:
             return leaf
-        base, change = _align(_wide(leaf), _wide(changes[path]))
-        edited = (base + jnp.asarray(scale, base.dtype) * change).astype(tree.leaf_type(leaf).dtype)
+        edited = _edited(_array(leaf), _array(changes[path]), scale, tree.leaf_type(leaf).dtype)
         return placement.like(edited, leaf)
 
     return tree.map_with_path(edit, params)
@@ -170,11 +170,7 @@ def add(*taus: PyTree) -> PyTree:
             return None
         if all(map(is_low_rank, covered)) and (joined := factors.total(covered)) is not None:
             return joined
-        covered = [_wide(leaf) for leaf in covered]
-        result = covered[0]
-        for leaf in covered[1:]:
-            result = jnp.add(*_align(result, leaf))
-        return result
+        return _total([_array(leaf) for leaf in covered])
 
     return _map(total, *taus)
 
@@ -302,6 +298,34 @@ def _factors(factor: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _is_leaf(leaf: Any) -> bool:
     return leaf is None or is_low_rank(leaf)
+
+
+# --- Leaf by leaf, each in one program: no wide copy of a leaf lies in memory between two operations ---
+
+
+@partial(jax.jit, inline=True)
+def _difference(after: Any, before: Any) -> jax.Array:
+    after, before = _align(_wide(after), _wide(before))
+    return after - before
+
+
+@partial(jax.jit, inline=True, static_argnames="dtype")
+def _edited(leaf: Any, change: Any, scale: Any, dtype: Any) -> jax.Array:
+    base, change = _align(_wide(leaf), _wide(change))
+    return (base + jnp.asarray(scale, base.dtype) * change).astype(dtype)
+
+
+@partial(jax.jit, inline=True)
+def _total(leaves: list[Any]) -> jax.Array:
+    result = _wide(leaves[0])
+    for leaf in leaves[1:]:
+        result = jnp.add(*_align(result, _wide(leaf)))
+    return result
+
+
+def _array(leaf: Any) -> Any:
+    """A leaf as a program takes it; one that lies on disk or in factors is made an array."""
+    return leaf if isinstance(leaf, jax.Array) or type(leaf) is np.ndarray else _wide(leaf)
 
 
 def _wide(leaf: Any) -> jax.Array:

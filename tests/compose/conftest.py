@@ -25,6 +25,7 @@ def head(params, carry):
     return {"logits": params["scale"] * (carry["hidden"] @ params["dense"]["kernel"] + params["dense"]["bias"])}
 
 
+@jax.jit
 def cross_entropy(loss_params, outputs, labels):
     scores = outputs["logits"] + (0 if loss_params is None else loss_params)
     return optax.softmax_cross_entropy_with_integer_labels(scores, labels)

@@ -59,7 +59,9 @@ def test_each_layer_of_a_stack_is_a_leaf(name, axis):
 
     def gradient(params, taus, coefficients):
         loss = lambda c: tree.norm(combine(params, taus, c)) ** 2  # noqa: E731
-        return dict(zip(coefficients.layout.blocks, jax.grad(loss)(coefficients).values.swapaxes(0, 1), strict=True))
+        return dict(
+            zip(coefficients.layout.blocks, jax.jit(jax.grad(loss))(coefficients).values.swapaxes(0, 1), strict=True)
+        )
 
     theirs = gradient(tv.stack(params, "blocks", axis), stacked, two)
     for block, leaf in gradient(params, taus, one).items():

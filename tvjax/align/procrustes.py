@@ -57,6 +57,7 @@ def matrix(rotation: OrthogonalMap) -> Array:
     return product(rotation.left, rotation.right)
 
 
+@partial(jax.jit, inline=True)
 def apply_left(rotation: OrthogonalMap, kernel: Array) -> Array:
     """``R^T K`` for ``K [d_a, ...]``: the input side of a kernel, moved to the target's coordinates.
 
@@ -74,6 +75,7 @@ def apply_left(rotation: OrthogonalMap, kernel: Array) -> Array:
     return product(rotation.right.T, product(rotation.left.T, kernel))
 
 
+@partial(jax.jit, inline=True)
 def apply_right(kernel: Array, rotation: OrthogonalMap) -> Array:
     """``K R`` for ``K [..., d_a]``: the output side of a kernel, or a bias, moved to the target's coordinates.
 

@@ -8,6 +8,7 @@ Step ``("each",)`` says that what follows happens to each element of the first a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -109,10 +110,41 @@ def apply_view(view: View, array: jax.Array) -> jax.Array:
     >>> apply_view((("transpose", (1, 0)), ("reshape", (6,))), jnp.arange(6).reshape(2, 3))
     Array([0, 3, 1, 4, 2, 5], dtype=int32)
     """
+    return _applied(view, array) if view else array
+
+
+def transpose_view(view: View, array: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """The transpose of a view, as a linear map: from what the equation took back to a leaf of this shape.
+
+    For a view that moves entries it is the inverse; entries that a slice left out are zero; broadcasts are summed.
+
+    >>> transpose_view((("slice", (1,), (3,), (1,)),), jnp.ones(2), (4,))
+    Array([0., 1., 1., 0.], dtype=float32)
+    """
+    return _transposed(view, tuple(shape), array) if view else array
+
+
+def restore_view(view: View, array: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """What a leaf of this shape must hold for its view to be `array`, in the entries that the view reaches.
+
+    The pseudo-inverse of the view V as a linear map, ``V^T y / V^T V 1``: each row of V has one entry. An entry of the
+    leaf that the view repeats is the mean of its copies, one that meets a zero stays zero.
+
+    >>> restore_view((("times", 0.5),), jnp.ones(2), (2,))
+    Array([2., 2.], dtype=float32)
+    """
+    return _restored(view, tuple(shape), array) if view else array
+
+
+# --- A view in one program, whatever the number of its steps ---
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def _applied(view: View, array: jax.Array) -> jax.Array:
     for number, step in enumerate(view):
         kind = step[0]
         if kind == "each":
-            return jax.vmap(lambda element, rest=view[number + 1 :]: apply_view(rest, element))(array)
+            return jax.vmap(lambda element, rest=view[number + 1 :]: _applied(rest, element))(array)
         if kind == "transpose":
             array = jnp.transpose(array, step[1])
         elif kind == "reshape":
@@ -133,31 +165,18 @@ def apply_view(view: View, array: jax.Array) -> jax.Array:
     return array
 
 
-def transpose_view(view: View, array: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """The transpose of a view, as a linear map: from what the equation took back to a leaf of this shape.
-
-    For a view that moves entries it is the inverse; entries that a slice left out are zero; broadcasts are summed.
-
-    >>> transpose_view((("slice", (1,), (3,), (1,)),), jnp.ones(2), (4,))
-    Array([0., 1., 1., 0.], dtype=float32)
-    """
-    leaf = jax.ShapeDtypeStruct(tuple(shape), array.dtype)
-    return jax.linear_transpose(lambda x: apply_view(view, x), leaf)(array)[0]
+@partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _transposed(view: View, shape: tuple[int, ...], array: jax.Array) -> jax.Array:
+    leaf = jax.ShapeDtypeStruct(shape, array.dtype)
+    return jax.linear_transpose(lambda x: _applied(view, x), leaf)(array)[0]
 
 
-def restore_view(view: View, array: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """What a leaf of this shape must hold for its view to be `array`, in the entries that the view reaches.
-
-    The pseudo-inverse of the view V as a linear map, ``V^T y / V^T V 1``: each row of V has one entry. An entry of the
-    leaf that the view repeats is the mean of its copies, one that meets a zero stays zero.
-
-    >>> restore_view((("times", 0.5),), jnp.ones(2), (2,))
-    Array([2., 2.], dtype=float32)
-    """
-    moved = transpose_view(view, array, shape)
+@partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _restored(view: View, shape: tuple[int, ...], array: jax.Array) -> jax.Array:
+    moved = _transposed(view, shape, array)
     if not any(step[0] in ("times", "broadcast", "take") for step in view):
         return moved
-    weight = transpose_view(view, apply_view(view, jnp.ones(shape, array.dtype)), shape)
+    weight = _transposed(view, shape, _applied(view, jnp.ones(shape, array.dtype)))
     return jnp.where(weight != 0, moved / jnp.where(weight != 0, weight, 1), 0)
 
 

@@ -280,6 +280,7 @@ def entries(coefficients: Coefficients) -> list[Entry]:
 # Its backward pass reads the vectors as they are stored and computes the parts again: what it would keep otherwise, the
 # vectors in float32 and the parts, is larger than the model.
 @jax.checkpoint
+@partial(jax.jit, inline=True)
 def _weighted(share: Share) -> Float[Array, "*shape"]:
     """``sum_i row_i[part] * leaf_i`` in float32; without a seed there is one part."""
     total = jnp.zeros(np.shape(share.leaves[0]), jnp.float32)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tvjax.compose.edited import computed
@@ -263,6 +264,11 @@ def trusted_examples(probabilities: Float[Array, "examples classes"], per_class:
     return Trusted(indices.reshape(-1), jnp.repeat(jnp.arange(classes, dtype=jnp.int32), count))
 
 
+@jax.jit
+def _rows(tree: PyTree, indices: Int[Array, " rows"]) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[indices], tree)
+
+
 def sharpen(probabilities: Float[Array, "*n classes"], temperature: float) -> Float[Array, "*n classes"]:
     """``p^(1/T) / sum p^(1/T)``.
 
@@ -318,15 +324,14 @@ def fix_match(
         )
     found = trusted_examples(_probabilities(model, inputs, scores, prediction_batch), per_class)
     examples = jax.tree.leaves(inputs)[0].shape[0]
-    others = jnp.setdiff1d(jnp.arange(examples), found.indices)
+    others = np.setdiff1d(np.arange(examples), found.indices)
     if not others.size:
         raise ValueError(
             f"all {examples} examples are trusted, none is left to learn from: give more examples, or a per_class "
-            "below " + str(found.indices.size // jnp.unique(found.labels).size)
+            "below " + str(found.indices.size // np.unique(found.labels).size)
         )
     context = _without_params(model)
-    sure = Batch(jax.tree.map(lambda leaf: jnp.asarray(leaf)[found.indices], inputs), found.labels)
-    rest = jax.tree.map(lambda leaf: jnp.asarray(leaf)[others], inputs)
+    sure, rest = Batch(_rows(inputs, found.indices), found.labels), _rows(inputs, others)
     return (
         Term(_Trusted(scores, strong), context, sure, trusted_share, trusted_share),
         Term(

@@ -59,7 +59,7 @@ def predict(model: Model, inputs: PyTree) -> Int[Array, " batch"]:
         raise ValueError(f"the task {loss.task!r} has no one class for each example: take predictions of its batches")
     outputs = model(inputs)
     scores = jax.eval_shape(loss.scores, model.loss_params, outputs)
-    labels = np.zeros(scores.shape[0], np.int32)  # none are known
+    labels = jax.device_put(np.zeros(scores.shape[0], np.int32))  # none are known
     judged = loss.judge(model.loss_params, outputs, labels)
     if not tree.is_traced(judged.finite):
         check_judged(judged)
