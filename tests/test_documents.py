@@ -3,12 +3,15 @@
 import base64
 import json
 import re
+import shlex
 from pathlib import Path
 
 import jax
 import pytest
 
 from run_notebooks import executed
+from tvjax import jobs
+from tvjax.cli.main import run as command_line
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -53,6 +56,30 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     namespace = {}
     for number, code in enumerate(CODE.findall(page.read_text(encoding="utf-8"))):
         run(code, page, number, namespace)
+
+
+BLOCK = re.compile(r"```sh\n(.*?)```", re.DOTALL)
+
+
+def commands_of(page):
+    text = page.read_text(encoding="utf-8")
+    lines = [line for block in BLOCK.findall(text) for line in block.replace("\\\n", " ").splitlines()]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("tvjax ")]
+
+
+@pytest.mark.parametrize("page", [page for page in (README, *PAGES) if commands_of(page)], ids=name_of)
+def test_the_commands_of_a_page_are_those_of_the_command_line(page, monkeypatch, capsys):
+    """Every command is read as far as the config of its job; the models that it names are not here."""
+
+    def reached(config, *_):
+        raise ValueError(f"reached with {type(config).__name__}")
+
+    for name in ("plan", "transport", "evaluate", "extract", "apply", "merge", "compose", "convert", "inspect"):
+        monkeypatch.setattr(jobs, name, reached)
+    monkeypatch.chdir(ROOT)  # where configs lie
+    for words in commands_of(page):
+        assert command_line(words) == 2
+        assert f"tvjax: error: reached with {words[0].title()}Config" in capsys.readouterr().err, words
 
 
 def outputs_of(notebook):

@@ -48,7 +48,7 @@ def check_finite(values: PyTree, what: str) -> None:
     Traceback (most recent call last):
     ValueError: the task vector has values that are NaN or infinite:
       up: 2 of 3
-    take an earlier checkpoint of the run, or a dtype of wider range
+    take an earlier checkpoint of the run, a smaller scale, or a dtype of wider range
     """
     flat = {
         path: leaf
@@ -63,7 +63,7 @@ def check_finite(values: PyTree, what: str) -> None:
         counts = [f"{path}: {int(_count(flat[path]))} of {jnp.size(flat[path])}" for path in wrong]
     raise ValueError(
         f"{what} has values that are NaN or infinite:\n{tree.list_some(counts)}\n"
-        "take an earlier checkpoint of the run, or a dtype of wider range"
+        "take an earlier checkpoint of the run, a smaller scale, or a dtype of wider range"
     )
 
 

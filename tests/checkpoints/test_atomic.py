@@ -1,5 +1,6 @@
 """Files and folders are the old or the new ones, whenever a run ends."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -102,3 +103,11 @@ def test_nothing_but_a_file_is_replaced(tmp_path):
         with pytest.raises(ValueError, match="is a folder or a device"), replacing(tmp_path / name):
             pytest.fail("there is nothing to write to")
     assert (tmp_path / "pipe").is_fifo() and sorted(tmp_path.iterdir()) == [tmp_path / "folder", tmp_path / "pipe"]
+
+
+def test_a_disk_without_space_is_named(tmp_path):
+    """A write to an open file fails without the name of the file."""
+    for making in (replacing, new_folder):
+        with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'out'}'"), making(tmp_path / "out"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+    assert not list(tmp_path.iterdir())

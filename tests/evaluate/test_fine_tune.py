@@ -94,6 +94,22 @@ def test_learning_rate_and_steps_are_those_of_the_best_validation_accuracy(model
     assert accuracy(model.replace(params=chosen.params), validation).fraction == chosen.accuracy
 
 
+def test_a_score_chooses_in_the_place_of_validation_data(model, data, key):
+    train, validation = data
+    asked = []
+
+    def score(params):
+        asked.append(accuracy(model.replace(params=params), validation).fraction)
+        return -asked[-1]
+
+    options = {"steps": 20, "checkpoints": 2, "learning_rates": (0.03, 1e-6), "key": key}
+    worst = fine_tune(model, train, score=score, **options)
+    assert len(asked) == 4 and worst.accuracy == -min(asked)
+    assert worst.learning_rate == pytest.approx(1e-6)
+    best = fine_tune(model, train, validation=validation, **options)
+    assert best.accuracy == max(asked) > min(asked)
+
+
 def test_bad_requests_are_refused(model, data, key):
     train, _ = data
     with pytest.raises(ValueError, match="found no labels"):
@@ -102,5 +118,7 @@ def test_bad_requests_are_refused(model, data, key):
         fine_tune(model, train, steps=5, checkpoints=2, key=key)
     with pytest.raises(ValueError, match="expected validation data"):
         fine_tune(model, train, steps=5, learning_rates=(0.1, 0.2), key=key)
+    with pytest.raises(ValueError, match="found validation data and a score"):
+        fine_tune(model, train, steps=5, validation=train, score=lambda params: 0.0, key=key)
     with pytest.raises(ValueError, match=r"no floating leaf matches \['nothing/\*'\]"):
         fine_tune(model, train, steps=5, trainable=("nothing/*",), key=key)

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 import real_models
-from real import experiment, texts
+import tvjax as tv
+from real import experiment, methods, protocol, texts
 from real_models import Cell
+from tvjax import Batch
 from tvjax.models.bert import BertConfig, bert, init
 from tvjax.tasks.zero_shot import with_head
 
@@ -82,18 +84,81 @@ def bench(tmp_path, monkeypatch):
         head = np.linalg.qr(rng.normal(size=(width, 2)))[0].astype(np.float32)
         readers.append(experiment.Reader(name, with_head(model, head, 1.0), inputs, labels))
     for name in ("FEW", "MANY", "TEACHER"):
-        monkeypatch.setattr(experiment, name, experiment.Steps(3, 4))
+        monkeypatch.setattr(protocol, name, protocol.Steps(3, 4))
     counts = texts.Counts(test=4, source=6, few=2, validation=3, unlabelled=6)
     return experiment.Bench(*readers, texts.split(labels, counts, 0), 0, tmp_path / "tuned")
 
 
 def test_methods_choose_by_validation_and_count_test_texts(bench):
     for method in ("zero-shot", "BiCo, centred", "distillation"):
-        found = experiment.run(bench, method)
+        found = methods.run(bench, method)
         assert found.right.shape == (8,)
         assert (found.validation is None) == (method == "zero-shot")
         curve = found.setting.get("curve")
-        assert curve is None or (len(curve) == len(experiment.SCALES) and max(curve) == found.validation)
+        assert curve is None or (len(curve) == len(protocol.SCALES) and max(curve) == found.validation)
+
+
+NEW = [name for name in methods.METHODS if "Ariadne" in name or "correction" in name or "no labels" in name]
+
+
+@pytest.mark.parametrize("method", NEW)
+def test_what_reads_no_labels_does_not_depend_on_them(bench, method):
+    """Others in the place of the labels change nothing, where no validation chooses and BiCo is no start."""
+    tau = bench.with_many_labels(bench.source)
+    found = methods.run(bench, method)
+    assert found.right.shape == (8,)
+    has_choice = "no labels" not in method and "correction" not in method
+    assert (found.validation is not None) == has_choice
+    if has_choice or "BiCo" in method:
+        return
+    turned = dataclasses.replace(bench.target, labels=1 - bench.target.labels)
+    other = experiment.Bench(bench.source, turned, bench.parts, 0, bench.kept)
+    again = methods.run(other, method)
+    assert again.setting == found.setting and tau.steps == other.with_many_labels(other.source).steps
+    np.testing.assert_array_equal(again.right, ~found.right)
+
+
+def test_without_labels_the_teachers_least_loss_chooses(bench):
+    texts = bench.taught
+    for method, moved in (("Ariadne, no labels", texts.ariadne), ("distillation, no labels", None)):
+        found = methods.METHODS[method](bench)
+        if moved is not None:
+            losses = [texts.loss(bench.started(tv.scale(moved, scale)).params) for scale in protocol.SCALES]
+            np.testing.assert_allclose(found.setting["losses"], losses, rtol=1e-5)
+            assert found.setting["scale"] == protocol.SCALES[int(np.argmin(losses))]
+        else:
+            assert found.setting["loss"] == texts.from_zero.by_loss.loss <= texts.from_zero.by_validation.loss
+            assert found.setting["loss"] < texts.loss(bench.target.model.params)
+
+
+def test_one_training_serves_both_choices(bench):
+    """By validation it is what `fine_tune` chooses by itself."""
+    chosen = bench.taught.from_zero.by_validation
+    seen = Batch(bench.target.inputs(bench.parts.unlabelled), jax.numpy.asarray(bench.taught.said))
+    tuned = bench.tuned(bench.target, bench.taught.student, seen, protocol.TEACHER)
+    assert tuned[1:4] == (chosen.learning_rate, chosen.steps, chosen.validation)
+    jax.tree.map(np.testing.assert_array_equal, tuned.params, chosen.params)
+
+
+def test_a_start_is_compared_with_zero(records):
+    records |= {Cell("L3-L6", "nouns", 0, "BiCo, centred, then few-shot"): record([1, 1, 1, 0])}
+    rows = real_models.comparisons(records)
+    (row,) = (row for row in rows if "minus its start from zero" in row)
+    assert row["minus its start from zero"]["over_draws"]["mean"] == 0.25
+    line = "- BiCo, centred, then few-shot, minus its start from zero (L3-L6, nouns, draws 0): +25.0 (-, 79.6)"
+    assert line in real_models.table(rows).splitlines()
+
+
+def test_ariadne_is_compared_with_theseus_by_the_same_choice(records):
+    records |= {
+        Cell("L3-L6", "nouns", 0, "Theseus"): record([0, 0, 0, 0]),
+        Cell("L3-L6", "nouns", 0, "Theseus, no labels"): record([1, 1, 0, 0]),
+        Cell("L3-L6", "nouns", 0, "Ariadne, few texts"): record([1, 1, 1, 0]),
+        Cell("L3-L6", "nouns", 0, "Ariadne, few texts, no labels"): record([1, 1, 1, 0]),
+    }
+    rows = {row["method"]: row for row in real_models.comparisons(records)}
+    minus = [rows[f"Ariadne, few texts{choice}"]["minus Theseus"] for choice in ("", ", no labels")]
+    assert [gap["over_draws"]["mean"] for gap in minus] == [0.75, 0.25]
 
 
 def test_what_was_tuned_with_many_labels_is_read_again(bench, monkeypatch):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +13,7 @@ from jax.typing import DTypeLike
 
 from tvjax import tree
 from tvjax.checkpoints.adapter_writer import linear_kernels, save_adapter
+from tvjax.checkpoints.atomic import becomes
 from tvjax.checkpoints.extraction import common_leaves, part_of
 from tvjax.checkpoints.folder import Checkpoint, Name, open_checkpoint
 from tvjax.checkpoints.huggingface import check_new
@@ -112,7 +112,7 @@ def extract_low_rank(
         }
         asked = {"rank": rank, "energy": energy}
         card = model_card(
-            Path(folder).name,
+            becomes(folder).name,
             "A LoRA adapter: the truncated singular value decomposition of what a fine-tuning changed.",
             metadata,
             inputs={tuned.name: {"fingerprint": digests[1]}},

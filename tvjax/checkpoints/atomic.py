@@ -10,10 +10,12 @@ lock, which the system lets go when a process ends: what another process still w
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import glob
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,6 +23,8 @@ from pathlib import Path
 
 from tvjax import processes
 from tvjax.kinds import as_path
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -71,9 +75,13 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a folder beside `path` to fill; it becomes `path`, which is absent or empty, when the block ends.
 
-    When the block raises, the folder and what is in it are removed.
+    When the block raises, the folder and what is in it are removed. A folder that is being filled so is given as it is:
+    what writes a part of it makes no folder of its own.
     """
     path = as_path(path, "the path of a new folder")
+    if path.is_dir() and becomes(path) != path:
+        yield path
+        return
     with processes.together(f"make the folder {path.parent}"):
         if processes.is_first():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,10 +120,25 @@ def _partial(path: Path, make: Callable[[Path], None], *, shared: bool = False) 
                 _remove_left_behind(path)
                 token, lock = _made(path, make)
         yield _named(path, processes.from_first(token) if shared else token)
+    except OSError as error:
+        if error.filename is None and error.errno in _FULL:  # of a write, which knows no name
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         if lock is not None:
             _remove(_named(path, token))
             os.close(lock)
+
+
+def becomes(path: str | os.PathLike[str]) -> Path:
+    """What the path of a file or folder that is being filled will be; any other path is itself.
+
+    >>> becomes("out/.edited.0a1b2c3d.partial").as_posix(), becomes("out/edited").as_posix()
+    ('out/edited', 'out/edited')
+    """
+    path = Path(path)
+    found = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.partial", path.name)
+    return path.with_name(found[1]) if found else path
 
 
 def _named(path: Path, token: str) -> Path:

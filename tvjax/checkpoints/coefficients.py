@@ -96,6 +96,8 @@ class TrainingStore:
           keep: how many states stay.
         """
         self.folder = as_path(folder, "the path of a folder").absolute()
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{os.fspath(folder)!r} is a file, expected the folder of a training's states")
         self.keep = keep
 
     def load(self, like: PyTree) -> PyTree | None:

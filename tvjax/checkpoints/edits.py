@@ -7,7 +7,6 @@ import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +14,7 @@ from jax.typing import DTypeLike
 
 from tvjax import tree
 from tvjax.checkpoints import elementwise
+from tvjax.checkpoints.atomic import becomes
 from tvjax.checkpoints.behind import Behind
 from tvjax.checkpoints.fingerprints import Fingerprint
 from tvjax.checkpoints.folder import Checkpoint, Name, open_checkpoint
@@ -173,7 +173,7 @@ def apply_trees(
             results |= {"leaves changed": len(changed), "leaves copied": len(base.shapes) - len(changed)}
             inputs = dict(zip(origin.names, origin.metadata, strict=True))
             chosen = {"scale": scale, **settings}
-            return model_card(Path(folder).name, action, about, inputs=inputs, settings=chosen, results=results)
+            return model_card(becomes(folder).name, action, about, inputs=inputs, settings=chosen, results=results)
 
         options: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size, "card": card}
         with write_checkpoint(base, folder, **options) as write, Behind() as behind:

@@ -34,7 +34,7 @@ from tvjax.checkpoints.json_files import read_json, write_json
 from tvjax.checkpoints.memory import Scratch
 from tvjax.checkpoints.tensor_dtypes import cast_header, numpy_dtype, tensor_bytes, tensor_header
 from tvjax.checkpoints.writer import write_tensors
-from tvjax.kinds import as_path, kind_of
+from tvjax.kinds import as_bytes, as_path, kind_of
 from tvjax.models.differences import function_values, to_text
 from tvjax.models.families import family_of_config, shapes_of
 from tvjax.models.key_table import Source, Tensor, copies_of_tied, sources_of
@@ -366,26 +366,31 @@ def plan_shards(headers: Mapping[str, Tensor], max_shard_size: int | str) -> dic
     {'a': 'model-00001-of-00002.safetensors', 'b': 'model-00001-of-00002.safetensors',
      'c': 'model-00002-of-00002.safetensors'}
     """
-    if isinstance(max_shard_size, int) and max_shard_size < 1:
-        raise ValueError(f"the size of a shard must be 1 byte or more, found {max_shard_size}")
     sizes = {key: tensor_bytes(key, header) for key, header in headers.items()}
     plan = huggingface_hub.split_state_dict_into_shards_factory(
         sizes,
         get_storage_size=lambda size: size,
         filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
+        max_shard_size=as_bytes(max_shard_size),
     )
     return plan.tensor_to_filename or dict.fromkeys(sizes, WEIGHTS)
 
 
 def check_new(folder: str | os.PathLike[str]) -> None:
-    """Raises a ValueError where something stands already where a new folder is to be written."""
+    """Raises a ValueError where something stands already where a new folder is to be written, or none may be."""
     folder = as_path(folder, "the path of a new folder")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"the output {str(folder)!r} exists: give a new folder, or remove it")
     standing = next(above for above in folder.absolute().parents if above.exists())
     if not standing.is_dir():
         raise ValueError(f"the output {str(folder)!r} cannot be: {str(standing)!r} is no folder")
+    check_writable(folder, standing)
+
+
+def check_writable(output: Path, folder: Path) -> None:
+    """Raises a ValueError where nothing can be written into the folder that an output goes to."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"the output {str(output)!r} cannot be: nothing may be written into {str(folder)!r}")
 
 
 def check_params(config: Any, params: PyTree) -> None:

@@ -59,8 +59,7 @@ class Processor:
         Raises:
           ValueError: for a model without an image processor.
         """
-        if self.image_processor is None:
-            raise ValueError("the folder has no preprocessor_config.json: copy the one of the model's original folder")
+        self.check_image_processor()
         batch = self.image_processor(list(images), return_tensors="np")["pixel_values"]
         return np.ascontiguousarray(np.asarray(batch, np.float32).transpose(0, 2, 3, 1))
 
@@ -86,6 +85,11 @@ class Processor:
         self._check(texts, ids)
         mask = np.ones(ids.shape, bool) if self.reads_padding else np.asarray(batch["attention_mask"], bool)
         return {"tokens": ids, "mask": mask}
+
+    def check_image_processor(self) -> None:
+        """Raises a ValueError without an image processor."""
+        if self.image_processor is None:
+            raise ValueError("the folder has no preprocessor_config.json: copy the one of the model's original folder")
 
     def check_tokenizer(self) -> None:
         """Raises a ValueError without a tokenizer, and for one that is another model's.

@@ -184,7 +184,7 @@ def _fill(memory: np.ndarray, file: BinaryIO, path: str, offset: int) -> None:
 def _not_finite(key: str, array: np.ndarray, wrong: int) -> ValueError:
     return ValueError(
         f"the tensor {key!r} ({array.dtype.name}) has {wrong} of {array.size} values that are NaN or infinite: "
-        "take an earlier checkpoint of the run, or a dtype of wider range"
+        "take an earlier checkpoint of the run, a smaller scale, or a dtype of wider range"
     )
 
 

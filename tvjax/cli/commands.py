@@ -76,8 +76,13 @@ def _shown(annotation: Any, default: Any) -> Any:
     plain = _plain(annotation)
     if get_origin(plain) in (tuple, dict):
         item = str if get_origin(plain) is dict else _plain(get_args(plain)[0])
-        plain = GenericAlias(list, (item,))
+        plain = GenericAlias(list, (_as_typed(item),))
+    plain = _as_typed(plain)
     return plain | None if default is None or _optional(annotation) else plain
+
+
+def _as_typed(plain: Any) -> Any:
+    return str if plain is Path else plain  # the path of an empty word would be the folder that one is in
 
 
 def _plain(annotation: Any) -> Any:

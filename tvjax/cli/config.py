@@ -2,7 +2,7 @@
 
 The schema is the config of the command's job (`tvjax.jobs`): a key is the name of one of its fields.
 
-    tvjax transport --config configs/bico.yaml scale=1.5 --output edited
+    tvjax transport --config configs/transport_bico.yaml per_class=16 --output edited
 
 A recipe of mergekit is read too (`tvjax.jobs.mergekit`): ``tvjax merge --config FILE --output FOLDER``.
 """

@@ -230,6 +230,8 @@ def train(
         )
         trained, optimiser_state = jax.tree.map(like, (trained, optimiser_state), (state.trainable, state.optimiser))
         losses = processes.fetch(losses)
+        if not np.isfinite(losses).all():
+            raise ValueError(f"loss: not finite in epoch {epoch + 1} of learning rate {rates[number]:g}: lower it")
         found = np.nan if score is None else float(score(_assembled(assemble, fixed, trained)))
         if score is not None and math.isnan(found):
             raise ValueError(f"score: found NaN after epoch {epoch + 1} of learning rate {rates[number]:g}: lower it")
@@ -393,6 +395,8 @@ def _check_counts(
             f"found learning_rates {rates}, epochs {epochs}, batches_per_epoch {batches_per_epoch} and micro_batches "
             f"{micro_batches}, expected one of each at least"
         )
+    if not all(0 < rate < math.inf for rate in rates):
+        raise ValueError(f"learning_rates: found {rates}, expected positive numbers")
     if score is None and (len(rates) > 1 or stop is not None):
         raise ValueError(
             f"found {len(rates)} learning rates{' and a rule to stop' if stop else ''} but no score, expected one to "

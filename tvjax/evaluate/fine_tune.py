@@ -18,6 +18,7 @@ from tvjax.evaluate.accuracy import accuracy
 from tvjax.stages import Batch, Model, PyTree, check_model
 
 Optimiser = Callable[[Array], optax.GradientTransformation]
+Score = Callable[[PyTree], float]
 
 
 class FineTuned(NamedTuple):
@@ -27,7 +28,7 @@ class FineTuned(NamedTuple):
       params: the parameters; trained leaves are float32.
       learning_rate: the learning rate that was kept.
       steps: after how many steps.
-      accuracy: its accuracy on the validation data, from 0 to 1; None without any.
+      accuracy: its accuracy on the validation data, from 0 to 1, or its score; None without either.
       losses: mean loss of each of those steps.
     """
 
@@ -50,12 +51,13 @@ def fine_tune(
     trainable: Sequence[str] = ("*",),
     validation: Batch | Sequence[Batch] = (),
     checkpoints: int = 1,
+    score: Score | None = None,
 ) -> FineTuned:
     """Trains the chosen leaves on labelled examples with the model's loss.
 
-    The learning rate and the number of steps are those of the greatest validation accuracy; ties go to the smaller
-    learning rate, then to fewer steps. The steps between two checkpoints are one compiled scan over examples that
-    stay on the device, so that another learning rate compiles nothing.
+    The learning rate and the number of steps are those of the greatest validation accuracy, or score; ties go to the
+    smaller learning rate, then to fewer steps. The steps between two checkpoints are one compiled scan over examples
+    that stay on the device, so that another learning rate compiles nothing.
 
     Args:
       model: has a loss.
@@ -68,13 +70,15 @@ def fine_tune(
       trainable: path patterns (`fnmatch`) of the leaves to train; the others stay as they are.
       validation: labelled batches to choose by; may be empty where there is one candidate only.
       checkpoints: how many numbers of steps to choose from, evenly spaced up to `steps`.
+      score: of parameters, the greater the better, in the place of the accuracy on validation data: such as minus a
+        teacher's loss, where no label says what is right. Asked at every checkpoint of a learning rate, in their order.
 
     Returns:
       The parameters and how they were found.
 
     Raises:
-      ValueError: for examples without labels, patterns that match no leaf, no steps, or several candidates without
-        validation data.
+      ValueError: for examples without labels, patterns that match no leaf, no steps, several candidates without
+        validation data or a score, or both of these.
 
     >>> from tvjax.stages import Stage
     >>> head = Stage("head", lambda params, x: {"logits": x @ params["kernel"]})
@@ -92,10 +96,14 @@ def fine_tune(
     if steps < 1 or checkpoints < 1 or steps % checkpoints:
         raise ValueError(f"steps: found {steps}, expected a positive multiple of checkpoints ({checkpoints})")
     validation = [validation] if isinstance(validation, Batch) else list(validation)
-    if not learning_rates or (len(learning_rates) * checkpoints > 1 and not validation):
+    if validation and score is not None:
+        raise ValueError("found validation data and a score, expected one of them to choose by")
+    if validation:
+        score = partial(_accuracy, model, validation)
+    if not learning_rates or (len(learning_rates) * checkpoints > 1 and score is None):
         raise ValueError(
-            f"found {len(learning_rates)} learning rates and {checkpoints} checkpoints, expected validation data to "
-            "choose among several, and at least one of each"
+            f"found {len(learning_rates)} learning rates and {checkpoints} checkpoints, expected validation data or a "
+            "score to choose among several, and at least one of each"
         )
     leaves = tree.flatten(model.params)
     trained = {
@@ -116,11 +124,15 @@ def fine_tune(
             )
             losses = np.concatenate([losses, processes.fetch(part)])
             merged = tree.replace(model.params, params)
-            score = accuracy(model.replace(params=merged), validation).fraction if validation else None
-            if best is None or (score is not None and best.accuracy is not None and score > best.accuracy):
-                best = FineTuned(merged, float(learning_rate), checkpoint * (steps // checkpoints), score, losses)
+            found = None if score is None else score(merged)
+            if best is None or (found is not None and best.accuracy is not None and found > best.accuracy):
+                best = FineTuned(merged, float(learning_rate), checkpoint * (steps // checkpoints), found, losses)
     assert best is not None
     return best
+
+
+def _accuracy(model: Model, validation: Sequence[Batch], params: PyTree) -> float:
+    return accuracy(model.replace(params=params), validation).fraction
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

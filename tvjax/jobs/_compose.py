@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import jax
 
 from tvjax import compose as learned
 from tvjax.checkpoints import TrainingStore, map_tree, model_card, save_coefficients, save_pretrained
+from tvjax.checkpoints.atomic import new_folder
 from tvjax.checkpoints.huggingface import check_new
 from tvjax.checkpoints.json_files import write_json
 from tvjax.checkpoints.provenance import check_same_base
@@ -83,8 +85,9 @@ def compose(config: ComposeConfig, progress: Progress | None = None) -> Composed
       ValueError: what cannot be, before anything is written.
     """
     check_new(config.output)
+    store = None if config.state is None else TrainingStore(config.state)
     begin(progress, "reading the examples")
-    with Models(progress=progress) as models:
+    with Models(progress=progress) as models, contextlib.ExitStack() as stack:
         opened = models[config.model]
         data = read(config, opened, models)
         looked_at = {
@@ -96,7 +99,8 @@ def compose(config: ComposeConfig, progress: Progress | None = None) -> Composed
         metadata = check_same_base(files, [about for _, about in loaded], config.any_base)
         inputs.check_base(metadata, opened.pretrained, config.task_vectors, config.any_base)
         taus = [tau for tau, _ in loaded]
-        trained, params, coefficients = _learn(config, opened, data, taus, progress)
+        output = stack.enter_context(new_folder(config.output))
+        trained, params, coefficients = _learn(config, opened, data, taus, store, progress)
         tuned_leaves = len(trained.trainable.leaves) if _tunes(config) else 0
         card = model_card(
             config.output.name,
@@ -115,11 +119,11 @@ def compose(config: ComposeConfig, progress: Progress | None = None) -> Composed
             pictures={"Coefficients by kind of leaf and depth": "coefficients.png"},
         )
         begin(progress, f"writing {config.output}")
-        save_pretrained(opened.pretrained.with_params(params), config.output, card=card)
-    save_coefficients(config.output / "coefficients.safetensors", coefficients, metadata)
-    plot_coefficients(coefficients, config.output / "coefficients.png")
-    write_json(config.output / "examples.json", looked_at, sort_keys=False)
-    write_recipe(recipe_of(config), config.output)
+        save_pretrained(opened.pretrained.with_params(params), output, card=card)
+        save_coefficients(output / "coefficients.safetensors", coefficients, metadata)
+        plot_coefficients(coefficients, output / "coefficients.png")
+        write_json(output / "examples.json", looked_at, sort_keys=False)
+        write_recipe(recipe_of(config), output)
     return Composed(
         output=config.output,
         model=config.model,
@@ -163,7 +167,8 @@ def read(config: ComposeConfig, opened: Opened, models: Models) -> Data:
     found = inputs.read_examples(inputs.place_of(config.data, config.task, "train"), prompts, (opened,), needed)
     names = found.class_names or tuple(map(spelled, prompts.class_names or ()))
     if not names and way.needs_labels:
-        raise ValueError(f"{config.learned_by} needs the names of the classes: give --classes, or {way.labelling}")
+        reader = config.learned_by if config.teacher is None else "a teacher"
+        raise ValueError(f"{reader} needs the names of the classes: give --classes, or {way.labelling}")
     check_labels(opened, names, config.classes is not None)
     features = lambda images: opened.embed(images, config.batch_size)  # noqa: E731
     found = inputs.draw(found, config.per_class, config.select, config.seed, features)
@@ -179,11 +184,17 @@ def read(config: ComposeConfig, opened: Opened, models: Models) -> Data:
 
 
 def _learn(
-    config: ComposeConfig, opened: Opened, data: Data, taus: list[PyTree], progress: Progress | None
+    config: ComposeConfig,
+    opened: Opened,
+    data: Data,
+    taus: list[PyTree],
+    store: TrainingStore | None,
+    progress: Progress | None,
 ) -> tuple[Trained, PyTree, learned.Coefficients]:
     """What was trained, the parameters that it gives, and the coefficients."""
     task = asking(opened).task(opened, data.found, data.prompts)
     head = with_task(opened, task)
+    begin(progress, "preparing what is learned from")
     goal = _goal(config, opened, head, task.batches(data.found, config.batch_size).whole(), data)
     key, part_key = jax.random.split(jax.random.key(config.seed))
     names = [str(file) for file in config.task_vectors]
@@ -192,6 +203,7 @@ def _learn(
         coefficients = learned.best_start(
             head.params, taus, goal, key=key, coefficients=coefficients, progress=progress
         )
+    begin(progress, "learning")
     trained = (learned.tune if _tunes(config) else learned.learn)(
         head.params,
         taus,
@@ -204,8 +216,9 @@ def _learn(
         micro_batches=config.micro_batches,
         score=score_on(config, task, head, data.held_out),
         progress=progress,
-        store=None if config.state is None else TrainingStore(config.state),
+        store=store,
     )
+    begin(progress, "adding what was learned")
     base = opened.pretrained.params
     if _tunes(config):
         return trained, jax.jit(learned.Tuned.combine)(trained.trainable, base, taus), trained.trainable.coefficients

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from tvjax.checkpoints import streaming
+from tvjax.checkpoints.atomic import new_folder
 from tvjax.checkpoints.folder import open_checkpoint
 from tvjax.checkpoints.huggingface import check_new
 from tvjax.checkpoints.json_files import write_json
@@ -47,12 +48,15 @@ def extract(config: ExtractConfig, progress: Progress | None = None) -> Extracte
             )
         elif low:
             size: dict[str, Any] = {"rank": config.rank, "energy": config.energy, "key": jax.random.key(config.seed)}
-            found = short = streaming.extract_low_rank(base, config.finetuned, config.output, **size, **options)
-            report = {"error": short.error, "leaves": short.truncated}
-            write_json(config.output / "leaf_report.json", report, sort_keys=False)
+            with new_folder(config.output) as output:
+                found = short = streaming.extract_low_rank(base, config.finetuned, output, **size, **options)
+                report = {"error": short.error, "leaves": short.truncated}
+                write_json(output / "leaf_report.json", report, sort_keys=False)
+                write_recipe(recipe_of(config), output)
         else:
             found = streaming.extract(base, config.finetuned, config.output, **options)
-    write_recipe(recipe_of(config), config.output)
+    if not low:
+        write_recipe(recipe_of(config), config.output)
     if not found.changed_outside:
         return found
     first, number = found.changed_outside[0], len(found.changed_outside)

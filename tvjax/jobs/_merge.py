@@ -15,7 +15,7 @@ from tvjax import arithmetic, tree
 from tvjax import merge as methods
 from tvjax.checkpoints import load_tree, map_tree, model_card, save_adapter, save_tree, streaming
 from tvjax.checkpoints.adapters import open_adapter
-from tvjax.checkpoints.atomic import folder_beside
+from tvjax.checkpoints.atomic import becomes, folder_beside, new_folder
 from tvjax.checkpoints.folder import Checkpoint, open_checkpoint
 from tvjax.checkpoints.huggingface import check_new
 from tvjax.checkpoints.json_files import write_json
@@ -121,12 +121,14 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> Merged:
             told += lost
         writing = None if lazily else progress  # lazily, leaves are merged while they are written
         begin(writing, f"writing {config.output}")
-        left = _write(config, form, tau, base, metadata, origin, writing)
-    rows = work.rows
-    about = {"method": config.method, "scale": config.scale, "form": form, "task_vectors": files}
+        is_file = form == "task vector"
+        with contextlib.nullcontext(config.output) if is_file else new_folder(config.output) as output:
+            left = _write(config.model_copy(update={"output": output}), form, tau, base, metadata, origin, writing)
+            about = {"method": config.method, "scale": config.scale, "form": form, "task_vectors": files}
+            rows = [row._asdict() for row in work.rows]
+            write_json(report_name(output), {**about, "leaves": rows}, sort_keys=False)
+            write_recipe(recipe_of(config), output)
     report = report_name(config.output)
-    write_json(report, {**about, "leaves": [row._asdict() for row in rows]}, sort_keys=False)
-    write_recipe(recipe_of(config), config.output)
     notes = [*told, *inputs.left(left)]
     if all(adapters) and form == "model" and not config.dense:
         notes.append(
@@ -174,7 +176,7 @@ def _write(
             base, [tau], config.output, origin, scale=config.scale, action=action, settings=settings, progress=progress
         ).left
     card = model_card(
-        config.output.name,
+        becomes(config.output).name,
         f"{count} task vectors, merged by {config.method}, as a LoRA adapter of the base model.",
         metadata,
         inputs=dict(zip(origin.names, origin.metadata, strict=True)),

@@ -14,7 +14,7 @@ import numpy as np
 from tvjax import processes, tree
 from tvjax.arithmetic import apply, scale
 from tvjax.checkpoints import TransportStore, elementwise, model_card, save_adapter, save_pretrained, save_tree
-from tvjax.checkpoints.atomic import write_text
+from tvjax.checkpoints.atomic import becomes, new_folder, write_text
 from tvjax.checkpoints.fingerprints import fingerprint
 from tvjax.checkpoints.huggingface import check_new, write_checkpoint
 from tvjax.checkpoints.json_files import write_json
@@ -115,12 +115,14 @@ def transport(config: TransportConfig, progress: Progress | None = None) -> Tran
         ready = ready._replace(notes=(*why, *ready.notes))
         looked_at = None if ready.found is None else inputs.record(ready.found)
         taught = prepare_refinement(config, models) if config.refine else None
-        work = _Work(config, ready, models, looked_at, taught, progress)
-        tau, also = _task_vector(config, ready, models)
-        result, state, forms = (_streamed if config.stream else _whole)(work, tau, also)
-        _write_report(config, result, state, forms)
-    write_recipe(recipe_of(config), config.output)
-    return result
+        with new_folder(config.output) as output:
+            inside = config.model_copy(update={"output": output})
+            work = _Work(inside, ready, models, looked_at, taught, progress)
+            tau, also = _task_vector(config, ready, models)
+            result, state, forms = (_streamed if config.stream else _whole)(work, tau, also)
+            _write_report(inside, result, state, forms)
+            write_recipe(recipe_of(config), output)
+    return result._replace(output=config.output)
 
 
 class _Work(NamedTuple):
@@ -173,7 +175,7 @@ def _whole(work: _Work, tau: PyTree, also: list[str]) -> tuple[Transported, Stat
             nothing = "no scale does better than none on the validation examples: the target is written as it was"
             state = dataclasses.replace(state, notes=(*state.notes, nothing))
     result = work.result(state, form, (_norms(tau), _norms(moved)), **chosen)
-    begin(work.progress, f"writing {config.output}")
+    begin(work.progress, f"writing {becomes(config.output)}")
     _save(config, result, models, moved, params)
     return result, state, forms
 
@@ -366,7 +368,7 @@ def _card(config: TransportConfig, form: str, scale: float, examples: dict[str, 
         inputs_of[config.task_vector] = {"kind": "adapter" if is_adapter(config.task_vector) else "task vector"}
     after = f"; the fine-tuned source then taught it from there on ({config.refine})" if config.refine else ""
     return model_card(
-        config.output.name,
+        becomes(config.output).name,
         f"What a fine-tuning taught the source was moved into the base model by {config.method}"
         f"{after or ', without training'}.",
         models[config.target].pretrained.identity(),

@@ -116,8 +116,13 @@ class OwnHead:
         sides = [(jax.ShapeDtypeStruct((size, *shape), jnp.float32), (size,)) for size in sizes]
         return [Batch({"pixels": x}, jax.ShapeDtypeStruct(labels, jnp.int32)) for x, labels in sides]
 
+    def check_reader(self, opened: Opened, prompts: Prompts) -> None:
+        """Raises a ValueError where a model has nothing to read the examples by, before any weight is read."""
+        opened.check_images()
+
     def check(self, opened: Opened, found: Examples, prompts: Prompts) -> None:
         """Raises a ValueError where the task cannot be made of a model, before any weight is read."""
+        self.check_reader(opened, prompts)
 
     def check_alike(self, models: Sequence[Opened], found: Examples, prompts: Prompts) -> None:
         """Raises a ValueError where models do not see the same in the examples, before any weight is read."""
@@ -167,6 +172,7 @@ class ZeroShot(OwnHead):
 
     def check(self, opened: Opened, found: Examples, prompts: Prompts) -> None:
         """A tokenizer that does not fit the model is refused."""
+        self.check_reader(opened, prompts)
         if self.can_score(opened):
             opened.processor.tokens(found.class_names)
 
@@ -203,7 +209,7 @@ class OfTexts(OwnHead):
         """A batch of texts of these shapes, with classes."""
         return Batch({"tokens": ids, "mask": mask}, jax.ShapeDtypeStruct(ids.shape[:1], jnp.int32))
 
-    def check(self, opened: Opened, found: Examples, prompts: Prompts) -> None:
+    def check_reader(self, opened: Opened, prompts: Prompts) -> None:
         """A model without a tokenizer, or with another's, is refused."""
         opened.encoder(prompts.length)
 

@@ -86,6 +86,8 @@ def prepare(config: TransportConfig | PlanConfig, models: Models) -> Prepared:
             check_labels(model, found.class_names, config.classes is not None)
             if isinstance(config, TransportConfig) or way.kind is Texts:  # a plan of images needs no tokenizer
                 way.check(model, found, prompts)
+        for model in (source, target) if isinstance(config, TransportConfig) else ():
+            way.check_reader(model, prompts)
         if compare or any(link.needs.source for link in moving.links if link.needs.activations or link.needs.gradients):
             share = way.partnered(source, target, found, prompts)
         notes += () if share is None else (matching.note(share),)

@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, AliasChoices, Field, model_validator
 
 from tvjax.jobs.schema import Config, File, Several, Typed
+from tvjax.kinds import as_bytes
 
 LARGEST_SEED = 2**31 - 1
+LARGEST_SCALE = 3.4028234e38  # of float32
 LARGEST_COUNT = 2**20  # of what arrays are made for
 SOURCES = (
     "a folder with one folder a class, an archive FILE.npz, a dataset hf:NAME?split=SPLIT, or digits:STYLE/PART; "
@@ -40,6 +42,19 @@ def _json(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
+def _in_float32(scale: float) -> float:
+    if abs(scale) > LARGEST_SCALE:
+        raise ValueError(f"scale: {scale:g} is beyond the range of float32, in which weights are added")
+    return scale
+
+
+def _shard_size(size: str) -> str:
+    as_bytes(size)
+    return size
+
+
+Scale = Annotated[float, AfterValidator(_in_float32)]
+ShardSize = Annotated[str, AfterValidator(_shard_size), Typed("SIZE")]
 Options = Annotated[
     dict[str, Any],
     AfterValidator(_json),
@@ -104,9 +119,9 @@ class Moving(Drawn):
         ),
     ] = None
     options: Options = {}
-    part: Annotated[str | None, Typed("PATH")] = None
+    part: Annotated[str | None, Typed("PART")] = None
     """The part of the model that is moved; default: the vision tower of a CLIP, of another model all but its head."""
-    scale: float = 1.0
+    scale: Scale = 1.0
     """Factor of the moved task vector."""
     validation: Annotated[str | None, Typed("DATA")] = None
     """Labelled examples on which the scale is chosen, in the place of --scale."""
@@ -278,7 +293,7 @@ class ComposeConfig(Drawn):
     """Train the leaves that the vectors move too, at 1 % of the rate. Default: with labels or a teacher."""
     validation: Annotated[str | None, Typed("DATA")] = None
     """Labelled examples by which learning rate and epoch are chosen."""
-    learning_rate: Annotated[Several[float], Typed("RATE")] = ()
+    learning_rate: Annotated[Several[Annotated[float, Field(gt=0)]], Typed("RATE")] = ()
     """One, or several to choose from."""
     epochs: Annotated[int, Field(ge=1)] = 10
     """Passes over the examples, at most."""
@@ -326,6 +341,15 @@ class ComposeConfig(Drawn):
         return self
 
     @model_validator(mode="after")
+    def _has_pieces(self) -> ComposeConfig:
+        if self.batch_size % self.micro_batches:
+            raise ValueError(
+                f"--micro-batches {self.micro_batches} does not divide a batch of {self.batch_size} examples: choose "
+                "another, or another --batch-size"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _can_choose(self) -> ComposeConfig:
         if len(self.rates) > 1 and self.validation is None:
             raise ValueError(f"{len(self.rates)} learning rates need labelled examples to choose by: give --validation")
@@ -348,7 +372,7 @@ class MergeConfig(Config):
     options: Options = {}
     model: Annotated[str | None, MODEL] = None
     """The pre-trained model, to add the merged task vector to."""
-    scale: float = 1.0
+    scale: Scale = 1.0
     """Factor of the merged task vector."""
     seed: Seed = 0
     dtype: DType = "float32"
@@ -367,7 +391,7 @@ class ExtractConfig(Config):
     """The fine-tuned model; the part that is taken suffices."""
     adapter: Annotated[str | None, FOLDER] = None
     """A LoRA adapter of PEFT instead: folder or hub id."""
-    part: Annotated[str | None, Typed("PATH"), Field(validation_alias=AliasChoices("part", "subtree"))] = None
+    part: Annotated[str | None, Typed("PART"), Field(validation_alias=AliasChoices("part", "subtree"))] = None
     """The part of the model to take, such as text; '' for all of it. Default: vision of a CLIP or a ViT, all of another
     model."""
     rank: Annotated[int | None, Field(ge=1)] = None
@@ -403,11 +427,11 @@ class ApplyConfig(Config):
     """The pre-trained model: folder or hub id."""
     output: Annotated[File, FOLDER]
     """Where the edited model goes."""
-    scale: float = 1.0
+    scale: Scale = 1.0
     """Factor of the task vectors; -1 negates."""
     dtype: DType | None = None
     """Default: that of each tensor of the model."""
-    max_shard_size: Annotated[str | None, Typed("SIZE")] = None
+    max_shard_size: ShardSize | None = None
     """Of one file, such as 5GB; default: the files of the model."""
     any_base: AnyBase = False
 
@@ -423,7 +447,7 @@ class ConvertConfig(Config):
     """The kind of checkpoint."""
     dtype: DType | None = None
     """Default: that of the model."""
-    max_shard_size: Annotated[str, Typed("SIZE")] = "5GB"
+    max_shard_size: ShardSize = "5GB"
     """Of one safetensors file."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""

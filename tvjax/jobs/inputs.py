@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from tvjax.checkpoints import Pretrained
+from tvjax.checkpoints.huggingface import check_writable
 from tvjax.checkpoints.provenance import check_made_for, check_same_config
 from tvjax.data.batches import few_shot, herding, k_medoids
 from tvjax.data.examples import Examples
@@ -186,6 +187,7 @@ def check_file(file: Path, kind: str = "") -> None:
         raise ValueError(f"the output {str(file)!r} has the name of a file of tensors: give one that ends in {kind}")
     if file.is_dir() or not file.absolute().parent.is_dir():
         raise ValueError(f"the output {str(file)!r} is a folder, or its folder does not exist: give the name of a file")
+    check_writable(file, file.absolute().parent)
 
 
 def check_base(metadata: Mapping[str, str], base: Pretrained, files: Sequence[Path], any_base: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -62,11 +63,21 @@ class Opened:
         Raises:
           ValueError: for a model without a tokenizer, or one that does not fit.
         """
-        try:
+        with self._named():
             self.processor.check_tokenizer()
+        return Encoder(self.processor.tokenizer, length)
+
+    def check_images(self) -> None:
+        """Raises a ValueError for a model without an image processor; no weight is read."""
+        with self._named():
+            self.processor.check_image_processor()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
         except ValueError as error:
             raise ValueError(f"{self.name!r}: {error}") from error
-        return Encoder(self.processor.tokenizer, length)
 
     def release(self) -> None:
         """Drops the weights, which are read again where they are asked for again."""

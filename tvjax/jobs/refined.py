@@ -99,6 +99,7 @@ def refine(
         )  # fmt: skip
         about |= {"learning_rate": trained.learning_rate, "epochs": trained.epochs}
         edit = partial(_combined, trained.trainable, moved)
+    begin(progress, "asking the taught model")
     taught = edit(head.params)
     scores = compose.class_scores(head.replace(params=taught), batches)
     losses = compose.distillation_losses(jnp.asarray(scores), jnp.asarray(said))

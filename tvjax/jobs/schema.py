@@ -26,6 +26,11 @@ class Typed:
     metavar: str | None = None
     argument: bool = False
 
+    @property
+    def names(self) -> bool:
+        """Whether the value names a file, a folder, a model or data."""
+        return (self.metavar or "").rstrip(".") in ("MODEL", "FILE", "FOLDER", "DATA", "PATH")
+
 
 def _several(value: Any) -> Any:
     return [value] if isinstance(value, str | Path | int | float) else value
@@ -65,8 +70,12 @@ class Config(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known_keys(cls, values: Any) -> Any:
-        for key in values if isinstance(values, Mapping) else ():
-            check_key(str(key), cls.keys())
+        keys = cls.keys()
+        for key, value in values.items() if isinstance(values, Mapping) else ():
+            check_key(str(key), keys)
+            several = value if isinstance(value, list | tuple) else [value]
+            if typed(cls, keys[str(key)]).names and any(isinstance(one, str) and not one for one in several):
+                raise ValueError(f"{key} is empty, expected a name: is a variable of the shell not set?")
         return values
 
     @classmethod
