@@ -166,7 +166,7 @@ def test_outputs_that_have_a_meaning_are_fixed():
 def test_every_family_has_a_table():
     for family in FAMILIES.values():
         assert symmetry_of_config(family.config()).rows
-    with pytest.raises(ValueError, match="type dict"):
+    with pytest.raises(ValueError, match="like a dict"):
         symmetry_of_config({})
 
 
