@@ -41,6 +41,7 @@ from tvjax.report.measurements import Difference, in_order, paired_difference
 
 PAIRS = {"L3-L6": ("L3", "L6"), "L6-MPNet": ("L6", "MPNet"), "L3-MPNet": ("L3", "MPNet")}
 BASELINES = ("zero-shot", "few-shot")
+OF_TARGET = (*BASELINES, "own fine-tuning")  # they read nothing of the source: measured once for all pairs of a target
 ABOUT = {
     "right": "a bit for each test text, whether it is classified rightly; the first text is the highest bit",
     "validation": "accuracy on the validation texts, by which the setting was chosen",
@@ -103,8 +104,21 @@ def settings() -> dict[str, Any]:
     return json.loads(json.dumps({name.lower(): getattr(protocol, name) for name in names} | {"tasks": tasks}))
 
 
+def same_of_target(cell: Cell, records: Records) -> dict[str, Any] | None:
+    """What another pair with this target found for the same task and draw, where the source takes no part."""
+    if cell.method not in OF_TARGET:
+        return None
+    others = (cell._replace(pair=pair) for pair, models in PAIRS.items() if models[1] == PAIRS[cell.pair][1])
+    return next((records[other] for other in others if other in records), None)
+
+
 def measure(cells: list[Cell], records: Records) -> Iterator[Cell]:
     """Measures cells into records, those of one draw together."""
+    for cell in cells:
+        if (found := same_of_target(cell, records)) is not None:
+            records[cell] = dict(found)
+            yield cell
+    cells = [cell for cell in cells if cell not in records]
     cache = cache_folder()
     for pair, task in in_order((cell.pair, cell.task) for cell in cells):
         texts, setting = text_task(task), protocol.SETTINGS[task]
@@ -114,14 +128,14 @@ def measure(cells: list[Cell], records: Records) -> Iterator[Cell]:
             bench = Bench(source, target, parts, draw, cache / "tuned" / task)
             for cell in cells:
                 if cell[:3] == (pair, task, draw):
-                    found = methods.run(bench, cell.method)
+                    result = methods.run(bench, cell.method)
                     records[cell] = {
-                        "accuracy": float(found.right.mean()),
-                        "validation": found.validation,
-                        "setting": found.setting,
-                        "seconds": round(found.seconds, 1),
-                        "test_texts": found.right.size,
-                        "right": packed(found.right),
+                        "accuracy": float(result.right.mean()),
+                        "validation": result.validation,
+                        "setting": result.setting,
+                        "seconds": round(result.seconds, 1),
+                        "test_texts": result.right.size,
+                        "right": packed(result.right),
                     }
                     yield cell
 

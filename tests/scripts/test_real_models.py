@@ -169,6 +169,17 @@ def test_what_was_tuned_with_many_labels_is_read_again(bench, monkeypatch):
     assert again[1:4] == first[1:4]
 
 
+def test_what_reads_nothing_of_the_source_is_measured_once_for_a_target():
+    found = Cell("L6-MPNet", "nouns", 0, "few-shot"), Cell("L6-MPNet", "nouns", 0, "BiCo")
+    records = {cell: record(RIGHT["few-shot"]) for cell in found}
+    others = [cell._replace(pair="L3-MPNet") for cell in found]
+    assert real_models.same_of_target(others[0], records) == records[found[0]]
+    assert real_models.same_of_target(others[1], records) is None
+    assert real_models.same_of_target(found[0]._replace(pair="L3-L6"), records) is None
+    assert list(real_models.measure(others[:1], records)) == others[:1]  # without a model
+    assert records[others[0]] == records[found[0]]
+
+
 def test_batches_have_one_size(bench):
     own = dataclasses.replace(bench.target, inputs=lambda chosen: chosen)
     assert [len(batch.labels) for batch in own.batches(np.arange(22), 8)] == [2] * 11
