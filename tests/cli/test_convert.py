@@ -189,7 +189,7 @@ def test_state_dicts_that_are_refused(models, tmp_path, capsys):
         ({key: value for key, value in content.items() if key != "visual.proj"}, "missing keys (1): visual.proj"),
         ({"model": torch.nn.Linear(2, 2)}, "is no state dict of tensors"),
         ([1, 2], "holds a list"),
-        ({"a": 1}, "'a' is a int, expected a tensor"),
+        ({"a": 1}, "'a' is an int, expected a tensor"),
     ):
         torch.save(wrong, tmp_path / "model.pt")
         assert run(["convert", str(tmp_path / "model.pt"), *words]) == 2
