@@ -114,20 +114,23 @@ def same_of_target(cell: Cell, records: Records) -> dict[str, Any] | None:
 
 def measure(cells: list[Cell], records: Records) -> Iterator[Cell]:
     """Measures cells into records, those of one draw together."""
-    for cell in cells:
-        if (found := same_of_target(cell, records)) is not None:
-            records[cell] = dict(found)
-            yield cell
-    cells = [cell for cell in cells if cell not in records]
     cache = cache_folder()
     for pair, task in in_order((cell.pair, cell.task) for cell in cells):
+        wanted = [cell for cell in cells if (cell.pair, cell.task) == (pair, task)]
+        for cell in wanted:  # what a pair before this one has measured in this run too
+            if (known := same_of_target(cell, records)) is not None:
+                records[cell] = dict(known)
+                yield cell
+        wanted = [cell for cell in wanted if cell not in records]
+        if not wanted:
+            continue
         texts, setting = text_task(task), protocol.SETTINGS[task]
         source, target = (reader(name, texts, setting.length) for name in PAIRS[pair])
-        for draw in sorted({cell.draw for cell in cells if (cell.pair, cell.task) == (pair, task)}):
+        for draw in sorted({cell.draw for cell in wanted}):
             parts = split(texts.labels, setting.counts, draw)
             bench = Bench(source, target, parts, draw, cache / "tuned" / task)
-            for cell in cells:
-                if cell[:3] == (pair, task, draw):
+            for cell in wanted:
+                if cell.draw == draw:
                     result = methods.run(bench, cell.method)
                     records[cell] = {
                         "accuracy": float(result.right.mean()),

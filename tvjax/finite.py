@@ -19,6 +19,8 @@ from tvjax.on_disk import is_on_disk
 
 PyTree = Any
 
+WAY_OUT = "take an earlier checkpoint of the run, a smaller scale, or a dtype of wider range"
+
 # The bits of infinity: what is not finite has these or more, its sign aside.
 _INFINITY = {
     np.dtype(np.float64): 0x7FF << 52,
@@ -61,10 +63,7 @@ def check_finite(values: PyTree, what: str) -> None:
         if not wrong:
             return
         counts = [f"{path}: {int(_count(flat[path]))} of {jnp.size(flat[path])}" for path in wrong]
-    raise ValueError(
-        f"{what} has values that are NaN or infinite:\n{tree.list_some(counts)}\n"
-        "take an earlier checkpoint of the run, a smaller scale, or a dtype of wider range"
-    )
+    raise ValueError(f"{what} has values that are NaN or infinite:\n{tree.list_some(counts)}\n{WAY_OUT}")
 
 
 def check_factor(factor: Any, name: str) -> None:

@@ -199,10 +199,8 @@ class Bench:
 
     def composed(self, training: Callable[..., Trained], objective: Objective, taus: list[PyTree]) -> list[Candidate]:
         """Coefficients of transports, and leaves too by `tune`, from the best one at its best scale."""
-        params, options = (
-            self.model.params,
-            {} if training is learn else {"leaves": self.settings.trainable, "share": SHARE},
-        )
+        params = self.model.params
+        options = {} if training is learn else {"leaves": self.settings.trainable, "share": SHARE}
         begin = best_start(params, taus, objective, key=self.key)
         rates = TUNE_RATES["coefficients" if training is learn else "both"]
         return self.every(partial(training, params, taus, coefficients=begin, **options), objective, rates)

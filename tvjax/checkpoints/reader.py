@@ -14,7 +14,7 @@ import safetensors
 
 from tvjax.checkpoints.memory import aligned_memory, contiguous, copy
 from tvjax.checkpoints.tensor_dtypes import numpy_dtype, tensor_bytes
-from tvjax.finite import count_not_finite
+from tvjax.finite import WAY_OUT, count_not_finite
 from tvjax.kinds import as_path
 from tvjax.models.key_table import Tensor
 from tvjax.on_disk import DiskArray
@@ -184,7 +184,7 @@ def _fill(memory: np.ndarray, file: BinaryIO, path: str, offset: int) -> None:
 def _not_finite(key: str, array: np.ndarray, wrong: int) -> ValueError:
     return ValueError(
         f"the tensor {key!r} ({array.dtype.name}) has {wrong} of {array.size} values that are NaN or infinite: "
-        "take an earlier checkpoint of the run, a smaller scale, or a dtype of wider range"
+        f"{WAY_OUT}"
     )
 
 
